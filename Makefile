@@ -1,0 +1,59 @@
+# Each target works as the first command after `git clone`, with Python 3.11+ and make; run again, it starts at once.
+PYTHON ?= python3
+VENV ?= .venv
+JOBS ?= 2
+ONLY ?=
+FORCE ?=
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check -q
+# Notebooks and tests run JOBS at a time, each on one thread: fastest on two cores, and repeatable.
+export OMP_NUM_THREADS ?= 1
+export MKL_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM = false
+export PYDEVD_DISABLE_FILE_VALIDATION = 1
+export HF_HUB_OFFLINE ?= 1
+export MPLBACKEND ?= agg
+unexport PYTHONPATH
+
+.DEFAULT_GOAL := help
+.PHONY: help tutorial test lab notebooks clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+tutorial: $(VENV)/.notebooks  ## run every notebook headless; results and one table in build/tutorial/
+	@$(PY) -m tools.tutorial --jobs $(JOBS) $(ONLY)
+
+test: $(VENV)/.dev  ## everything that must hold: ruff, mypy, built notebooks, pytest
+	@$(PY) -m ruff check --quiet .
+	@$(PY) -m ruff format --quiet --diff .
+	@$(PY) -m mypy --no-error-summary
+	@$(PY) -m tools.notebooks --check
+	@$(PY) -m pytest -q -n $(JOBS) --dist worksteal
+
+lab: $(VENV)/.notebooks  ## open JupyterLab on the notebooks
+	@unset MPLBACKEND HF_HUB_OFFLINE; $(PY) -m jupyterlab --ServerApp.root_dir=notebooks
+
+notebooks: $(VENV)/.notebooks  ## rebuild notebooks whose source changed (ONLY="03 05", FORCE=1)
+	@$(PY) -m tools.notebooks $(if $(FORCE),--force) $(ONLY)
+
+clean:  ## remove the environment and everything generated outside git
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+$(PY):
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; ok = (3, 11) <= v < (3, 14); \
+		sys.exit(None if ok else "Python 3.11 to 3.13 is needed, this is %d.%d: make PYTHON=python3.12 ..." % v)'
+	@echo "Creating $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+
+# The stamps are newer than what they were installed from; dev holds everything notebooks does.
+$(VENV)/.notebooks: pyproject.toml constraints.txt | $(PY)
+	@echo "Installing flowscale-lite and what the notebooks need (minutes, once)"
+	@$(PIP) install -c constraints.txt -e ".[notebooks]"
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(PY)
+	@echo "Installing flowscale-lite and what the tests need (minutes, once)"
+	@$(PIP) install -c constraints.txt -e ".[notebooks,dev]"
+	@touch $@ $(VENV)/.notebooks
