@@ -13,7 +13,6 @@ export MKL_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM = false
 export PYDEVD_DISABLE_FILE_VALIDATION = 1
 export HF_HUB_OFFLINE ?= 1
-export MPLBACKEND ?= agg
 unexport PYTHONPATH
 
 .DEFAULT_GOAL := help
@@ -27,13 +26,12 @@ tutorial: $(VENV)/.notebooks  ## run every notebook headless; results and one ta
 
 test: $(VENV)/.dev  ## everything that must hold: ruff, mypy, built notebooks, pytest
 	@$(PY) -m ruff check --quiet .
-	@$(PY) -m ruff format --quiet --diff .
 	@$(PY) -m mypy --no-error-summary
 	@$(PY) -m tools.notebooks --check
 	@$(PY) -m pytest -q -n $(JOBS) --dist worksteal
 
 lab: $(VENV)/.notebooks  ## open JupyterLab on the notebooks
-	@unset MPLBACKEND HF_HUB_OFFLINE; $(PY) -m jupyterlab --ServerApp.root_dir=notebooks
+	@unset HF_HUB_OFFLINE; $(PY) -m jupyterlab --ServerApp.root_dir=notebooks
 
 notebooks: $(VENV)/.notebooks  ## rebuild notebooks whose source changed (ONLY="03 05", FORCE=1)
 	@$(PY) -m tools.notebooks $(if $(FORCE),--force) $(ONLY)
