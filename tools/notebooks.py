@@ -45,15 +45,17 @@ import sys
 
 if importlib.util.find_spec("flowscale_lite") is None:
     if "google.colab" not in sys.modules:
-        raise ModuleNotFoundError("flowscale_lite is not installed: run `make lab`, or `pip install -e .`, in the clone")
+        raise ModuleNotFoundError("flowscale_lite is missing: run `make lab` in the clone, or `pip install -e .`")
     !git clone -q --depth 1 --branch v{version} {repository}
     %cd -q {folder}/notebooks
     %pip install -q --no-deps -e ..
     sys.path.insert(0, str(pathlib.Path("..").resolve()))"""
 USAGE = """\
-import json, resource, sys
-usage = resource.getrusage(resource.RUSAGE_SELF)
-print(json.dumps([usage.ru_utime + usage.ru_stime, usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)]))"""
+import json, pathlib, re, resource, sys
+usage, status = resource.getrusage(resource.RUSAGE_SELF), pathlib.Path("/proc/self/status")
+# Linux hands ru_maxrss on from the process that started this one; VmHWM is our own
+kilobytes = int(re.search(r"VmHWM:\\s*(\\d+)", status.read_text())[1]) if status.exists() else usage.ru_maxrss
+print(json.dumps([usage.ru_utime + usage.ru_stime, kilobytes / (2**20 if sys.platform == "darwin" else 2**10)]))"""
 
 
 @dataclass(frozen=True)

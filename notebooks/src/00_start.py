@@ -64,7 +64,7 @@ ax.plot(n, mean_maximum(n), label="equation (0.1)")
 ax.plot(n, simulated, "k.", label="simulated")
 ax.set(xlabel="draws n", ylabel="mean of the largest")
 ax.legend()
-show(fig, alt="Mean of the largest of n uniform draws for n from 1 to 10: the simulated points lie on the curve n/(n+1).")
+show(fig, alt="Mean of the largest of n uniform draws, n from 1 to 10: the simulated points lie on the curve n/(n+1).")
 
 # %% [markdown]
 # ## What goes wrong
