@@ -1,0 +1,62 @@
+"""Inference-time scaling for flow models: search for samples of high reward within a budget of velocity evaluations.
+
+Data flows one way: a model or a toy -> `Problem` -> `search` with a method -> `Result`. Time runs from noise at t = 1
+to data at t = 0. The method taught is Rollover Budget Forcing (Kim, Yoon, Hwang & Sung, arXiv 2503.19385).
+
+Importing the package needs torch only.
+"""
+
+from .interpolants import COSINE, LINEAR, VP, Interpolant, Velocity, convert, vp
+from .kernels import Diffusion, Kernel, gaussian, natural, ode, quadratic, renoise, sde, vp_diffusion
+from .methods import RBF, BestOfN
+from .resampling import ess, multinomial, residual, stratified, systematic
+from .rewards import Decoded, Reward, chunked, rounded
+from .schedules import paper_vp, shifted, uniform
+from .search import BudgetExceeded, Method, Particles, Problem, Result, Run, Step, search
+from .toys import GaussianMixture, LinearReward, QuadraticReward
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "COSINE",
+    "LINEAR",
+    "RBF",
+    "VP",
+    "BestOfN",
+    "BudgetExceeded",
+    "Decoded",
+    "Diffusion",
+    "GaussianMixture",
+    "Interpolant",
+    "Kernel",
+    "LinearReward",
+    "Method",
+    "Particles",
+    "Problem",
+    "QuadraticReward",
+    "Result",
+    "Reward",
+    "Run",
+    "Step",
+    "Velocity",
+    "chunked",
+    "convert",
+    "ess",
+    "gaussian",
+    "multinomial",
+    "natural",
+    "ode",
+    "paper_vp",
+    "quadratic",
+    "renoise",
+    "residual",
+    "rounded",
+    "sde",
+    "search",
+    "shifted",
+    "stratified",
+    "systematic",
+    "uniform",
+    "vp",
+    "vp_diffusion",
+]

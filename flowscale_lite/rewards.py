@@ -1,0 +1,50 @@
+"""Rewards: what a search maximises, and three small ways of building one from another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Reward(Protocol):
+    """x (K, *D) -> (K,): one finite number a row, larger is better. Rows must not influence one another."""
+
+    def __call__(self, x: Tensor, /) -> Tensor: ...
+
+
+def chunked(fn: Callable[[Tensor], Tensor], chunk: int) -> Callable[[Tensor], Tensor]:
+    """The row-wise function fn applied to `chunk` rows at a time, the answers joined: the same numbers in less memory.
+
+    Raises:
+        ValueError: chunk < 1.
+    """
+    if chunk < 1:
+        raise ValueError(f"chunk must be at least 1; got {chunk}")
+    return lambda x: torch.cat([fn(rows) for rows in x.split(chunk)])
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A reward of pictures as a reward of latents: decodes and judges `chunk` rows at a time.
+
+    Attributes:
+        decode: latents (K, *D) -> pictures (K, ...).
+        reward: pictures (K, ...) -> (K,).
+        chunk: rows held decoded at once, which is what bounds the memory.
+    """
+
+    decode: Callable[[Tensor], Tensor]
+    reward: Reward
+    chunk: int = 16
+
+    def __call__(self, latents: Tensor, /) -> Tensor:
+        return chunked(lambda rows: self.reward(self.decode(rows)), self.chunk)(latents)
+
+
+def rounded(reward: Reward) -> Reward:
+    """The reward to the nearest integer: a judge that only counts, which strict improvement almost never beats."""
+    return lambda x: reward(x).round()

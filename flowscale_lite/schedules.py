@@ -1,0 +1,76 @@
+"""Time grids. A schedule is a tuple of floats that falls strictly from at most 1 (noise) to exactly 0 (data)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from itertools import pairwise
+
+import torch
+
+from .interpolants import LINEAR, VP, Interpolant
+
+Times = tuple[float, ...]
+
+
+def check(times: Iterable[float]) -> Times:
+    """The schedule as a tuple of floats.
+
+    Raises:
+        ValueError: fewer than two times, one outside [0, 1] or not finite, not strictly decreasing, or not ending at 0.
+    """
+    out = tuple(float(t) for t in times)
+    if len(out) < 2:
+        raise ValueError(f"a schedule needs at least two times, noise and data; got {out}")
+    if not all(math.isfinite(t) and 0 <= t <= 1 for t in out):
+        raise ValueError(f"times must lie in [0, 1], data at 0 and noise at 1; got {out}")
+    for k, (t, s) in enumerate(pairwise(out)):
+        if s >= t:
+            raise ValueError(f"times must strictly decrease; times[{k}] = {t} is followed by {s}")
+    if out[-1] != 0:
+        raise ValueError(f"a schedule must finish the sample, at exactly 0; it ends at {out[-1]}")
+    return out
+
+
+def uniform(steps: int) -> Times:
+    """1, 1 - 1/steps, ..., 0.
+
+    Raises:
+        ValueError: steps < 1.
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1; got {steps}")
+    return tuple((steps - k) / steps for k in range(steps + 1))
+
+
+def paper_vp(steps: int, finish: int = 1, vp: Interpolant = VP, path: Interpolant = LINEAR) -> Times:
+    """The paper's grid (arXiv 2503.19385): s_k = sqrt(1 - (1 - t_k)^2) in VP time with t_k uniform, as times of `path`.
+
+    Its steps are small early, where the posterior varies most. Two things to know. It starts at VP's noisiest state,
+    linear time 0.9934 rather than 1. And its last interval is long: with 10 steps it goes from linear time 0.71
+    straight to 0, which is sound for a few-step model only; `finish` cuts that interval into equal parts.
+
+    Args:
+        steps: transitions in all, those of `finish` included.
+        finish: the number of equal steps in which the last interval is crossed; 1 is the paper's grid.
+
+    Raises:
+        ValueError: unless 1 <= finish <= steps.
+    """
+    if not 1 <= finish <= steps:
+        raise ValueError(f"need 1 <= finish <= steps; got finish = {finish}, steps = {steps}")
+    t = torch.tensor(uniform(steps - finish + 1), dtype=torch.float64)[:-1]
+    s = (1 - (1 - t) ** 2).sqrt()
+    head = path.time_of_ratio(vp.sigma(s) / vp.alpha(s)).tolist()
+    return check([*head, *(head[-1] * (1 - k / finish) for k in range(1, finish)), 0.0])
+
+
+def shifted(times: Iterable[float], shift: float) -> Times:
+    """FLUX's and SD3's resolution shift t -> shift t / (1 + (shift - 1) t); shift > 1 spends more steps near the noise.
+
+    Raises:
+        ValueError: shift <= 0, or `times` is no schedule.
+    """
+    if not shift > 0:
+        raise ValueError(f"shift must be positive; got {shift}")
+    return check(shift * t / (1 + (shift - 1) * t) for t in check(times))

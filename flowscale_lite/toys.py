@@ -1,0 +1,139 @@
+"""Flows known in closed form: Gaussian mixtures, and what they become when tilted by a reward."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+
+from .interpolants import Interpolant, Velocity
+
+
+@dataclass(frozen=True)
+class LinearReward:
+    """r(x) = slope . x, with slope (D,): x (K, D) -> (K,)."""
+
+    slope: Sequence[float]
+
+    def __call__(self, x: Tensor, /) -> Tensor:
+        return x @ x.new_tensor(self.slope)
+
+
+@dataclass(frozen=True)
+class QuadraticReward:
+    """r(x) = -curvature/2 |x - centre|^2, with centre (D,) and curvature > 0: x (K, D) -> (K,)."""
+
+    centre: Sequence[float]
+    curvature: float = 1.0
+
+    def __call__(self, x: Tensor, /) -> Tensor:
+        return -self.curvature / 2 * (x - x.new_tensor(self.centre)).square().sum(1)
+
+
+class GaussianMixture:
+    """Data distributed as sum_m weights_m N(means_m, scales_m^2 I); its flow is known exactly on every path.
+
+    Everything is held in float64 and answered in the dtype of the question.
+
+    Args:
+        means: (M, D).
+        scales: (M,) standard deviations, or one for all; 0 is a point mass.
+        weights: (M,), normalised here; equal by default.
+
+    Raises:
+        ValueError: shapes disagree, a scale is negative, or the weights are not a finite nonzero measure.
+    """
+
+    def __init__(
+        self,
+        means: Tensor | Sequence[Sequence[float]],
+        scales: Tensor | Sequence[float] | float = 1.0,
+        weights: Tensor | Sequence[float] | None = None,
+    ):
+        self.means = torch.as_tensor(means, dtype=torch.float64)
+        if self.means.ndim != 2:
+            raise ValueError(f"means must have shape (M, D); got {tuple(self.means.shape)}")
+        m = len(self.means)
+        self.scales = torch.as_tensor(scales, dtype=torch.float64)
+        self.scales = self.scales.expand(m) if self.scales.ndim == 0 else self.scales
+        raw = torch.ones(m, dtype=torch.float64) if weights is None else torch.as_tensor(weights, dtype=torch.float64)
+        if self.scales.shape != (m,) or raw.shape != (m,):
+            raise ValueError(f"{m} means need as many scales and weights; got {len(self.scales)} and {len(raw)}")
+        if (self.scales < 0).any() or (raw < 0).any() or not 0 < float(raw.sum()) < math.inf:
+            raise ValueError("scales and weights must not be negative, and the weights must have a finite positive sum")
+        self.weights = raw / raw.sum()
+
+    def mean(self) -> Tensor:
+        """(D,)"""
+        return self.weights @ self.means
+
+    def cov(self) -> Tensor:
+        """(D, D)"""
+        between = (self.means - self.mean()).T @ (self.weights[:, None] * (self.means - self.mean()))
+        return between + (self.weights @ self.scales**2) * torch.eye(self.means.shape[1], dtype=torch.float64)
+
+    def sample(self, n: int, generator: Generator) -> Tensor:
+        """n draws (n, D) in float32."""
+        rows = torch.multinomial(self.weights, n, replacement=True, generator=generator)
+        z = torch.randn(n, self.means.shape[1], generator=generator, dtype=torch.float64)
+        return (self.means[rows] + self.scales[rows, None] * z).float()
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Log density of the data at x (K, D) -> (K,); needs positive scales."""
+        log_joint, _, _ = self._joint(x.double(), x.new_ones(1, 1), x.new_zeros(1, 1))
+        return log_joint.logsumexp(1).to(x.dtype)
+
+    def posterior(self, x: Tensor, t: Tensor, path: Interpolant) -> tuple[Tensor, Tensor]:
+        """(E[x0 | x_t = x], E[eps | x_t = x]), each (K, D), for states x (K, D) at times t (K,) of a path."""
+        a, s, _, _ = path.coeffs(t.double(), x)
+        log_joint, gap, var = self._joint(x.double(), a, s)
+        w = log_joint.softmax(1)[..., None] / var[..., None] * gap  # (K, M, D)
+        x0 = log_joint.softmax(1) @ self.means.to(x.device) + a * (self.scales.to(x.device)[:, None] ** 2 * w).sum(1)
+        return x0.to(x.dtype), (s * w.sum(1)).to(x.dtype)
+
+    def posterior_mean(self, path: Interpolant) -> Velocity:
+        """x (K, D), t (K,) -> E[x0 | x_t = x] (K, D)."""
+        return lambda x, t: self.posterior(x, t, path)[0]
+
+    def velocity(self, path: Interpolant) -> Velocity:
+        """The exact velocity on a path, x (K, D), t (K,) -> (K, D); at t < path.t_min, that of t_min."""
+
+        def v(x: Tensor, t: Tensor) -> Tensor:
+            u = t.double().clamp_min(path.t_min)
+            return path.velocity(*self.posterior(x.double(), u, path), u).to(x.dtype)
+
+        return v
+
+    def tilted(self, reward: LinearReward | QuadraticReward, tau: float = 1.0) -> tuple[GaussianMixture, float]:
+        """The mixture proportional to p(x) exp(r(x)/tau), and the log of its normalising constant E_p[exp(r/tau)].
+
+        It is what a sampler that trades reward against staying on the data at temperature tau should return.
+
+        Raises:
+            ValueError: tau <= 0.
+        """
+        if not tau > 0:
+            raise ValueError(f"tau must be positive; got {tau}")
+        var, dim = self.scales**2, self.means.shape[1]
+        if isinstance(reward, LinearReward):
+            b = torch.tensor(reward.slope, dtype=torch.float64) / tau
+            means, shrink = self.means + var[:, None] * b, torch.ones_like(var)
+            log_z = self.means @ b + var * (b @ b) / 2
+        else:
+            k, c = reward.curvature / tau, torch.tensor(reward.centre, dtype=torch.float64)
+            shrink = 1 / (1 + k * var)
+            means = c + shrink[:, None] * (self.means - c)
+            log_z = dim / 2 * shrink.log() - k / 2 * shrink * (self.means - c).square().sum(1)
+        log_w = self.weights.log() + log_z
+        total = log_w.logsumexp(0)
+        return GaussianMixture(means, self.scales * shrink.sqrt(), (log_w - total).exp()), float(total)
+
+    def _joint(self, x: Tensor, a: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of a x0 + s eps at x (K, D): log(weight density) (K, M), x - a mean (K, M, D), variance (K, M)."""
+        var = (a * self.scales.to(x.device)) ** 2 + s**2  # (K, M)
+        gap = x[:, None] - a[..., None] * self.means.to(x.device)  # (K, M, D)
+        log_density = -gap.square().sum(-1) / (2 * var) - x.shape[1] / 2 * (2 * math.pi * var).log()
+        return self.weights.to(x.device).log() + log_density, gap, var

@@ -1,0 +1,71 @@
+import math
+
+import pytest
+
+from flowscale_lite import paper_vp, shifted, uniform
+from flowscale_lite.schedules import check
+
+
+def test_uniform():
+    assert uniform(4) == (1.0, 0.75, 0.5, 0.25, 0.0)
+    assert uniform(1) == (1.0, 0.0)
+
+
+def vp_to_linear(s: float) -> float:
+    alpha = math.exp(-(0.1 * s + 9.95 * s * s) / 2)
+    sigma = math.sqrt(1 - alpha * alpha)
+    return sigma / (alpha + sigma)
+
+
+def test_paper_grid_by_hand():
+    got = paper_vp(10)
+    expected = [vp_to_linear(math.sqrt(1 - (1 - t) ** 2)) for t in uniform(10)[:-1]]
+    assert got == pytest.approx((*expected, 0.0), rel=1e-9)
+    assert got[0] == pytest.approx(0.9934, abs=1e-4) and got[-2] == pytest.approx(0.709, abs=1e-3)
+
+
+def test_paper_grid_with_a_finish():
+    got = paper_vp(12, finish=3)
+    assert len(got) == 13
+    assert got[:10] == paper_vp(10)[:10]
+    assert got[9:] == pytest.approx([got[9], got[9] * 2 / 3, got[9] / 3, 0.0])
+
+
+def test_shift_by_hand():
+    assert shifted((1.0, 0.5, 0.0), 3.0) == pytest.approx((1.0, 0.75, 0.0))
+    assert shifted(uniform(7), 1.0) == pytest.approx(uniform(7))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 28, 500])
+def test_every_schedule_is_one(steps):
+    for times in (uniform(steps), paper_vp(steps), paper_vp(steps, steps), shifted(uniform(steps), 3.16)):
+        assert check(times) == times and len(times) == steps + 1
+
+
+@pytest.mark.parametrize(
+    ("times", "message"),
+    [
+        ((), "at least two"),
+        ((0.0,), "at least two"),
+        ((1.2, 0.0), r"\[0, 1\]"),
+        ((1.0, -0.1), r"\[0, 1\]"),
+        ((math.nan, 0.0), r"\[0, 1\]"),
+        ((1.0, 0.5, 0.5, 0.0), r"times\[1\]"),
+        ((0.0, 0.5, 1.0), r"times\[0\]"),
+        ((1.0, 0.5), "exactly 0"),
+    ],
+)
+def test_what_is_no_schedule(times, message):
+    with pytest.raises(ValueError, match=message):
+        check(times)
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="steps"):
+        uniform(0)
+    for finish in (0, 6):
+        with pytest.raises(ValueError, match="finish"):
+            paper_vp(5, finish)
+    for shift in (0.0, -1.0, math.nan):
+        with pytest.raises(ValueError, match="shift"):
+            shifted(uniform(3), shift)
