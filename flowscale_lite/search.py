@@ -228,7 +228,13 @@ class Run:
         return self.problem.paid(t)
 
     def next_time(self, t: float) -> float:
-        """The first time of the schedule below t."""
+        """The first time of the schedule below t.
+
+        Raises:
+            ValueError: t is 0, where the sample is finished.
+        """
+        if t <= 0:
+            raise ValueError("there is no time below 0, where the sample is finished")
         return next(s for s in self.problem.times if s < t)
 
     def start(self, k: int) -> Particles:
@@ -236,6 +242,7 @@ class Run:
 
         Where the path still holds a trace of the data at that time (sigma/alpha large but finite) it is neglected.
         """
+        self._refuse_if_watched()
         t = self.problem.times[0]
         x = self.problem.path.at(t)[1] * self._noise((k, *self.problem.shape))
         rows = torch.arange(k, device=x.device)
@@ -250,6 +257,7 @@ class Run:
             s: the time to go to; the schedule's next by default.
             kernel: how; the problem's by default.
         """
+        self._refuse_if_watched()
         s = self.next_time(p.t) if s is None else s
         parent = torch.arange(len(p), device=p.x.device).repeat_interleave(copies)
         q = p[parent]
@@ -281,13 +289,11 @@ class Run:
         return replace(p, reward=r)
 
     def _noise(self, shape: Sequence[int]) -> Tensor:
-        self._refuse_if_watched()
         z = torch.randn(shape, generator=self.generator, device=self.generator.device, dtype=self.problem.dtype)
         return z.to(self.problem.device)
 
     def _at(self, t: float, x: Tensor, parent: Tensor, logw: Tensor, carry: dict[str, Tensor]) -> Particles:
         """Particles at a new state, their velocity paid for: the one place that evaluates it."""
-        self._refuse_if_watched()
         self._drawn += len(x)
         unscored = x.new_full((len(x),), math.nan)
         if t == 0:

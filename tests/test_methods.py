@@ -1,0 +1,279 @@
+import math
+import random
+from itertools import pairwise
+
+import pytest
+import torch
+from conftest import MEAN, STD, Counting, never, seeded
+
+from flowscale_lite import (
+    LINEAR,
+    RBF,
+    BestOfN,
+    GaussianMixture,
+    Problem,
+    gaussian,
+    ode,
+    quadratic,
+    sde,
+    search,
+    uniform,
+)
+
+MIXTURE = GaussianMixture([[-1.0, 0.5], [1.0, -0.5], [0.3, 1.4]], [0.3, 0.4, 0.2], [0.5, 0.3, 0.2]).velocity(LINEAR)
+
+
+def reward(x):
+    return -(x - x.new_tensor([1.2, 1.2])).square().sum(1)
+
+
+def flat(x):
+    return x.new_zeros(len(x))
+
+
+def problem(steps=5, velocity=MIXTURE, reward=reward, kernel=None, **rest) -> Problem:
+    return Problem(velocity, reward, LINEAR, kernel or gaussian(1.0), uniform(steps), (2,), **rest)
+
+
+def drawn(result) -> list[int]:
+    return [step.drawn for step in result.trace]
+
+
+# Best of N
+
+
+@pytest.mark.parametrize(("n", "budget", "rows"), [(None, 53, 10), (None, 5, 1), (4, 53, 4), (10, 50, 10)])
+@pytest.mark.parametrize("cost", [1, 3])
+def test_best_of_n_spends_n_samples(n, budget, rows, cost):
+    velocity = Counting(MIXTURE)
+    result = search(problem(velocity=velocity, cost=cost), BestOfN(n), max_nfe=budget * cost, generator=seeded())
+    assert velocity.rows == 5 * rows and result.nfe == 5 * rows * cost and result.reward_calls == rows
+
+
+@pytest.mark.parametrize(("n", "budget"), [(None, 4), (3, 14)])
+def test_best_of_n_refuses_a_budget_too_small(n, budget):
+    with pytest.raises(ValueError, match="max_nfe >="):
+        search(problem(velocity=never, reward=never), BestOfN(n), max_nfe=budget, generator=seeded())
+
+
+def test_best_of_n_refuses_no_samples():
+    with pytest.raises(ValueError, match="n must"):
+        BestOfN(0)
+
+
+def test_the_best_of_n_is_the_largest_of_n_normals():
+    """Under the exact ODE x0 = MEAN + STD * noise, and the largest of 3 standard normals has mean 3/(2 sqrt(pi))."""
+    one_step = lambda x, t: (1 - STD) * x - MEAN  # noqa: E731  (the straight flow to N(MEAN, STD^2), exact in one step)
+    straight = Problem(one_step, lambda x: x[:, 0], LINEAR, ode, (1.0, 0.0), (1,))
+    g = seeded()
+    got = torch.tensor([search(straight, BestOfN(), max_nfe=3, generator=g).reward for _ in range(1500)])
+    # The largest of 3 has standard deviation 0.748 STD; four standard errors.
+    assert got.mean() == pytest.approx(MEAN + STD * 1.5 / math.sqrt(math.pi), abs=4 * 0.748 * STD / math.sqrt(1500))
+
+
+# Rollover budget forcing
+
+
+def test_rbf_books_balance_and_no_budget_is_lost():
+    dice = random.Random(0)
+    for seed in range(200):
+        method = RBF(
+            init=dice.randint(1, 6),
+            accept=dice.choice(["first", "best"]),
+            batch=dice.randint(1, 9),
+            rollover=dice.random() < 0.7,
+            chains=dice.randint(1, 4),
+            spend_all=dice.random() < 0.7,
+        )
+        steps, cost = dice.randint(1, 8), dice.choice([1, 1, 2])
+        least = cost * method.chains * (method.init + steps - 1)
+        budget = least + dice.randint(0, 60)
+        velocity = Counting(MIXTURE)
+        setup = problem(steps, velocity, dice.choice([reward, flat]), cost=cost)
+        result = search(setup, method, max_nfe=budget, generator=seeded(seed))
+        assert cost * velocity.rows == result.nfe <= budget and result.nfe + result.left == budget, method
+        assert result.trace[-1].t == 0 and result.trace[0].drawn == method.chains * method.init
+        assert all(step.drawn >= method.chains for step in result.trace)
+        if steps > 1 and (method.accept == "best" or (method.rollover and method.spend_all)):
+            assert result.left < cost, (method, result)  # less than one row
+        with pytest.raises(ValueError, match=f"max_nfe >= {least}"):
+            search(setup, method, max_nfe=least - 1, generator=seeded()) if least > 1 else method.check(setup, 0)
+
+
+def plain_rbf(flow, reward, steps, init, budget, g, rollover=True):
+    """The paper's loop with one candidate at a time and the exact Gaussian transition, written without the package."""
+    x = torch.randn(init, 2, generator=g)
+    v = flow(x, torch.full((init,), 1.0))
+    r = reward(x - v)
+    i = r.argmax()
+    x, v, record, left, saved, used = x[i : i + 1], v[i : i + 1], r[i], budget - init, 0, []
+    times = uniform(steps)
+    for k, (t, s) in enumerate(pairwise(times[:-1])):
+        rows = budget - init
+        share = rows * (steps - 1 - k) // (steps - 1) - rows * (steps - 2 - k) // (steps - 1)
+        quota, best, n = share + saved, None, 0
+        rho = s * (1 - t) / ((1 - s) * t)
+        mean = (1 - s) * (x - t * v) + s * rho * (x + (1 - t) * v)
+        while n < quota:
+            y = mean + s * math.sqrt(1 - rho**2) * torch.randn(1, 2, generator=g)
+            w = flow(y, torch.full((1,), s))
+            q, n, left = reward(y - s * w), n + 1, left - 1
+            if best is None or q > best[2]:
+                best = (y, w, q)
+            if q > record and k < steps - 2:
+                break
+        saved = quota - n if rollover else 0
+        x, v, q = best
+        record = max(record, q)
+        used.append(n)
+    return x - times[-2] * v, used
+
+
+@pytest.mark.parametrize("judge", [reward, lambda x: reward(x).round(), flat], ids=["smooth", "integer", "flat"])
+@pytest.mark.parametrize("rollover", [True, False])
+def test_rbf_is_the_papers_loop(judge, rollover):
+    for seed in range(15):
+        x, used = plain_rbf(MIXTURE, judge, 6, 4, 47, seeded(seed), rollover)
+        method = RBF(init=4, batch=1, rollover=rollover)
+        result = search(problem(6, reward=judge), method, max_nfe=47, generator=seeded(seed))
+        assert drawn(result) == [4, *used, 1]
+        torch.testing.assert_close(result.best, x[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("accept", ["first", "best"])
+@pytest.mark.parametrize("batch", [1, 4, 100])
+def test_without_success_every_paid_transition_spends_its_quota(accept, batch):
+    """54 rows over 5 paid transitions of a 6-step schedule: the remainder is spread, and the free step draws one."""
+    method = RBF(init=7, accept=accept, batch=batch)
+    result = search(problem(6, reward=flat), method, max_nfe=7 + 54, generator=seeded())
+    assert drawn(result) == [7, 11, 11, 11, 11, 10, 1] and result.left == 0
+
+
+class Staircase:
+    """A reward that improves with the call numbers given, and otherwise says 0."""
+
+    def __init__(self, *improve):
+        self.improve, self.calls, self.level = improve, 0, 0.0
+
+    def __call__(self, x):
+        out = x.new_zeros(len(x))
+        for i in range(len(x)):
+            if self.calls in self.improve:
+                self.level += 1
+                out[i] = self.level
+            self.calls += 1
+        return out
+
+
+@pytest.mark.parametrize(
+    ("rollover", "spend_all", "expected", "left"),
+    [
+        (True, True, [2, 1, 19, 10, 10, 1], 0),
+        (False, True, [2, 1, 10, 10, 10, 1], 9),
+        (True, False, [2, 1, 19, 10, 10, 1], 0),
+    ],
+)
+def test_what_a_quota_leaves_rolls_over_to_the_next_transition_only(rollover, spend_all, expected, left):
+    """The first candidate is taken at once, no other ever; quota 10."""
+    method = RBF(init=2, batch=1, rollover=rollover, spend_all=spend_all)
+    result = search(problem(5, reward=Staircase(2)), method, max_nfe=42, generator=seeded())
+    assert drawn(result) == expected and result.left == left
+
+
+@pytest.mark.parametrize(("spend_all", "last", "left"), [(True, 37, 0), (False, 1, 36)])
+def test_at_the_last_paid_transition_there_is_nothing_to_save_for(spend_all, last, left):
+    method = RBF(init=2, batch=1, spend_all=spend_all)
+    result = search(problem(5, reward=Staircase(2, 3, 4, 5)), method, max_nfe=42, generator=seeded())
+    assert drawn(result) == [2, 1, 1, 1, last, 1] and result.left == left
+
+
+def test_a_speculative_batch_takes_the_first_that_beats_the_record_and_pays_for_all():
+    taken = []
+
+    class Ascending(Staircase):
+        def __call__(self, x):
+            taken.append(x.clone())
+            return super().__call__(x)
+
+    # Calls 0, 1 are the initial draws; 4 and 5 improve, the third and fourth of the first batch of six.
+    method = RBF(init=2, batch=6, spend_all=False)
+    result = search(problem(3, reward=Ascending(4, 5)), method, max_nfe=26, generator=seeded())
+    assert drawn(result) == [2, 6, 18, 1] and result.trace[1].accepted == 1.0 and result.trace[1].best == 2.0
+    assert torch.equal(result.seen, taken[1][3])  # the better one, which the rule passed over, is still reported
+
+
+def test_best_acceptance_takes_the_best_of_the_whole_quota():
+    result = search(problem(), RBF(init=3, accept="best", batch=2), max_nfe=63, generator=seeded())
+    assert drawn(result) == [3, 15, 15, 15, 15, 1]
+    assert all(step.accepted == step.best for step in result.trace)
+
+
+def test_the_record_is_the_best_accepted_so_far_and_never_falls():
+    """Accepted 5, then -1 for want of better: a candidate of 0 beats the parent but not the record."""
+    script = {0: 5.0, 1: -1.0, 2: -1.0, 3: 0.0, 4: 0.0}
+
+    class Script:
+        calls = 0
+
+        def __call__(self, x):
+            self.calls += len(x)
+            return x.new_tensor([script.get(self.calls - len(x) + i, 0.0) for i in range(len(x))])
+
+    result = search(problem(4, reward=Script()), RBF(init=1, batch=1), max_nfe=1 + 6, generator=seeded())
+    assert drawn(result) == [1, 2, 2, 2, 1]
+
+
+def test_chains_are_independent_share_the_budget_and_return_the_best():
+    """31 rows for 3 chains: 10, 10 and 11; 2 initial draws each, then 2 paid transitions of 4 (or 5) rows."""
+    result = search(problem(3, reward=flat), RBF(init=2, chains=3), max_nfe=31, generator=seeded())
+    assert drawn(result) == [6, 13, 12, 3] and result.left == 0
+    last = []
+    result = search(
+        problem(3), RBF(init=2, chains=3), max_nfe=31, generator=seeded(), on_step=lambda p, _: last.append(p)
+    )
+    assert [len(p) for p in last] == [3, 3, 3, 3]
+    assert result.reward == last[-1].reward.max() and torch.equal(result.best, last[-1].x[last[-1].reward.argmax()])
+    assert [p.parent.tolist() for p in last[1:]] == [[0, 1, 2]] * 3
+
+
+def test_one_paid_transition_or_none():
+    assert drawn(search(problem(2, reward=flat), RBF(init=2), max_nfe=9, generator=seeded())) == [2, 7, 1]
+    result = search(problem(1, reward=flat), RBF(init=2), max_nfe=9, generator=seeded())
+    assert drawn(result) == [2, 1] and result.left == 7
+
+
+@pytest.mark.parametrize("kernel", [ode, gaussian(0.0)], ids=lambda k: k.name)
+def test_rbf_refuses_a_deterministic_kernel_before_any_compute(kernel):
+    with pytest.raises(ValueError, match="coincide"):
+        search(problem(velocity=never, reward=never, kernel=kernel), RBF(), max_nfe=100, generator=seeded())
+
+
+@pytest.mark.parametrize("cost", [1, 2])
+def test_rbf_refuses_a_budget_too_small_before_any_compute(cost):
+    with pytest.raises(ValueError, match=f"max_nfe >= {24 * cost}"):
+        search(
+            problem(velocity=never, reward=never, cost=cost), RBF(chains=2), max_nfe=24 * cost - 1, generator=seeded()
+        )
+
+
+@pytest.mark.parametrize("field", ["init", "batch", "chains"])
+def test_rbf_refuses_hyperparameters_out_of_range(field):
+    with pytest.raises(ValueError, match=field):
+        RBF(**{field: 0})
+
+
+def test_rbf_refuses_an_unknown_rule():
+    with pytest.raises(ValueError, match="accept"):
+        RBF(accept="any")
+
+
+def test_rbf_beats_best_of_n():
+    """Gaussian data, reward the first coordinate, 40 runs each: better by more than four standard errors."""
+    one = GaussianMixture([[MEAN, MEAN]], STD).velocity(LINEAR)
+    setup = problem(10, one, lambda x: x[:, 0], sde(quadratic()))
+    rewards = [
+        torch.tensor([search(setup, method, max_nfe=100, generator=seeded(i)).reward for i in range(40)])
+        for method in (RBF(accept="best"), BestOfN())
+    ]
+    gain = rewards[0].mean() - rewards[1].mean()
+    assert gain > 4 * (rewards[0].var() / 40 + rewards[1].var() / 40).sqrt()

@@ -1,0 +1,44 @@
+import pytest
+import torch
+
+from flowscale_lite import Decoded, chunked, rounded
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 7, 100])
+def test_chunked_gives_the_same_numbers_in_parts(chunk):
+    sizes = []
+
+    def square(x):
+        sizes.append(len(x))
+        return x.square().sum(1)
+
+    x = torch.arange(14.0).view(7, 2)
+    assert torch.equal(chunked(square, chunk)(x), x.square().sum(1))
+    assert max(sizes) <= chunk and sum(sizes) == 7
+
+
+def test_decoded_never_holds_more_pictures_than_a_chunk():
+    decoded = []
+
+    def decode(z):
+        decoded.append(len(z))
+        return z[..., None].expand(-1, -1, 5) * 2
+
+    def brightness(pictures):
+        assert pictures.shape[1:] == (3, 5)
+        return pictures.mean((1, 2))
+
+    z = torch.arange(21.0).view(7, 3)
+    torch.testing.assert_close(Decoded(decode, brightness, chunk=3)(z), 2 * z.mean(1))
+    assert decoded == [3, 3, 1]
+
+
+def test_rounded():
+    assert rounded(lambda x: x[:, 0])(torch.tensor([[-1.6], [0.4], [2.51]])).tolist() == [-2, 0, 3]
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="chunk"):
+        chunked(torch.square, 0)
+    with pytest.raises(ValueError, match="chunk"):
+        Decoded(torch.square, torch.square, chunk=0)(torch.zeros(2, 2))
