@@ -6,7 +6,7 @@ ONLY ?=
 FORCE ?=
 
 PY := $(VENV)/bin/python
-PIP := $(PY) -m pip --disable-pip-version-check -q
+PIP := $(PY) -m pip --disable-pip-version-check -qq
 # Notebooks and tests run JOBS at a time, each on one thread: fastest on two cores, and repeatable.
 export OMP_NUM_THREADS ?= 1
 export MKL_NUM_THREADS ?= 1
@@ -31,7 +31,7 @@ test: $(VENV)/.dev  ## everything that must hold: ruff, mypy, built notebooks, p
 	@$(PY) -m pytest -q -n $(JOBS) --dist worksteal
 
 lab: $(VENV)/.notebooks  ## open JupyterLab on the notebooks
-	@unset HF_HUB_OFFLINE; $(PY) -m jupyterlab --ServerApp.root_dir=notebooks
+	@unset HF_HUB_OFFLINE OMP_NUM_THREADS MKL_NUM_THREADS; $(PY) -m jupyterlab --ServerApp.root_dir=notebooks
 
 notebooks: $(VENV)/.notebooks  ## rebuild notebooks whose source changed (ONLY="03 05", FORCE=1)
 	@$(PY) -m tools.notebooks $(if $(FORCE),--force) $(ONLY)
