@@ -1,0 +1,164 @@
+"""`flowscale "three red circles and two blue squares"`: a prompt, a plain picture, and what a search makes of it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import __version__, kernels, shapes
+from .methods import RBF, BestOfN
+from .search import Problem, Result, search
+
+if TYPE_CHECKING:
+    from .pipelines import Prompt
+
+METHODS = {"best-of-n": BestOfN, "rbf": RBF}
+KERNELS = {
+    "ode": lambda: kernels.ode,
+    "sde": lambda: kernels.sde(kernels.quadratic()),
+    "vp": lambda: kernels.sde(kernels.vp_diffusion()),
+    "gaussian": lambda: kernels.gaussian(1.0),
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="flowscale", description=__doc__)
+    p.add_argument("prompt", help="what to draw, in plain English")
+    p.add_argument("--method", choices=METHODS, default="rbf")
+    p.add_argument("--nfe", type=int, default=250, help="budget of velocity evaluations (default: %(default)s)")
+    p.add_argument("--steps", type=int, default=10, help="steps of the time grid (default: %(default)s)")
+    p.add_argument("--kernel", choices=KERNELS, help="transition (default: ode for best-of-n, gaussian for the others)")
+    p.add_argument(
+        "--guidance", type=float, help="distilled guidance scale, for models that have it (default: 2)", default=2.0
+    )
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--model", help="folder or hub id of a FluxPipeline (default: the tiny-flux of this project)")
+    p.add_argument("--device", default="cpu")
+    p.add_argument("--out", type=Path, default=Path("out.png"), help="picture; the account goes beside it as .json")
+    p.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command; bad input ends in one line on standard error and exit status 2, before anything is computed."""
+    args = parser().parse_args(argv)
+    try:
+        prompt, problem, method, scene = prepare(args)
+    except (ValueError, OSError) as error:
+        sys.exit(_fail(error))
+    account = run(args, prompt, problem, method, scene)
+    print(table(account))
+    print(f"picture: {args.out}   account: {args.out.with_suffix('.json')}")
+
+
+def _fail(error: Exception) -> int:
+    print(f"flowscale: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2
+
+
+def prepare(args: argparse.Namespace) -> tuple[Prompt, Problem, Any, shapes.Scene]:
+    """Everything that can be refused is refused here: prompt, budget, model, device.
+
+    Raises:
+        ValueError, OSError: with one clear line.
+    """
+    scene = shapes.parse(args.prompt)
+    if args.nfe < 1 or args.steps < 1:
+        raise ValueError(f"--nfe and --steps must be at least 1; got {args.nfe} and {args.steps}")
+    if args.out.suffix != ".png" or not args.out.resolve().parent.is_dir():
+        raise ValueError(f"--out must name a .png file in an existing folder; got {args.out}")
+    method = METHODS[args.method]()
+    kernel = KERNELS[args.kernel or ("ode" if args.method == "best-of-n" else "gaussian")]()
+    from . import assets, pipelines  # diffusers takes seconds to import: only once the words are right
+
+    model = args.model or assets.data("tiny-flux/dev")
+    prompt = pipelines.Prompt.encode(pipelines.load(model, args.device), args.prompt, guidance=args.guidance)
+    problem = prompt.problem(shapes.CountReward(scene), kernel, args.steps)
+    method.check(problem, args.nfe)
+    return prompt, problem, method, scene
+
+
+def run(args: argparse.Namespace, prompt: Prompt, problem: Problem, method: Any, scene: shapes.Scene) -> dict[str, Any]:
+    """Draw the plain picture and search for a better one; writes picture and account, returns the account."""
+    from torch import Generator
+    from tqdm import tqdm
+
+    from . import plots
+
+    plain = plain_sample(problem, Generator().manual_seed(args.seed))
+    start = time.perf_counter()
+    with tqdm(total=args.nfe, unit="NFE", disable=None, leave=False) as bar:
+        found = search(
+            problem,
+            method,
+            max_nfe=args.nfe,
+            generator=Generator().manual_seed(args.seed),
+            on_step=lambda _, run: bar.update(run.nfe - bar.n),
+        )
+    seconds = time.perf_counter() - start
+    before, after = (prompt.decode(result.best[None]) for result in (plain, found))
+    figure = plots.before_after(before[0], after[0], found, title=args.prompt)
+    figure.savefig(args.out, dpi=150)
+    account = {
+        "prompt": args.prompt,
+        "seed": args.seed,
+        "model": str(args.model or "tiny-flux/dev"),
+        "steps": args.steps,
+        "guidance": args.guidance,
+        "kernel": problem.kernel.name,
+        "method": {"name": args.method, **asdict(method)},
+        "budget": args.nfe,
+        "version": __version__,
+        "plain": summary(plain, before, scene),
+        "found": summary(found, after, scene) | {"seconds": round(seconds, 2)},
+        "trace": [step._asdict() for step in found.trace],
+    }
+    args.out.with_suffix(".json").write_text(json.dumps(account, indent=1) + "\n")
+    return account
+
+
+def plain_sample(problem: Problem, generator: Any) -> Result:
+    """One sample of the deterministic flow, what the model draws without a search."""
+    from dataclasses import replace
+
+    problem = replace(problem, kernel=kernels.ode)
+    return search(problem, BestOfN(1), max_nfe=(1 + problem.paid()) * problem.cost, generator=generator)
+
+
+def summary(result: Result, picture: Any, scene: shapes.Scene) -> dict[str, Any]:
+    """What a table says about one picture."""
+    return {
+        "reward": round(result.reward, 4),
+        "counts": {" ".join(shapes.CLASSES[k]): int(n) for k, n in enumerate(shapes.count(picture)[0]) if n},
+        "exact": bool(shapes.exact(scene, picture)[0]),
+        "nfe": result.nfe,
+        "left": result.left,
+        "reward_calls": result.reward_calls,
+    }
+
+
+def table(account: dict[str, Any]) -> str:
+    """The account in four aligned lines."""
+    rows = [("", "reward", "exact", "NFE", "reward calls", "seconds", "counts")]
+    for name, key in (("plain", "plain"), (account["method"]["name"], "found")):
+        entry = account[key]
+        counts = ", ".join(f"{n} {kind}" for kind, n in entry["counts"].items()) or "nothing"
+        rows.append(
+            (
+                name,
+                f"{entry['reward']:.2f}",
+                "yes" if entry["exact"] else "no",
+                str(entry["nfe"]),
+                str(entry["reward_calls"]),
+                f"{entry.get('seconds', ''):}",
+                counts,
+            )
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)

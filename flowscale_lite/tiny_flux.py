@@ -1,0 +1,625 @@
+"""The small FLUX: a genuine diffusers FluxPipeline, trained from scratch on a CPU on pictures of shapes.
+
+`python -m flowscale_lite.tiny_flux autoencoder|latents|dev|guidance|schnell --work runs/tiny-flux --out data/tiny-flux`
+runs the stages in that order. Every stage writes what it can resume from; training also writes a log.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from safetensors.torch import load_file, save_file
+from torch import Generator, Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from . import schedules, shapes
+
+LATENT_CHANNELS = 8
+
+
+def build_autoencoder() -> AutoencoderTiny:
+    """8x down like FLUX's, 8 latent channels. Without the block at full size faint stripes remain."""
+    return AutoencoderTiny(
+        encoder_block_out_channels=(24,) * 4,
+        decoder_block_out_channels=(24,) * 4,
+        num_encoder_blocks=(0, 1, 1, 2),
+        num_decoder_blocks=(2, 2, 1, 1),
+        latent_channels=LATENT_CHANNELS,
+    )
+
+
+# --------------------------------------------------------------------------------------------------------- training
+class Log:
+    """Prints a line and appends it to a JSON-lines file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+
+    def __call__(self, **fields: Any) -> None:
+        line = json.dumps({k: round(v, 5) if isinstance(v, float) else v for k, v in fields.items()})
+        print(line, flush=True)
+        with self.path.open("a") as file:
+            file.write(line + "\n")
+
+
+def cosine_rate(step: int, steps: int, warmup: int) -> float:
+    """Learning-rate factor: linear warm-up, then half a cosine to zero."""
+    return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
+
+
+def random_pictures(number: int, seed: int) -> tuple[list[shapes.Scene], Tensor]:
+    """Scenes and their pictures (number, 3, 64, 64) uint8."""
+    rng = np.random.default_rng(seed)
+    scenes = [shapes.random_scene(rng) for _ in range(number)]
+    parts = [shapes.render(scenes[i : i + 1000], rng) for i in range(0, number, 1000)]
+    return scenes, torch.from_numpy(np.concatenate(parts)).permute(0, 3, 1, 2)
+
+
+def train_autoencoder(work: Path, out: Path, steps: int = 3600, batch: int = 32, pool: int = 12_000) -> None:
+    """Squared plus a little absolute error; noise on the latents makes the decoder snap to clean shapes."""
+    log, start = Log(out / "training_log.jsonl"), time.monotonic()
+    _, pictures = random_pictures(pool, seed=1)
+    torch.manual_seed(0)
+    model = build_autoencoder().to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=1e-4)
+    checkpoint = Checkpoint(work / "autoencoder.safetensors", {"model": model}, optimizer)
+    for step in range(checkpoint.load(), steps):
+        generator = Generator().manual_seed(step)
+        for group in optimizer.param_groups:
+            group["lr"] = 2e-3 * cosine_rate(step, steps, 100)
+        x = pictures[torch.randint(pool, (batch,), generator=generator)].float() / 127.5 - 1
+        x = x.to(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16):
+            z = model.encoder(x)
+            level = 0.15 * torch.rand(batch, 1, 1, 1, generator=generator)
+            y = model.decoder(z + level * torch.randn(z.shape, generator=generator)).float()
+        z = z.float()
+        spread = z.mean((0, 2, 3)) ** 2 + (z.var((0, 2, 3)) - 1) ** 2
+        error = (y - x) ** 2
+        loss = error.mean() + 0.1 * (y - x).abs().mean() + 0.01 * spread.mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if (step + 1) % 100 == 0 or step + 1 == steps:
+            log(
+                stage="autoencoder",
+                step=step + 1,
+                mse=float(error.mean()),
+                spread=float(spread.mean()),
+                seconds=round(time.monotonic() - start),
+            )
+            checkpoint.save(step + 1)
+    with torch.no_grad():
+        z = torch.cat([model.encoder(p.float() / 127.5 - 1) for p in pictures[:2000].split(50)])
+    model.register_to_config(scaling_factor=float(1 / z.std()), shift_factor=float(z.mean()))
+    model.to(memory_format=torch.contiguous_format).save_pretrained(work / "vae")
+
+
+class Checkpoint:
+    """Everything needed to go on after an interruption, in one safetensors file, written whole or not at all."""
+
+    def __init__(self, path: Path, models: dict[str, nn.Module], optimizer: torch.optim.Optimizer):
+        self.path, self.models, self.optimizer = path, models, optimizer
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+
+    def load(self) -> int:
+        """Restore and return the number of steps done; 0 when there is no checkpoint."""
+        if not self.path.exists():
+            return 0
+        state = load_file(self.path)
+        step = int(state.pop("step"))
+        for name, model in self.models.items():
+            prefix = f"{name}/"
+            model.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+        moments: dict[int, dict[str, Tensor]] = {}
+        for key, value in state.items():
+            if key.startswith("optimizer/"):
+                _, index, moment = key.split("/")
+                moments.setdefault(int(index), {})[moment] = value
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
+        return step
+
+    def save(self, step: int) -> None:
+        state = {"step": torch.tensor(step)}
+        for name, model in self.models.items():
+            state |= {f"{name}/{key}": value.contiguous().clone() for key, value in model.state_dict().items()}
+        for index, moments in self.optimizer.state_dict()["state"].items():
+            state |= {f"optimizer/{index}/{key}": value.contiguous().clone() for key, value in moments.items()}
+        save_whole(state, self.path)
+
+
+# ----------------------------------------------------------------------------------------------- text and transformer
+WORDS = sorted(
+    {
+        "a",
+        "an",
+        "and",
+        "with",
+        "to",
+        "the",
+        "left",
+        "right",
+        "of",
+        "above",
+        "below",
+        "picture",
+        "drawing",
+        "image",
+        "please",
+        "draw",
+        "there",
+        "are",
+        "on",
+        "white",
+        "paper",
+        *shapes.NUMBERS,
+        *map(str, range(1, 11)),
+        *shapes.COLOURS,
+        *shapes.SHAPES,
+        *(f"{shape}s" for shape in shapes.SHAPES),
+    }
+)
+TOKENS = 16  # longest prompt of both tokenizers, end mark included
+
+
+def byte_pairs(word: str, merges: list[tuple[str, str]]) -> list[str]:
+    """Byte-pair encoding of a word: the pair that was learnt first is joined first."""
+    pieces = [*word[:-1], f"{word[-1]}</w>"]
+    while known := [pair for pair in pairwise(pieces) if pair in merges]:
+        at = list(pairwise(pieces)).index(min(known, key=merges.index))
+        pieces[at : at + 2] = [pieces[at] + pieces[at + 1]]
+    return pieces
+
+
+def build_tokenizers() -> tuple[CLIPTokenizer, T5Tokenizer]:
+    """Local vocabularies in which every word of the data set is one token (CLIP's rules read digits one by one)."""
+    letters = sorted(bytes_to_unicode().values())
+    tokens, merges = letters + [f"{letter}</w>" for letter in letters], []
+    for word in (word for word in WORDS if not word.isdigit()):
+        while len(pieces := byte_pairs(word, merges)) > 1:
+            merges.append((pieces[0], pieces[1]))
+            tokens.append(pieces[0] + pieces[1])
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    clip = CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=TOKENS)
+    pieces_t5 = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -100.0), *((f"\u2581{word}", -1.0) for word in WORDS)]
+    return clip, T5Tokenizer(vocab=pieces_t5, extra_ids=0, model_max_length=TOKENS)
+
+
+def build_text_encoders(clip: CLIPTokenizer, t5: T5Tokenizer) -> tuple[CLIPTextModel, T5EncoderModel]:
+    pooled = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(clip),
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            projection_dim=64,
+            max_position_embeddings=TOKENS,
+            bos_token_id=clip.bos_token_id,
+            eos_token_id=clip.eos_token_id,
+            pad_token_id=clip.pad_token_id,
+        )
+    )
+    words = T5EncoderModel(
+        T5Config(
+            vocab_size=len(t5),
+            d_model=128,
+            d_kv=32,
+            d_ff=256,
+            num_layers=2,
+            num_heads=4,
+            dropout_rate=0.0,
+            feed_forward_proj="gated-gelu",
+        )
+    )
+    return pooled, words
+
+
+def build_transformer(guidance: bool) -> FluxTransformer2DModel:
+    """One double-stream and five single-stream blocks of width 128; `guidance` adds FLUX.1-dev's guidance embedding."""
+    return FluxTransformer2DModel(
+        in_channels=4 * LATENT_CHANNELS,
+        num_layers=1,
+        num_single_layers=5,
+        attention_head_dim=32,
+        num_attention_heads=4,
+        joint_attention_dim=128,
+        pooled_projection_dim=64,
+        guidance_embeds=guidance,
+        axes_dims_rope=(8, 12, 12),
+    )
+
+
+class Denoiser(nn.Module):
+    """The trainable part of a FluxPipeline: two text encoders and the transformer, on packed latents."""
+
+    def __init__(self, guidance: bool = True):
+        super().__init__()
+        self.tokenizer, self.tokenizer_2 = build_tokenizers()
+        self.text_encoder, self.text_encoder_2 = build_text_encoders(self.tokenizer, self.tokenizer_2)
+        self.transformer = build_transformer(guidance)
+        side = shapes.SIZE // 16
+        self.register_buffer(
+            "image_ids", FluxPipeline._prepare_latent_image_ids(1, side, side, "cpu", torch.float32), False
+        )
+        self.register_buffer("text_ids", torch.zeros(TOKENS, 3), False)
+
+    def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        kwargs = {"padding": "max_length", "truncation": True, "max_length": TOKENS, "return_tensors": "pt"}
+        return self.tokenizer(list(prompts), **kwargs).input_ids, self.tokenizer_2(list(prompts), **kwargs).input_ids
+
+    def encode(self, clip_ids: Tensor, t5_ids: Tensor) -> tuple[Tensor, Tensor]:
+        return self.text_encoder(clip_ids).pooler_output, self.text_encoder_2(t5_ids)[0]
+
+    def forward(self, x: Tensor, t: Tensor, text: tuple[Tensor, Tensor], guidance: Tensor | None = None) -> Tensor:
+        """Velocity eps - x0 at packed latents x (K, 16, 32) and times t (K,)."""
+        return self.transformer(
+            hidden_states=x,
+            timestep=t,
+            guidance=guidance,
+            pooled_projections=text[0],
+            encoder_hidden_states=text[1],
+            img_ids=self.image_ids,
+            txt_ids=self.text_ids,
+            return_dict=False,
+        )[0]
+
+    def pipeline(self, vae: AutoencoderTiny, scheduler: FlowMatchEulerDiscreteScheduler) -> FluxPipeline:
+        return FluxPipeline(
+            scheduler, vae, self.text_encoder, self.tokenizer, self.text_encoder_2, self.tokenizer_2, self.transformer
+        )
+
+
+# --------------------------------------------------------------------------------------------------------- training
+def make_latents(work: Path, number: int) -> None:
+    """Draw and encode the training set once: packed latents and token ids, in blocks of 1,000."""
+    vae, denoiser = AutoencoderTiny.from_pretrained(work / "vae").to(memory_format=torch.channels_last), Denoiser()
+    for path, block in own_blocks(work / "latents", number // 1000):
+        rng = np.random.default_rng([2, block])
+        scenes = [shapes.random_scene(rng) for _ in range(1000)]
+        clip_ids, t5_ids = denoiser.tokenize([scene.wording(rng) for scene in scenes])
+        pictures = shapes.to_tensor(shapes.render(scenes, rng)).to(memory_format=torch.channels_last)
+        with torch.no_grad():
+            z = torch.cat([vae.encoder(part * 2 - 1) for part in pictures.split(50)])
+        z = (z - vae.config.shift_factor) * vae.config.scaling_factor
+        packed = FluxPipeline._pack_latents(z, len(z), LATENT_CHANNELS, *z.shape[2:]).half()
+        save_whole({"latents": packed, "clip": clip_ids.to(torch.int16), "t5": t5_ids.to(torch.int16)}, path)
+
+
+def own_blocks(folder: Path, blocks: int) -> Iterator[tuple[Path, int]]:
+    """The block files that this process of a torchrun job has still to write."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rank, ranks = rank_and_ranks()
+    for block in tqdm(range(rank, blocks, ranks), disable=rank > 0):
+        path = folder / f"{block:04d}.safetensors"
+        if not path.exists():
+            yield path, block
+
+
+def read_blocks(folder: Path) -> dict[str, Tensor]:
+    """All blocks of a folder, joined."""
+    blocks = [load_file(path) for path in sorted(folder.glob("*.safetensors"))]
+    return {name: torch.cat([block[name] for block in blocks]) for name in blocks[0]}
+
+
+def save_whole(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file whole or not at all."""
+    partial = path.with_suffix(".partial")
+    save_file(tensors, partial)
+    partial.replace(path)
+
+
+def rank_and_ranks() -> tuple[int, int]:
+    """This process's number and how many there are; (0, 1) outside torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+class Averaged(nn.Module):
+    """Exponential moving average of a model's parameters, with a short memory at first."""
+
+    def __init__(self, model: nn.Module, decay: float = 0.9995):
+        super().__init__()
+        self.model, self.decay = copy.deepcopy(model).requires_grad_(False).eval(), decay
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        weight = 1 - min(self.decay, (step + 1) / (step + 10))
+        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), weight)
+
+
+def average_gradients(model: nn.Module) -> None:
+    """Mean of the gradients over the processes of a torchrun job; nothing to do in a single process."""
+    if dist.is_initialized():
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        flat = torch.cat([g.flatten() for g in gradients])
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
+        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+
+def fit(
+    name: str,
+    model: nn.Module,
+    loss_of: Callable[[Generator, int], Tensor],
+    work: Path,
+    log: Log,
+    *,
+    steps: int,
+    batch: int,
+    rate: float,
+    measure: Callable[[nn.Module], dict[str, float]],
+) -> nn.Module:
+    """AdamW with warm-up and cosine decay, gradients averaged over processes; returns the averaged model.
+
+    `loss_of(generator, rows)` draws a batch with the generator it is given, which depends on step and process only, so
+    that a resumed run sees what an uninterrupted one would have seen.
+    """
+    rank, ranks = rank_and_ranks()
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=rate, betas=(0.9, 0.98), weight_decay=0.01
+    )
+    averaged = Averaged(model)
+    checkpoint = Checkpoint(work / f"{name}.safetensors", {"model": model, "averaged": averaged}, optimizer)
+    start, losses = time.monotonic(), []
+    for step in range(checkpoint.load(), steps):
+        generator = Generator().manual_seed(ranks * step + rank)
+        for group in optimizer.param_groups:
+            group["lr"] = rate * cosine_rate(step, steps, 300)
+        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):  # the fused CPU backward is slower
+            loss = loss_of(generator, batch // ranks)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        average_gradients(model)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        averaged.update(model, step)
+        losses.append(loss.item())
+        if rank == 0 and ((step + 1) % 250 == 0 or step + 1 == steps):
+            log(
+                stage=name,
+                step=step + 1,
+                loss=float(np.mean(losses)),
+                **measure(averaged.model),
+                seconds=round(time.monotonic() - start),
+            )
+            losses.clear()
+            checkpoint.save(step + 1)
+    return averaged.model
+
+
+def sample_times(rows: int, generator: Generator) -> Tensor:
+    """Logit-normal times leaning to the noisy end, where the number of objects is decided."""
+    return torch.sigmoid(1.1 * torch.randn(rows, generator=generator) + 0.7)
+
+
+def train_dev(work: Path, out: Path, steps: int, batch: int = 128) -> None:
+    """Flow matching on the latents, text encoders trained with the transformer; one prompt in ten is empty."""
+    data = read_blocks(work / "latents")
+    torch.manual_seed(0)
+    model = Denoiser()
+    empty = model.tokenize([""])
+
+    def loss_of(generator: Generator, rows: int) -> Tensor:
+        pick = torch.randint(len(data["latents"]), (rows,), generator=generator)
+        x0 = data["latents"][pick].float()
+        drop = (torch.rand(rows, generator=generator) < 0.1)[:, None]
+        text = model.encode(
+            *(torch.where(drop, none, data[key][pick].long()) for none, key in zip(empty, ("clip", "t5"), strict=True))
+        )
+        t = sample_times(rows, generator)
+        eps = torch.randn(x0.shape, generator=generator)
+        x = torch.lerp(x0, eps, t[:, None, None])
+        return ((model(x, t, text, torch.ones(rows)).float() - (eps - x0)) ** 2).mean()
+
+    fit(
+        "dev",
+        model,
+        loss_of,
+        work,
+        Log(out / "training_log.jsonl"),
+        steps=steps,
+        batch=batch,
+        rate=1.2e-3,
+        measure=Measure(work, guidance=1.0, steps=10),
+    )
+
+
+def load_averaged(work: Path, name: str, guidance: bool = True) -> Denoiser:
+    """The averaged weights of a finished stage."""
+    model = Denoiser(guidance)
+    prefix = "averaged/model."
+    state = load_file(work / f"{name}.safetensors")
+    model.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+    return model.requires_grad_(False).eval()
+
+
+def distil_guidance(work: Path, out: Path, steps: int, batch: int = 128) -> None:
+    """Teach dev's guidance embedding, as in FLUX.1-dev: one pass gives what two passes of the teacher give at scale g.
+
+    The target is v_empty + g (v_prompt - v_empty) with g uniform in [1, 4]; the text encoders stay as they are.
+    """
+    data = read_blocks(work / "latents")
+    teacher = load_averaged(work, "dev")
+    model = load_averaged(work, "dev")
+    model.transformer.requires_grad_(True)
+    empty = teacher.encode(*teacher.tokenize([""]))
+
+    def loss_of(generator: Generator, rows: int) -> Tensor:
+        pick = torch.randint(len(data["latents"]), (rows,), generator=generator)
+        t, eps = sample_times(rows, generator), torch.randn(rows, *data["latents"].shape[1:], generator=generator)
+        x = torch.lerp(data["latents"][pick].float(), eps, t[:, None, None])
+        text = teacher.encode(data["clip"][pick].long(), data["t5"][pick].long())
+        g, one = 1 + 3 * torch.rand(rows, generator=generator), torch.ones(rows)
+        with torch.no_grad():
+            with_prompt = teacher(x, t, text, one)
+            without = teacher(x, t, (empty[0].expand(rows, -1), empty[1].expand(rows, -1, -1)), one)
+            target = torch.lerp(without, with_prompt, g[:, None, None].to(without.dtype)).float()
+        return ((model(x, t, text, g).float() - target) ** 2).mean()
+
+    fit(
+        "guidance",
+        model,
+        loss_of,
+        work,
+        Log(out / "training_log.jsonl"),
+        steps=steps,
+        batch=batch,
+        rate=4e-4,
+        measure=Measure(work, guidance=2.0, steps=10),
+    )
+
+
+def make_pairs(work: Path, number: int, guidance: float = 2.0, steps: int = 16) -> None:
+    """Noise and where dev's deterministic flow takes it, for reflow; resumable in blocks of 512."""
+    data, teacher = read_blocks(work / "latents"), load_averaged(work, "guidance")
+    times = schedules.shifted(schedules.uniform(steps), DEV_SHIFT)
+    for path, block in own_blocks(work / "pairs", number // 512):
+        pick = torch.arange(block * 512, (block + 1) * 512) % len(data["latents"])
+        eps = torch.randn(512, *data["latents"].shape[1:], generator=Generator().manual_seed(10_000 + block))
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            text = teacher.encode(data["clip"][pick].long(), data["t5"][pick].long())
+            rows = zip(eps.split(64), text[0].split(64), text[1].split(64), strict=True)
+            x0 = torch.cat([euler(teacher, noise, (pooled, words), times, guidance) for noise, pooled, words in rows])
+        save_whole({"eps": eps.half(), "x0": x0.half(), "pick": pick}, path)
+
+
+def train_schnell(work: Path, out: Path, steps: int, batch: int = 128, guidance: float = 2.0) -> None:
+    """Reflow: flow matching on dev's own noise-sample pairs straightens the paths, so that few steps suffice.
+
+    Starts from dev at its guidance: the guidance embedding, constant there, goes into a bias, and schnell has none, as
+    FLUX.1-schnell.
+    """
+    data = read_blocks(work / "latents")
+    pairs = read_blocks(work / "pairs")
+    dev, model = load_averaged(work, "guidance"), Denoiser(guidance=False)
+    state = dev.state_dict()
+    embed = dev.transformer.time_text_embed
+    constant = embed.guidance_embedder(embed.time_proj(torch.tensor([1000 * guidance])))[0]
+    state["transformer.time_text_embed.timestep_embedder.linear_2.bias"] += constant
+    model.load_state_dict({k: v for k, v in state.items() if "guidance_embedder" not in k})
+    model.requires_grad_(False).transformer.requires_grad_(True)
+
+    def loss_of(generator: Generator, rows: int) -> Tensor:
+        pick = torch.randint(len(pairs["pick"]), (rows,), generator=generator)
+        eps, x0, prompt = pairs["eps"][pick].float(), pairs["x0"][pick].float(), pairs["pick"][pick]
+        text = model.encode(data["clip"][prompt].long(), data["t5"][prompt].long())
+        t = 1 - torch.rand(rows, generator=generator) ** 2  # most weight on the first steps, which must jump farthest
+        x = torch.lerp(x0, eps, t[:, None, None])
+        return ((model(x, t, text).float() - (eps - x0)) ** 2).mean()
+
+    fit(
+        "schnell",
+        model,
+        loss_of,
+        work,
+        Log(out / "training_log.jsonl"),
+        steps=steps,
+        batch=batch,
+        rate=6e-4,
+        measure=Measure(work, guidance=None, steps=4, shift=1.0),
+    )
+
+
+DEV_SHIFT = 2.0  # resolution shift of dev's time grid; schnell has none
+
+
+def export(work: Path, out: Path) -> None:
+    """Write the two FluxPipeline folders."""
+    vae = AutoencoderTiny.from_pretrained(work / "vae")
+    shift = {"base_image_seq_len": 4, "max_image_seq_len": 16, "base_shift": 0.5, "max_shift": math.log(DEV_SHIFT)}
+    for name, stage, dynamic in (("dev", "guidance", True), ("schnell", "schnell", False)):
+        if (work / f"{stage}.safetensors").exists():
+            scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=dynamic, **shift)
+            load_averaged(work, stage, guidance=name == "dev").pipeline(vae, scheduler).save_pretrained(out / name)
+
+
+class Measure:
+    """Exact-count accuracy of a denoiser on fixed prompts and noise, by total number of objects."""
+
+    def __init__(self, work: Path, guidance: float | None, steps: int, shift: float = 2.0, prompts: int = 96):
+        self.vae = AutoencoderTiny.from_pretrained(work / "vae").to(memory_format=torch.channels_last)
+        rng = np.random.default_rng(3)
+        self.scenes = [shapes.random_scene(rng) for _ in range(prompts)]
+        self.noise = torch.randn(
+            prompts, (shapes.SIZE // 16) ** 2, 4 * LATENT_CHANNELS, generator=Generator().manual_seed(3)
+        )
+        self.guidance, self.times = guidance, schedules.shifted(schedules.uniform(steps), shift)
+
+    @torch.no_grad()
+    def __call__(self, model: nn.Module) -> dict[str, float]:
+        text = model.encode(*model.tokenize([scene.caption() for scene in self.scenes]))
+        x = euler(model, self.noise, text, self.times, self.guidance)
+        counts = shapes.count(decode(self.vae, x))
+        right = (counts == np.stack([scene.target for scene in self.scenes])).all(1)
+        few = np.array([scene.total <= 3 for scene in self.scenes])
+        return {"exact": float(right.mean()), "exact_1_to_3": float(right[few].mean())}
+
+
+def euler(
+    model: nn.Module, x: Tensor, text: tuple[Tensor, Tensor], times: Sequence[float], guidance: float | None
+) -> Tensor:
+    """The deterministic flow from noise x (K, 16, 32) down the given times."""
+    g = None if guidance is None else torch.full((len(x),), guidance)
+    for t, s in pairwise(times):
+        x = x + (s - t) * model(x, torch.full((len(x),), t), text, g)
+    return x
+
+
+def decode(vae: AutoencoderTiny, x: Tensor) -> Tensor:
+    """Packed latents (K, 16, 32) -> pictures (K, 3, 64, 64) in [0, 1]."""
+    z = (
+        FluxPipeline._unpack_latents(x, shapes.SIZE, shapes.SIZE, 8) / vae.config.scaling_factor
+        + vae.config.shift_factor
+    )
+    return (
+        torch.cat([vae.decoder(part.to(memory_format=torch.channels_last)) for part in z.split(50)])
+        .add(1)
+        .div(2)
+        .clamp(0, 1)
+    )
+
+
+def main() -> None:
+    import argparse
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("stage", choices=["autoencoder", "latents", "dev", "guidance", "pairs", "schnell", "export"])
+    parser.add_argument("--work", type=Path, default=Path("runs/tiny-flux"))
+    parser.add_argument("--out", type=Path, default=Path("data/tiny-flux"))
+    parser.add_argument("--steps", type=int, default=3000, help="optimiser steps; for latents and pairs, their number")
+    args = parser.parse_args()
+    if "WORLD_SIZE" in os.environ:  # under torchrun
+        dist.init_process_group("gloo")
+    stages: dict[str, Callable[[], None]] = {
+        "autoencoder": lambda: train_autoencoder(args.work, args.out),
+        "latents": lambda: make_latents(args.work, args.steps),
+        "dev": lambda: train_dev(args.work, args.out, args.steps),
+        "guidance": lambda: distil_guidance(args.work, args.out, args.steps),
+        "pairs": lambda: make_pairs(args.work, args.steps),
+        "schnell": lambda: train_schnell(args.work, args.out, args.steps),
+        "export": lambda: export(args.work, args.out),
+    }
+    stages[args.stage]()
+
+
+if __name__ == "__main__":
+    main()

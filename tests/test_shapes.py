@@ -1,0 +1,123 @@
+"""Drawing, captions, the exact counter and the smooth reward."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import ndimage
+
+from flowscale_lite import shapes
+from flowscale_lite.shapes import CountReward, Group, Scene
+from tools import prompts
+
+
+def scenes(number: int, seed: int = 0, **kwargs) -> tuple[list[Scene], np.random.Generator]:
+    rng = np.random.default_rng(seed)
+    return [shapes.random_scene(rng, **kwargs) for _ in range(number)], rng
+
+
+def targets(items: list[Scene]) -> np.ndarray:
+    return np.stack([scene.target for scene in items])
+
+
+@pytest.mark.parametrize("blur", [0.0, 0.9])
+def test_counter_is_exact_on_renders_also_after_a_slight_blur(blur):
+    items, rng = scenes(400)
+    pictures = shapes.render(items, rng).astype(float)
+    pictures = ndimage.gaussian_filter(pictures, (0, blur, blur, 0)).round().astype(np.uint8)
+    right = (shapes.count(shapes.to_tensor(pictures)) == targets(items)).all(1)
+    assert right.mean() >= 0.995
+
+
+def test_objects_never_touch():
+    items, rng = scenes(200, objects=(10, 10))
+    ink = shapes.render(items, rng).min(3) < 200
+    assert [ndimage.label(picture, np.ones((3, 3)))[1] for picture in ink] == [10] * 200
+
+
+@given(st.integers(0, 10**6))
+@settings(max_examples=200, deadline=None)
+def test_every_wording_is_read_back(seed):
+    rng = np.random.default_rng(seed)
+    scene = shapes.random_scene(rng)
+    read = shapes.parse(scene.wording(rng))
+    assert (read.target == scene.target).all() and read.relation == scene.relation
+    assert shapes.parse(scene.caption()) == scene
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("a sunny day", "no known object"),
+        ("two red cats", "no known object"),
+        ("six red circles and five blue squares", "at most 10"),
+        ("one red circle and two blue squares and one green square", "one or two groups"),
+        ("one red circle and two red circles", "different kinds"),
+    ],
+)
+def test_prompts_that_cannot_be_drawn_are_refused(prompt, message):
+    with pytest.raises(ValueError, match=message):
+        shapes.parse(prompt)
+
+
+@pytest.mark.parametrize("relation", shapes.RELATIONS)
+def test_relations_are_drawn_and_judged(relation):
+    scene = Scene((Group(3, "red", "circle"), Group(2, "blue", "square")), relation)
+    images = shapes.to_tensor(shapes.render([scene] * 50, np.random.default_rng(0)))
+    assert shapes.exact(scene, images).all()
+    assert (CountReward(scene)(images) > -0.01).all()
+    opposite = shapes.to_tensor(shapes.render([Scene(scene.groups[::-1], relation)] * 50, np.random.default_rng(0)))
+    assert (shapes.residual(scene, opposite) == 0).all() and not shapes.exact(scene, opposite).any()
+    assert (CountReward(scene)(opposite) < -0.5).all()
+
+
+def test_one_object_too_many_too_few_or_of_the_wrong_colour_or_shape_is_seen():
+    scene = Scene((Group(3, "red", "circle"),))
+    for wrong, rss in (
+        (Scene((Group(2, "red", "circle"),)), 1),
+        (Scene((Group(5, "red", "circle"),)), 4),
+        (Scene((Group(3, "blue", "circle"),)), 18),
+        (Scene((Group(3, "red", "square"),)), 18),
+        (Scene((Group(3, "red", "circle"), Group(1, "green", "triangle"))), 1),
+    ):
+        images = shapes.to_tensor(shapes.render([wrong] * 20, np.random.default_rng(1)))
+        assert (shapes.residual(scene, images) == rss).all()
+        assert torch.allclose(CountReward(scene)(images), torch.tensor(-float(rss)), atol=0.05)
+
+
+def test_reward_rises_all_the_way_as_an_object_appears():
+    """The reason for a smooth reward: the exact count jumps once, the reward answers to every bit of ink."""
+    scene = Scene((Group(1, "green", "square"),))
+    layout = shapes.arrange([scene], np.random.default_rng(0))
+    faded = [shapes.draw(layout, 1, np.array([opacity])) for opacity in np.linspace(0.6, 0.85, 8)]
+    rewards = [float(CountReward(scene)(shapes.to_tensor(picture))) for picture in faded]
+    assert all(b > a for a, b in pairwise(rewards)) and rewards[0] < -0.7 and rewards[-1] > -0.01
+
+
+def test_half_an_object_and_a_blend_are_not_counted():
+    layout = shapes.arrange([Scene((Group(1, "red", "square"),))], np.random.default_rng(0))
+    picture = shapes.to_tensor(shapes.draw(layout, 1))
+    row = int(np.flatnonzero((picture[0].min(0).values < 0.5).numpy().any(1)).mean())
+    half = picture.clone()
+    half[:, :, row:] = shapes.PAPER
+    assert shapes.count(picture).sum() == 1 and shapes.count(half).sum() == 0
+
+
+def test_rows_do_not_influence_one_another_and_blank_paper_holds_nothing():
+    items, rng = scenes(12)
+    images = torch.cat([shapes.to_tensor(shapes.render(items, rng)), torch.full((2, 3, 64, 64), shapes.PAPER)])
+    reward = CountReward(items[0])
+    assert torch.equal(reward(images), torch.cat([reward(image[None]) for image in images]))
+    assert (shapes.count(images)[-2:] == 0).all() and shapes.count(images[-1:]).shape == (1, 12)
+
+
+def test_prompt_lists_are_what_their_generator_writes():
+    for name, expected in prompts.lists().items():
+        assert (prompts.FOLDER / f"{name}.txt").read_text().splitlines() == expected
+        assert len(set(expected)) == len(expected) >= 50
+    hard, held_out = ({shapes.parse(p) for p in prompts.lists()[name]} for name in ("hard", "held_out"))
+    assert not hard & held_out
+    assert all(7 <= scene.total <= 10 and len(scene.groups) == 2 for scene in hard | held_out)
