@@ -194,7 +194,7 @@ def build(source: Path) -> Usage:
 def skeleton(notebook: NotebookNode) -> list[tuple]:
     """What a built notebook must share with its source: everything but outputs, counts and the measured line."""
     cells = [(c.id, c.cell_type, c.metadata, MEASURED_LINE.sub(MEASURED, c.source)) for c in notebook.cells]
-    return [("metadata", notebook.metadata), *cells]
+    return [*cells, ("metadata", notebook.metadata)]
 
 
 def differences(source: Path) -> list[str]:
