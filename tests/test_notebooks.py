@@ -216,7 +216,7 @@ BROKEN = {
     "two widgets": ("limit = 3.14159", "interact(f)\ninteract(g)", "widgets: one at most"),
     "unknown tag": ("# %%\nlimit", '# %% tags=["solutions"]\nlimit', "unknown tags"),
     "machine path": ("limit = 3.14159", 'where = "/home/me/model"', "machine path"),
-    "machine path in prose": ("# Much.", "# See /work/main.", "machine path"),
+    "machine path in prose": ("# Much.", "# See /home/me/project.", "machine path"),
     "magic": ("limit = 3.14159", "!ls", "not plain Python"),
     "long cell": ("limit = 3.14159", LONG, "has 27 lines"),
     "long function": ("limit = 3.14159", "def f():\n" + "    g()\n" * 20, "function f has 21 lines"),

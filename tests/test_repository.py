@@ -151,7 +151,7 @@ def test_no_machine_paths():
 @pytest.mark.parametrize(
     "text, found",
     [
-        ("cd /work/main", True),
+        ("cd /work/project", True),
         ('"/root/x"', True),
         ("(/tmp/x)", True),
         ("https://example.org/home/page", False),
