@@ -6,6 +6,7 @@ that `pipe(prompt, generator=...)` gives. Whatever the model's own precision and
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,14 +14,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import FluxPipeline
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
 from torch import Tensor
 
 from .interpolants import LINEAR
 from .kernels import Kernel
 from .rewards import Decoded, Reward
 from .search import Problem
+
+_logger = logging.getLogger("transformers.utils.import_utils")
+_level = _logger.level
+_logger.setLevel(logging.ERROR)  # it would warn that torchvision is missing, which nothing here needs
+from diffusers import FluxPipeline  # noqa: E402
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps  # noqa: E402
+
+_logger.setLevel(_level)
 
 
 def load(model: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> FluxPipeline:
@@ -30,6 +37,10 @@ def load(model: str | Path, device: str = "cpu", dtype: torch.dtype = torch.floa
         FileNotFoundError: `model` is a path that holds no pipeline.
         ValueError: there is no such device, or the model is no FluxPipeline.
     """
+    try:
+        torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"no such device: {device!r}; use 'cpu' or 'cuda'") from None
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device {device!r} asked for, but torch sees no CUDA GPU; use 'cpu'")
     folder = Path(model)

@@ -271,12 +271,12 @@ def detect(images: Tensor) -> Detections:
     """Find objects: ink per colour -> connected blobs -> overlap with an ideal shape of the same area and place.
 
     images: (K, 3, H, W) in [0, 1]. The confidence of a blob is its soft intersection over union with the best ideal
-    shape, 0 at an overlap of 0.6 and 1 at 0.85, so faint, half-drawn, merged and ragged objects count for less than one.
+    shape, 0 at an overlap of 0.6 and 1 at 0.85, so faint, half-drawn, merged or ragged objects count less than one.
     """
     ink = _ink(images)
     labels, found = ndimage.label(ink > 0.4, structure=_IN_PLANE)
     owner = ndimage.maximum_filter(labels, size=(1, 1, 3, 3))  # each blob with its soft rim
-    area = np.bincount(owner.ravel(), ink.ravel(), found + 1)
+    area = np.bincount(owner.ravel(), ink.ravel(), found + 1).astype(float)
     index = np.flatnonzero(area > _SPECK)
     index = index[index > 0]
     where = np.nonzero(owner)
@@ -361,8 +361,8 @@ class CountReward:
     """Minus the residual sum of squares of the smooth counts over all 12 classes: images -> (K,), at most 0.
 
     Smooth, because an integer reward is blind to what a search step usually brings: an object a little clearer, a
-    smudge a little fainter. A relation costs up to 2 more: twice the mean distance, in cells and cut at one, by which pairs of
-    objects stand on the wrong side of each other.
+    smudge a little fainter. A relation costs up to 2 more: twice the mean distance, in cells and cut at one, by which
+    pairs of objects stand on the wrong side of each other.
     """
 
     scene: Scene

@@ -191,7 +191,8 @@ def byte_pairs(word: str, merges: list[tuple[str, str]]) -> list[str]:
 def build_tokenizers() -> tuple[CLIPTokenizer, T5Tokenizer]:
     """Local vocabularies in which every word of the data set is one token (CLIP's rules read digits one by one)."""
     letters = sorted(bytes_to_unicode().values())
-    tokens, merges = letters + [f"{letter}</w>" for letter in letters], []
+    tokens = letters + [f"{letter}</w>" for letter in letters]
+    merges: list[tuple[str, str]] = []
     for word in (word for word in WORDS if not word.isdigit()):
         while len(pieces := byte_pairs(word, merges)) > 1:
             merges.append((pieces[0], pieces[1]))
@@ -366,7 +367,7 @@ def fit(
     steps: int,
     batch: int,
     rate: float,
-    measure: Callable[[nn.Module], dict[str, float]],
+    measure: Callable[[Any], dict[str, float]],
 ) -> nn.Module:
     """AdamW with warm-up and cosine decay, gradients averaged over processes; returns the averaged model.
 
@@ -550,6 +551,12 @@ def export(work: Path, out: Path) -> None:
         if (work / f"{stage}.safetensors").exists():
             scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=dynamic, **shift)
             load_averaged(work, stage, guidance=name == "dev").pipeline(vae, scheduler).save_pretrained(out / name)
+            config = (
+                out / name / "vae" / "config.json"
+            )  # diffusers writes a field there that it warns of when it reads it
+            fields = json.loads(config.read_text())
+            fields.pop("block_out_channels", None)
+            config.write_text(json.dumps(fields, indent=2) + "\n")
 
 
 class Measure:
@@ -565,7 +572,7 @@ class Measure:
         self.guidance, self.times = guidance, schedules.shifted(schedules.uniform(steps), shift)
 
     @torch.no_grad()
-    def __call__(self, model: nn.Module) -> dict[str, float]:
+    def __call__(self, model: Denoiser) -> dict[str, float]:
         text = model.encode(*model.tokenize([scene.caption() for scene in self.scenes]))
         x = euler(model, self.noise, text, self.times, self.guidance)
         counts = shapes.count(decode(self.vae, x))
@@ -575,7 +582,7 @@ class Measure:
 
 
 def euler(
-    model: nn.Module, x: Tensor, text: tuple[Tensor, Tensor], times: Sequence[float], guidance: float | None
+    model: Denoiser, x: Tensor, text: tuple[Tensor, Tensor], times: Sequence[float], guidance: float | None
 ) -> Tensor:
     """The deterministic flow from noise x (K, 16, 32) down the given times."""
     g = None if guidance is None else torch.full((len(x),), guidance)

@@ -1,0 +1,48 @@
+"""The held-out judge reads renders and stays apart from the counter."""
+
+import ast
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from flowscale_lite import assets, shapes
+from flowscale_lite.held_out import EMPTY, HeldOutJudge, training_batch
+from flowscale_lite.shapes import Group, Scene
+
+
+@pytest.fixture(scope="module")
+def judge():
+    return HeldOutJudge.load(assets.data("judge/held_out.safetensors"))
+
+
+def test_judge_reads_new_renders(judge):
+    rng = np.random.default_rng(123)
+    scenes = [shapes.random_scene(rng) for _ in range(300)]
+    counts = judge.counts(shapes.to_tensor(shapes.render(scenes, rng)))
+    assert (counts == np.stack([scene.target for scene in scenes])).all(1).mean() >= 0.99
+
+
+@pytest.mark.parametrize("relation", shapes.RELATIONS)
+def test_judge_knows_relations(judge, relation):
+    scene = Scene((Group(3, "red", "circle"), Group(2, "blue", "square")), relation)
+    images = shapes.to_tensor(shapes.render([scene] * 40, np.random.default_rng(0)))
+    assert judge.exact(scene, images).mean() >= 0.95
+    assert judge.exact(Scene(scene.groups[::-1], relation), images).mean() == 0
+
+
+def test_labels_say_what_was_drawn():
+    images, labels = training_batch(50, seed=1)
+    drawn = (labels != EMPTY).flatten(1).sum(1).numpy()
+    assert (np.abs(shapes.count(images.clamp(0, 1)).sum(1) - drawn) <= 2).mean() > 0.9
+
+
+def test_judge_and_counter_share_no_eyes():
+    """The judge uses of `shapes` what draws and names things, nothing that looks at pictures."""
+    source = (Path(__file__).parents[1] / "flowscale_lite" / "held_out.py").read_text()
+    used = {
+        n.attr
+        for n in ast.walk(ast.parse(source))
+        if isinstance(n, ast.Attribute) and getattr(n.value, "id", "") == "shapes"
+    }
+    assert not used & {"detect", "count", "soft_count", "residual", "exact", "CountReward", "Detections"}
