@@ -5,6 +5,7 @@ import torch
 from conftest import seeded
 
 from flowscale_lite import ess, multinomial, residual, stratified, systematic
+from flowscale_lite.resampling import _invert
 
 SCHEMES = [multinomial, stratified, systematic, residual]
 each_scheme = pytest.mark.parametrize("scheme", SCHEMES, ids=lambda f: f.__name__)
@@ -32,6 +33,12 @@ def test_a_row_without_weight_is_never_drawn(scheme):
     for w in (W, torch.tensor([0.0, 1.0, 0.0]), torch.tensor([0.0, 0.3, 0.7, 0.0])):
         for _ in range(200):
             assert (w[scheme(w.log(), 6, g)] > 0).all()
+
+
+def test_a_number_on_an_edge_falls_to_the_row_above_it():
+    u = torch.tensor([0.0, 0.25, 0.5, 1.0], dtype=torch.float64)
+    w = torch.tensor([0.0, 0.25, 0.0, 0.25, 0.5, 0.0], dtype=torch.float64)
+    assert _invert(w, u).tolist() == [1, 3, 4, 4]
 
 
 def test_variances_are_those_of_the_schemes():
