@@ -503,20 +503,26 @@ def make_pairs(work: Path, number: int, guidance: float = 2.0, steps: int = 16) 
         save_whole({"eps": eps.half(), "x0": x0.half(), "pick": pick}, path)
 
 
+@torch.no_grad()
+def without_guidance(dev: Denoiser, guidance: float) -> dict[str, Tensor]:
+    """Weights of a model without guidance embedding that equals dev at one scale: the embedding, now constant, is added
+    to the time embedding's last bias."""
+    embed = dev.transformer.time_text_embed
+    constant = embed.guidance_embedder(embed.time_proj(torch.tensor([1000 * guidance])))[0]
+    state = {name: value.clone() for name, value in dev.state_dict().items() if "guidance_embedder" not in name}
+    state["transformer.time_text_embed.timestep_embedder.linear_2.bias"] += constant
+    return state
+
+
 def train_schnell(work: Path, out: Path, steps: int, batch: int = 128, guidance: float = 2.0) -> None:
     """Reflow: flow matching on dev's own noise-sample pairs straightens the paths, so that few steps suffice.
 
-    Starts from dev at its guidance: the guidance embedding, constant there, goes into a bias, and schnell has none, as
-    FLUX.1-schnell.
+    Starts from dev at its guidance; as FLUX.1-schnell, it has no guidance embedding.
     """
     data = read_blocks(work / "latents")
     pairs = read_blocks(work / "pairs")
-    dev, model = load_averaged(work, "guidance"), Denoiser(guidance=False)
-    state = dev.state_dict()
-    embed = dev.transformer.time_text_embed
-    constant = embed.guidance_embedder(embed.time_proj(torch.tensor([1000 * guidance])))[0]
-    state["transformer.time_text_embed.timestep_embedder.linear_2.bias"] += constant
-    model.load_state_dict({k: v for k, v in state.items() if "guidance_embedder" not in k})
+    model = Denoiser(guidance=False)
+    model.load_state_dict(without_guidance(load_averaged(work, "guidance"), guidance))
     model.requires_grad_(False).transformer.requires_grad_(True)
 
     def loss_of(generator: Generator, rows: int) -> Tensor:

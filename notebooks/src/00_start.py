@@ -50,11 +50,13 @@ torch.set_num_threads(2)
 # ## A prompt and a picture
 #
 # `data/tiny-flux/dev` is a diffusers `FluxPipeline` like FLUX.1-dev: a T5 and a CLIP text encoder, a rectified-flow transformer with
-# double- and single-stream blocks, and an autoencoder. It is only three thousand times smaller, and it was trained on pictures of coloured
+# double- and single-stream blocks, and an autoencoder. It is only much smaller, and it was trained on pictures of coloured
 # shapes. Here is what it draws, from four different noises.
 
 # %%
 pipe = load(assets.data("tiny-flux/dev"))
+weights = sum(parameter.numel() for parameter in pipe.transformer.parameters())
+print(f"{type(pipe).__name__} with a transformer of {weights / 1e6:.1f} million weights; FLUX.1's has 11.9 billion")
 TEXT = "four red circles and five blue squares"
 settings = {"height": 64, "width": 64, "num_inference_steps": 10, "guidance_scale": 2.0, "max_sequence_length": 16}
 generator = torch.Generator().manual_seed(0)
@@ -121,7 +123,7 @@ latents, guesses = sample(prompt, noise, times)
 assert torch.allclose(prompt.decode(latents), pictures, atol=1e-4), "our loop and diffusers' disagree"
 
 # %% [markdown]
-# Nothing is hidden: eleven lines give diffusers' pictures. And the guesses on the way are worth a look, for a search must tell a good start
+# Nothing is hidden: these few lines give diffusers' pictures. And the guesses on the way are worth a look, for a search must tell a good start
 # from a bad one long before the picture is done.
 
 # %%
@@ -130,7 +132,7 @@ for ax, t, guess in zip(axes, times, guesses, strict=False):
     plots.picture(ax, prompt.decode(guess[:1])[0], f"t = {t:.2f}")
 plots.show(
     fig,
-    alt="Posterior mean of the first sample at the ten times: faint coloured blobs at t = 1, clear shapes towards t = 0.",
+    alt="Posterior mean of the first sample at ten times: faint coloured blobs at t = 1, clear shapes towards t = 0.",
 )
 
 # %% [markdown]
@@ -158,7 +160,7 @@ for name, result in found.items():
 fig = plots.before_after(pictures[0], prompt.decode(found["RBF"].best[None])[0], found["RBF"], title=TEXT)
 plots.show(
     fig,
-    alt="Left the plain sample, in the middle RBF's picture after 250 NFE, right its look-ahead reward rising to near 0.",
+    alt="Left the plain sample, middle RBF's picture after 250 NFE, right its look-ahead reward rising to near 0.",
 )
 
 # %% [markdown]
