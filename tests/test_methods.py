@@ -234,6 +234,7 @@ def test_chains_are_independent_share_the_budget_and_return_the_best():
     assert [len(p) for p in last] == [3, 3, 3, 3]
     assert result.reward == last[-1].reward.max() and torch.equal(result.best, last[-1].x[last[-1].reward.argmax()])
     assert [p.parent.tolist() for p in last[1:]] == [[0, 1, 2]] * 3
+    assert (last[0].parent // 2).tolist() == [0, 1, 2]  # each chain starts from one of its own two draws
 
 
 def test_one_paid_transition_or_none():
