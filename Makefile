@@ -24,11 +24,12 @@ help:  ## list the targets
 tutorial: $(VENV)/.notebooks  ## run every notebook headless; results and one table in build/tutorial/
 	@$(PY) -m tools.tutorial --jobs $(JOBS) $(ONLY)
 
-test: $(VENV)/.dev  ## everything that must hold: ruff, mypy, built notebooks, pytest
+test: $(VENV)/.dev  ## everything that must hold: ruff, mypy, built notebooks, pytest, nbval
 	@$(PY) -m ruff check --quiet .
 	@$(PY) -m mypy --no-error-summary
 	@$(PY) -m tools.notebooks --check
 	@$(PY) -m pytest -q -n $(JOBS) --dist worksteal
+	@$(PY) -m pytest -q -n $(JOBS) --dist loadfile --nbval-lax notebooks/*.ipynb
 
 lab: $(VENV)/.notebooks  ## open JupyterLab on the notebooks
 	@unset HF_HUB_OFFLINE OMP_NUM_THREADS MKL_NUM_THREADS; $(PY) -m jupyterlab --ServerApp.root_dir=notebooks
