@@ -11,7 +11,7 @@ from .kernels import Diffusion, Kernel, gaussian, natural, ode, quadratic, renoi
 from .methods import RBF, BestOfN
 from .resampling import ess, multinomial, residual, stratified, systematic
 from .rewards import Decoded, Reward, chunked, rounded
-from .schedules import paper_vp, shifted, uniform
+from .schedules import logit_normal, paper_vp, shifted, uniform
 from .search import BudgetExceeded, Method, Particles, Problem, Result, Run, Step, search
 from .toys import GaussianMixture, LinearReward, QuadraticReward
 
@@ -43,6 +43,7 @@ __all__ = [
     "convert",
     "ess",
     "gaussian",
+    "logit_normal",
     "multinomial",
     "natural",
     "ode",

@@ -7,11 +7,11 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import __version__, kernels, shapes
+from . import __version__, kernels, schedules, shapes
 from .methods import RBF, BestOfN
 from .search import Problem, Result, search
 
@@ -73,13 +73,15 @@ def prepare(args: argparse.Namespace) -> tuple[Prompt, Problem, Any, shapes.Scen
         raise ValueError(f"--nfe and --steps must be at least 1; got {args.nfe} and {args.steps}")
     if args.out.suffix != ".png" or not args.out.resolve().parent.is_dir():
         raise ValueError(f"--out must name a .png file in an existing folder; got {args.out}")
-    method = METHODS[args.method]()
     kernel = KERNELS[args.kernel or ("ode" if args.method == "best-of-n" else "gaussian")]()
     from . import assets, pipelines  # diffusers takes seconds to import: only once the words are right
 
     model = args.model or assets.data("tiny-flux/dev")
     prompt = pipelines.Prompt.encode(pipelines.load(model, args.device), args.prompt, guidance=args.guidance)
-    problem = prompt.problem(shapes.CountReward(scene), kernel, args.steps)
+    method, times = METHODS[args.method](), prompt.times(args.steps)
+    if args.method == "rbf" and prompt.multi_step:
+        method, times = RBF.multi_step(args.nfe), schedules.logit_normal(args.steps)
+    problem = prompt.problem(shapes.CountReward(scene), kernel, times=times)
     method.check(problem, args.nfe)
     return prompt, problem, method, scene
 
@@ -91,7 +93,7 @@ def run(args: argparse.Namespace, prompt: Prompt, problem: Problem, method: Any,
 
     from . import plots
 
-    plain = plain_sample(problem, Generator().manual_seed(args.seed))
+    plain = plain_sample(replace(problem, times=prompt.times(args.steps)), Generator().manual_seed(args.seed))
     start = time.perf_counter()
     with tqdm(total=args.nfe, unit="NFE", disable=None, leave=False) as bar:
         found = search(
@@ -125,8 +127,6 @@ def run(args: argparse.Namespace, prompt: Prompt, problem: Problem, method: Any,
 
 def plain_sample(problem: Problem, generator: Any) -> Result:
     """One sample of the deterministic flow, what the model draws without a search."""
-    from dataclasses import replace
-
     problem = replace(problem, kernel=kernels.ode)
     return search(problem, BestOfN(1), max_nfe=(1 + problem.paid()) * problem.cost, generator=generator)
 

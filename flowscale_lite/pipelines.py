@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,8 @@ _level = _logger.level
 _logger.setLevel(logging.ERROR)  # it would warn that torchvision is missing, which nothing here needs
 from diffusers import FluxPipeline  # noqa: E402
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps  # noqa: E402
+from diffusers.utils import logging as diffusers_logging  # noqa: E402
+from transformers.utils import logging as transformers_logging  # noqa: E402
 
 _logger.setLevel(_level)
 
@@ -48,13 +51,31 @@ def load(model: str | Path, device: str = "cpu", dtype: torch.dtype = torch.floa
         folder / "model_index.json"
     ).exists():
         raise FileNotFoundError(f"no model at {folder}: expected a diffusers folder with a model_index.json")
-    pipe = FluxPipeline.from_pretrained(str(model), torch_dtype=dtype)
+    wanted = {} if dtype == torch.float32 else {"torch_dtype": dtype}
+    with _quiet() if folder.exists() else nullcontext():  # a download shows its progress, a folder is read at once
+        pipe = FluxPipeline.from_pretrained(str(model), **wanted)
     pipe.set_progress_bar_config(disable=True)
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
             part.eval().requires_grad_(False)
     pipe.vae.to(memory_format=torch.channels_last)  # the layout in which CPU convolutions are fast
     return pipe.to(device)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the libraries' loading bars and their surprise at a small autoencoder."""
+    logs = (diffusers_logging, transformers_logging)
+    levels = [log.get_verbosity() for log in logs]
+    for log in logs:
+        log.set_verbosity_error()
+        log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for log, level in zip(logs, levels, strict=True):
+            log.set_verbosity(level)
+            log.enable_progress_bar()
 
 
 @dataclass(frozen=True)
@@ -110,6 +131,11 @@ class Prompt:
         """Of the latents: (C, H, W)."""
         factor = self.pipe.vae_scale_factor
         return self.pipe.transformer.config.in_channels // 4, self.height // factor, self.width // factor
+
+    @property
+    def multi_step(self) -> bool:
+        """Whether the model needs many steps (dev) or few (schnell): in FLUX the former has a guidance embedding."""
+        return bool(self.pipe.transformer.config.guidance_embeds)
 
     def times(self, steps: int) -> tuple[float, ...]:
         """The grid that `pipe(..., num_inference_steps=steps)` runs on, resolution shift included.

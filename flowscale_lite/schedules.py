@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from itertools import pairwise
+from statistics import NormalDist
 
 import torch
 
@@ -63,6 +64,21 @@ def paper_vp(steps: int, finish: int = 1, vp: Interpolant = VP, path: Interpolan
     s = (1 - (1 - t) ** 2).sqrt()
     head = path.time_of_ratio(vp.sigma(s) / vp.alpha(s)).tolist()
     return check([*head, *(head[-1] * (1 - k / finish) for k in range(1, finish)), 0.0])
+
+
+def logit_normal(steps: int, mean: float = 0.7, std: float = 0.9) -> Times:
+    """Quantiles of a logit-normal law: as many steps where flow models train most, few at either end.
+
+    The law of training times in Stable Diffusion 3 (Esser et al., arXiv 2403.03206). With mean > 0 it leans to the
+    noisy side of the middle, where a multi-step model decides what the picture will hold: a search wants steps there.
+
+    Raises:
+        ValueError: steps < 1, or std not positive.
+    """
+    if steps < 1 or not std > 0:
+        raise ValueError(f"steps must be at least 1 and std positive; got {steps} and {std}")
+    quantiles = (NormalDist(mean, std).inv_cdf(1 - k / steps) for k in range(1, steps))
+    return (1.0, *(1 / (1 + math.exp(-q)) for q in quantiles), 0.0)
 
 
 def shifted(times: Iterable[float], shift: float) -> Times:

@@ -361,8 +361,9 @@ class CountReward:
     """Minus the residual sum of squares of the smooth counts over all 12 classes: images -> (K,), at most 0.
 
     Smooth, because an integer reward is blind to what a search step usually brings: an object a little clearer, a
-    smudge a little fainter. A relation costs up to 2 more: twice the mean distance, in cells and cut at one, by which
-    pairs of objects stand on the wrong side of each other.
+    smudge a little fainter. A relation costs up to 1 more for every object: how far, in cells, it falls short of half a
+    cell's distance on the right side of the other group's worst placed object. So a misplaced object weighs as much as
+    a missing one.
     """
 
     scene: Scene
@@ -371,9 +372,8 @@ class CountReward:
         found = detect(images)
         reward = -((soft_count(found) - self.scene.target) ** 2).sum(1)
         if self.scene.relation is not None:
-            reward -= 2 * np.array(
-                [np.clip(-gaps, 0, 1).mean() if gaps.size else 0.0 for gaps in _gaps(self.scene, found)]
-            )
+            short = [np.clip(0.5 - gaps, 0, 1) for gaps in _gaps(self.scene, found)]
+            reward -= [s.max(0).sum() + s.max(1).sum() if s.size else 0.0 for s in short]
         return torch.from_numpy(reward).float()
 
 
@@ -392,11 +392,11 @@ def exact(scene: Scene, images: Tensor) -> NDArray[np.bool_]:
 
 
 def _gaps(scene: Scene, found: Detections) -> list[Array]:
-    """Per picture, how far each object of the second group lies past each of the first along the relation, in cells."""
+    """Per picture (first, second): how far each of the second group lies past each of the first, in cells."""
     axis, sign = AXIS[str(scene.relation)]
     place = sign * found.centre[:, axis] / CELL
     rows = [
         [place[found.sure & (found.picture == k) & (found.kind == group.kind)] for group in scene.groups]
         for k in range(found.pictures)
     ]
-    return [(second[None, :] - first[:, None]).ravel() for first, second in rows]
+    return [second[None, :] - first[:, None] for first, second in rows]

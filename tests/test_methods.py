@@ -1,5 +1,6 @@
 import math
 import random
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -84,10 +85,15 @@ def test_rbf_books_balance_and_no_budget_is_lost():
             rollover=dice.random() < 0.7,
             chains=dice.randint(1, 4),
             spend_all=dice.random() < 0.7,
+            select_below=dice.choice([1.0, 0.8, 0.5]),
         )
+        if method.accept == "best" and method.rollover:
+            method = replace(method, compete=dice.random() < 0.5)
         steps, cost = dice.randint(1, 8), dice.choice([1, 1, 2])
         least = cost * method.chains * (method.init + steps - 1)
         budget = least + dice.randint(0, 60)
+        if steps > 1 and 1 / steps > method.select_below:
+            method = replace(method, select_below=1 / steps)
         velocity = Counting(lambda x, t: x / 2)
         setup = problem(steps, velocity, dice.choice([reward, flat]), cost=cost)
         result = search(setup, method, max_nfe=budget, generator=seeded(seed))
@@ -95,7 +101,8 @@ def test_rbf_books_balance_and_no_budget_is_lost():
         assert result.trace[-1].t == 0 and result.trace[0].drawn == method.chains * method.init
         assert all(step.drawn >= method.chains for step in result.trace)
         if steps > 1 and (method.accept == "best" or (method.rollover and method.spend_all)):
-            assert result.left < cost, (method, result)  # less than one row
+            rows = method.chains if method.compete else 1
+            assert result.left < rows * cost, (method, result)  # less than one row (for every chain)
         with pytest.raises(ValueError, match=f"max_nfe >= {least}"):
             search(setup, method, max_nfe=least - 1, generator=seeded()) if least > 1 else method.check(setup, 0)
 
@@ -235,6 +242,36 @@ def test_chains_are_independent_share_the_budget_and_return_the_best():
     assert result.reward == last[-1].reward.max() and torch.equal(result.best, last[-1].x[last[-1].reward.argmax()])
     assert [p.parent.tolist() for p in last[1:]] == [[0, 1, 2]] * 3
     assert (last[0].parent // 2).tolist() == [0, 1, 2]  # each chain starts from one of its own two draws
+
+
+def test_above_select_below_one_is_drawn_and_none_refused():
+    """Times 0.8 and 0.6 land above 0.5: one row each; the other 40 - 1 - 2 rows to 0.4 and 0.2."""
+    for accept in ("first", "best"):
+        method = RBF(init=1, accept=accept, select_below=0.5)
+        result = search(problem(reward=flat), method, max_nfe=40, generator=seeded())
+        assert drawn(result) == [1, 1, 1, 19, 18, 1] and result.left == 0
+    with pytest.raises(ValueError, match="no transition lands"):
+        search(problem(velocity=never), RBF(select_below=0.1), max_nfe=40, generator=seeded())
+
+
+def test_competing_chains_keep_the_best_candidates_whosever_they_are():
+    kept, scored = [], []
+    method = RBF(init=1, accept="best", chains=3, compete=True)
+    judge = lambda x: scored.append(reward(x)) or scored[-1]  # noqa: E731
+    result = search(
+        problem(3, reward=judge), method, max_nfe=50, generator=seeded(1), on_step=lambda p, _: kept.append(p)
+    )
+    assert drawn(result) == [3, 24, 21, 3] and result.left == 2
+    for candidates, p in zip(scored[1:3], kept[1:3], strict=True):
+        assert sorted(p.reward.tolist()) == sorted(candidates.topk(3).values.tolist())
+    assert any(len(set(p.parent.tolist())) < 3 for p in kept[1:3])  # a chain has died out
+    assert all(torch.equal(p.parent, torch.arange(3)) or p.t > 0 for p in kept)
+
+
+@pytest.mark.parametrize("rest", [{"accept": "first"}, {"accept": "best", "rollover": False}])
+def test_chains_that_cannot_compete_are_refused(rest):
+    with pytest.raises(ValueError, match="chains compete only"):
+        RBF(chains=2, compete=True, **rest)
 
 
 def test_one_paid_transition_or_none():

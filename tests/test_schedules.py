@@ -2,13 +2,22 @@ import math
 
 import pytest
 
-from flowscale_lite import paper_vp, shifted, uniform
+from flowscale_lite import logit_normal, paper_vp, shifted, uniform
 from flowscale_lite.schedules import check
 
 
 def test_uniform():
     assert uniform(4) == (1.0, 0.75, 0.5, 0.25, 0.0)
     assert uniform(1) == (1.0, 0.0)
+
+
+def test_logit_normal_by_hand():
+    """Quantiles: the median is the logistic of the mean, and one standard deviation lies at 0.8413."""
+    times = logit_normal(2, mean=0.7)
+    assert times == pytest.approx((1.0, 1 / (1 + math.exp(-0.7)), 0.0))
+    spread = logit_normal(10_000, mean=0.2, std=0.5)
+    assert math.log(spread[1587] / (1 - spread[1587])) == pytest.approx(0.2 + 0.5, abs=1e-3)
+    assert check(spread) == spread
 
 
 def vp_to_linear(s: float) -> float:
@@ -61,6 +70,8 @@ def test_what_is_no_schedule(times, message):
 
 
 def test_errors():
+    with pytest.raises(ValueError, match="std positive"):
+        logit_normal(5, std=0.0)
     with pytest.raises(ValueError, match="steps"):
         uniform(0)
     for finish in (0, 6):

@@ -1,7 +1,7 @@
 """`python -m tools.prompts`: write the prompt lists of data/prompts, always the same ones.
 
 easy.txt      1 to 3 objects in one group, several wordings
-hard.txt      7 to 10 objects in two groups, a quarter of them with a relation
+hard.txt      5 to 10 objects in two groups of two or more, three quarters of them with a relation
 held_out.txt  as hard.txt, no scene in common with it: for a last check of whatever was tuned on hard.txt
 """
 
@@ -25,7 +25,7 @@ def lists() -> dict[str, list[str]]:
         easy += [prompt] if prompt not in easy else []
     hard: dict[shapes.Scene, str] = {}
     while len(hard) < 120:
-        scene = shapes.random_scene(rng, (7, shapes.MAX_OBJECTS), groups=2, relation=len(hard) % 4 == 3)
+        scene = shapes.random_scene(rng, (5, shapes.MAX_OBJECTS), groups=2, relation=len(hard) % 4 != 3)
         if min(group.count for group in scene.groups) >= 2:
             hard.setdefault(scene, scene.caption())
     prompts = list(hard.values())

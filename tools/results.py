@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from flowscale_lite import assets, experiments, kernels, shapes
+from flowscale_lite import assets, experiments, kernels, schedules, shapes
 from flowscale_lite.held_out import HeldOutJudge
 from flowscale_lite.methods import RBF, BestOfN
 from flowscale_lite.pipelines import Prompt, load
-from flowscale_lite.search import search
+from flowscale_lite.search import Method, search
 
 BUDGETS = (100, 250, 500)
 
@@ -47,10 +47,14 @@ def run(task: experiments.Task) -> experiments.Row:
     pipe, judge = parts(task["model"])
     scene = shapes.parse(task["prompt"])
     prompt = Prompt.encode(pipe, task["prompt"], guidance=2.0)
-    method, kernel = (RBF(), kernels.gaussian()) if task["method"] == "rbf" else (BestOfN(), kernels.ode)
+    if task["method"] == "rbf":
+        method: Method = RBF.multi_step(task["budget"])
+        kernel, times = kernels.gaussian(), schedules.logit_normal(10)
+    else:
+        method, kernel, times = BestOfN(), kernels.ode, prompt.times(10)
     start = time.perf_counter()
     found = search(
-        prompt.problem(shapes.CountReward(scene), kernel, steps=10),
+        prompt.problem(shapes.CountReward(scene), kernel, times=times),
         method,
         max_nfe=task["budget"],
         generator=torch.Generator().manual_seed(task["seed"]),
@@ -104,17 +108,14 @@ def insert(page: Path, name: str, text: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="dev", choices=["dev", "schnell"])
     parser.add_argument("--prompts", type=int, default=50, help="of each level")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
     path = Path("data/results/start.jsonl")
-    rows = experiments.sweep(
-        tasks(args.model, args.prompts, args.seeds), run, path, workers=args.workers, title=args.model
-    )
+    rows = experiments.sweep(tasks("dev", args.prompts, args.seeds), run, path, workers=args.workers, title="runs")
     text = table(rows)
-    if args.model == "dev" and (args.prompts, args.seeds) == (50, 3):
+    if (args.prompts, args.seeds) == (50, 3):
         insert(Path("README.md"), "results", text)
     print(text)
 

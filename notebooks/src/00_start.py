@@ -38,7 +38,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-from flowscale_lite import RBF, BestOfN, assets, gaussian, ode, plots, search, shapes
+from flowscale_lite import RBF, BestOfN, assets, gaussian, logit_normal, ode, plots, search, shapes
 from flowscale_lite.experiments import clustered_mean
 from flowscale_lite.held_out import HeldOutJudge
 from flowscale_lite.pipelines import Prompt, load
@@ -146,8 +146,9 @@ plots.show(
 
 # %%
 budget = 250
-problems = {"best-of-N": prompt.problem(reward, ode), "RBF": prompt.problem(reward, gaussian())}
-methods = {"best-of-N": BestOfN(), "RBF": RBF()}
+grid = logit_normal(10)  # steps where a multi-step model decides what it draws
+problems = {"best-of-N": prompt.problem(reward, ode), "RBF": prompt.problem(reward, gaussian(), times=grid)}
+methods = {"best-of-N": BestOfN(), "RBF": RBF.multi_step(budget)}
 found, film = {}, []
 for name, method in methods.items():
     generator = torch.Generator().manual_seed(1)
@@ -202,18 +203,23 @@ judge = HeldOutJudge.load(assets.data("judge/held_out.safetensors"))
 hard = assets.data("prompts/hard.txt").read_text().splitlines()[:8]
 
 
-def verdicts(text, method, kernel, seed, nfe=100):
+def verdicts(text, method, kernel, times, seed, nfe=100):
     """Exact by the counter, exact by the held-out judge, for one search."""
     scene, prompt = shapes.parse(text), Prompt.encode(pipe, text, guidance=2.0)
-    problem = prompt.problem(shapes.CountReward(scene), kernel)
+    problem = prompt.problem(shapes.CountReward(scene), kernel, times=times)
     result = search(problem, method, max_nfe=nfe, generator=torch.Generator().manual_seed(seed))
     picture = prompt.decode(result.best[None])
     return shapes.exact(scene, picture)[0], judge.exact(scene, picture)[0]
 
 
-cells = {"plain": (BestOfN(1), ode, 10), "best-of-N": (BestOfN(), ode, 100), "RBF": (RBF(), gaussian(), 100)}
-for name, (method, kernel, nfe) in cells.items():
-    rows = np.array([verdicts(text, method, kernel, seed, nfe) for text in hard for seed in range(3)], dtype=float)
+cells = {
+    "plain": (BestOfN(1), ode, times, 10),
+    "best-of-N": (BestOfN(), ode, times, 100),
+    "RBF": (RBF.multi_step(100), gaussian(), grid, 100),
+}
+for name, (method, kernel, times_, nfe) in cells.items():
+    rows = [verdicts(text, method, kernel, times_, seed, nfe) for text in hard for seed in range(3)]
+    rows = np.array(rows, dtype=float)
     counter, held_out = (clustered_mean(column, np.repeat(range(8), 3)) for column in rows.T)
     print(f"{name:10} exact {counter}   held-out judge {held_out}")
 
@@ -230,9 +236,9 @@ def nine_things(pictures):
     return -torch.from_numpy((total - 9) ** 2).float()
 
 
-text = "nine green triangles"
 blind = Prompt.encode(pipe, "four red circles and three yellow triangles", guidance=2.0)
-result = search(blind.problem(nine_things, gaussian()), RBF(), max_nfe=250, generator=torch.Generator().manual_seed(0))
+problem = blind.problem(nine_things, gaussian(), times=grid)
+result = search(problem, RBF.multi_step(budget), max_nfe=budget, generator=torch.Generator().manual_seed(0))
 fooled = blind.decode(result.best[None])
 assert result.reward > -0.5 and not shapes.exact(shapes.parse("four red circles and three yellow triangles"), fooled)[0]
 fig, ax = plt.subplots(figsize=(2.6, 2.8))
