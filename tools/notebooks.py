@@ -140,7 +140,6 @@ def kernel(notebook: NotebookNode, cwd: Path) -> Iterator[NotebookClient]:
         kernel_name="python3",
         resources={"metadata": {"path": str(cwd)}},
         record_timing=False,
-        store_widget_state=False,
         extra_arguments=["--log-level=ERROR"],
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}  # this clone's package, whatever is installed
