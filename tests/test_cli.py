@@ -20,7 +20,8 @@ def flowscale(capsys, *args: str) -> tuple[str, str]:
 def test_picture_table_and_account_agree(capsys, tmp_path):
     out, _ = flowscale(capsys, PROMPT, "--nfe", "40", "--seed", "3", "--out", str(tmp_path / "out.png"))
     account = json.loads((tmp_path / "out.json").read_text())
-    assert Image.open(tmp_path / "out.png").size[0] > 600
+    with Image.open(tmp_path / "out.png") as picture:
+        assert picture.size[0] > 600
     assert account["prompt"] == PROMPT and account["found"]["nfe"] + account["found"]["left"] == 40
     assert account["plain"]["nfe"] == 10 and account["method"]["name"] == "rbf"
     assert account["trace"][-1]["t"] == 0 and account["trace"][-1]["nfe"] == account["found"]["nfe"]

@@ -259,13 +259,12 @@ def test_competing_chains_keep_the_best_candidates_whosever_they_are():
     method = RBF(init=1, accept="best", chains=3, compete=True)
     judge = lambda x: scored.append(reward(x)) or scored[-1]  # noqa: E731
     result = search(
-        problem(3, reward=judge), method, max_nfe=50, generator=seeded(1), on_step=lambda p, _: kept.append(p)
+        problem(3, reward=judge), method, max_nfe=50, generator=seeded(5), on_step=lambda p, _: kept.append(p)
     )
     assert drawn(result) == [3, 24, 21, 3] and result.left == 2
     for candidates, p in zip(scored[1:3], kept[1:3], strict=True):
         assert sorted(p.reward.tolist()) == sorted(candidates.topk(3).values.tolist())
-    assert any(len(set(p.parent.tolist())) < 3 for p in kept[1:3])  # a chain has died out
-    assert all(torch.equal(p.parent, torch.arange(3)) or p.t > 0 for p in kept)
+    assert len(set(kept[2].parent.tolist())) == 1  # the children of one state are all that is left
 
 
 @pytest.mark.parametrize("rest", [{"accept": "first"}, {"accept": "best", "rollover": False}])

@@ -92,7 +92,7 @@ def test_reward_rises_all_the_way_as_an_object_appears():
     """The reason for a smooth reward: the exact count jumps once, the reward answers to every bit of ink."""
     scene = Scene((Group(1, "green", "square"),))
     layout = shapes.arrange([scene], np.random.default_rng(0))
-    faded = [shapes.draw(layout, 1, np.array([opacity])) for opacity in np.linspace(0.6, 0.85, 8)]
+    faded = [shapes.draw(layout, 1, np.array([opacity])) for opacity in (*np.linspace(0.6, 0.85, 8), 1.0)]
     rewards = [float(CountReward(scene)(shapes.to_tensor(picture))) for picture in faded]
     assert all(b > a for a, b in pairwise(rewards)) and rewards[0] < -0.7 and rewards[-1] > -0.01
 

@@ -67,7 +67,7 @@ class Usage:
 
     def __str__(self) -> str:
         today = datetime.datetime.now(datetime.UTC).date()
-        return f"*Measured {today}, one CPU thread: {self.seconds:.0f} s of CPU time, {self.memory:.0f} MB of memory.*"
+        return f"Measured {today}, one CPU thread: {self.seconds:.0f} s of CPU time, {self.memory:.0f} MB of memory."
 
 
 def tags(cell: NotebookNode) -> set[str]:

@@ -115,8 +115,9 @@ def main() -> None:
     path = Path("data/results/start.jsonl")
     rows = experiments.sweep(tasks("dev", args.prompts, args.seeds), run, path, workers=args.workers, title="runs")
     text = table(rows)
-    if (args.prompts, args.seeds) == (50, 3):
-        insert(Path("README.md"), "results", text)
+    insert(
+        Path("README.md"), "results", f"{args.prompts} prompts of each level, seeds a prompt: {args.seeds}.\n\n{text}"
+    )
     print(text)
 
 
