@@ -1,11 +1,12 @@
 """`python -m tools.tiny_flux_card`: measure both variants of tiny-flux and write the table into its card.
 
-300 random scenes the training never saw, in plain wording, one sample each by the deterministic flow; counted by the
+Random scenes the training never saw, in plain wording, one sample each by the deterministic flow; counted by the
 exact counter and by the held-out judge. Rows go to data/results/tiny_flux.jsonl.
 """
 
 from __future__ import annotations
 
+import argparse
 import functools
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ def run(task: experiments.Task) -> experiments.Row:
     }
 
 
-def tasks(number: int = 300) -> list[experiments.Task]:
+def tasks(number: int) -> list[experiments.Task]:
     """Every sample of the table."""
     rng = np.random.default_rng(7)
     prompts = [shapes.random_scene(rng).caption() for _ in range(number)]
@@ -81,8 +82,11 @@ def table(rows: list[experiments.Row]) -> str:
 
 def main() -> None:
     path = Path("data/results/tiny_flux.jsonl")
-    rows = experiments.sweep(tasks(), run, path, workers=2, title="tiny-flux")
-    insert(Path("data/tiny-flux/README.md"), "measured", table(rows))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--scenes", type=int, default=300)
+    scenes = parser.parse_args().scenes
+    rows = experiments.sweep(tasks(scenes), run, path, workers=2, title="tiny-flux")
+    insert(Path("data/tiny-flux/README.md"), "measured", f"Scenes: {scenes}.\n\n{table(rows)}")
     print(table(rows))
 
 
