@@ -8,7 +8,7 @@ Importing the package needs torch only.
 
 from .interpolants import COSINE, LINEAR, VP, Interpolant, Velocity, convert, vp
 from .kernels import Diffusion, Kernel, gaussian, natural, ode, quadratic, renoise, sde, vp_diffusion
-from .methods import RBF, BestOfN
+from .methods import RBF, SMC, SVDD, BestOfN, Blockwise, SearchOverPaths, log_z
 from .resampling import ess, multinomial, residual, stratified, systematic
 from .rewards import Decoded, Reward, chunked, rounded
 from .schedules import logit_normal, paper_vp, shifted, uniform
@@ -21,8 +21,11 @@ __all__ = [
     "COSINE",
     "LINEAR",
     "RBF",
+    "SMC",
+    "SVDD",
     "VP",
     "BestOfN",
+    "Blockwise",
     "BudgetExceeded",
     "Decoded",
     "Diffusion",
@@ -37,12 +40,14 @@ __all__ = [
     "Result",
     "Reward",
     "Run",
+    "SearchOverPaths",
     "Step",
     "Velocity",
     "chunked",
     "convert",
     "ess",
     "gaussian",
+    "log_z",
     "logit_normal",
     "multinomial",
     "natural",

@@ -68,6 +68,10 @@ def residual(logw: Tensor, n: int, generator: Generator) -> Tensor:
     return torch.cat([sure, _invert(rest, _uniforms(n - len(sure), generator, w))])
 
 
+SCHEMES: dict[str, Resampler] = {f.__name__: f for f in (multinomial, stratified, systematic, residual)}
+"""The schemes by name."""
+
+
 def ess(logw: Tensor) -> float:
     """Effective sample size 1 / sum w_k^2 of log weights (K,): K if all are equal, 1 if one row holds everything."""
     return float(1 / _weights(logw).square().sum())

@@ -84,7 +84,8 @@ class Particles:
         x0: posterior mean of the data (K, *D); x itself at t = 0.
         reward: look-ahead reward r(x0) (K,); nan until scored.
         logw: log weight (K,), for methods that weigh.
-        parent: row among the particles these were proposed from (K,), int64; its own row number at the start.
+        parent: row, among the particles this step began with, that each descends from (K,), int64, through however
+            many proposals and choices; among the initial draws at the start.
         carry: a method's own tensors, each with leading dimension K; copied from parent to child.
     """
 
@@ -162,6 +163,7 @@ class Result:
         nfe, reward_calls: spent, in rows.
         left: NFE not spent.
         trace: one record a step, the start included.
+        particles: the finished particles, `best` among them, with their rewards, weights and carry.
     """
 
     best: Tensor = field(repr=False)
@@ -173,6 +175,7 @@ class Result:
     reward_calls: int
     left: int
     trace: tuple[Step, ...] = field(repr=False)
+    particles: Particles = field(repr=False)
 
 
 class Method(Protocol):
@@ -259,11 +262,10 @@ class Run:
         """
         self._refuse_if_watched()
         s = self.next_time(p.t) if s is None else s
-        parent = torch.arange(len(p), device=p.x.device).repeat_interleave(copies)
-        q = p[parent]
+        q = p[torch.arange(len(p), device=p.x.device).repeat_interleave(copies)]
         mean, std = (kernel or self.problem.kernel)(self.problem.path, q.x, q.v, p.t, s)
         x = mean + std * self._noise(mean.shape) if std > 0 else mean
-        return self._at(s, x, parent, q.logw, q.carry)
+        return self._at(s, x, q.parent, q.logw, q.carry)
 
     def score(self, p: Particles) -> Particles:
         """The particles with their look-ahead rewards r(x0); those that have them are returned as they are.
@@ -383,7 +385,7 @@ def search(
             run._show(p, on_step)
         if p.t == 0:
             break
-        p = method.advance(p, run)
+        p = method.advance(replace(p, parent=torch.arange(len(p), device=p.x.device)), run)
     top = p.best()
     assert run.seen is not None
     return Result(
@@ -396,4 +398,5 @@ def search(
         reward_calls=run.reward_calls,
         left=run.left,
         trace=tuple(run.trace),
+        particles=p,
     )

@@ -1,0 +1,42 @@
+"""What several methods share: their checks, the initial draws, the choice of the best."""
+
+from __future__ import annotations
+
+import torch
+
+from ..search import Particles, Problem, Run
+
+
+def require_positive(method: object, *names: str) -> None:
+    """Raises ValueError if a field so named is below 1; None, for a number that the budget decides, will do."""
+    for name in names:
+        value = getattr(method, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1; got {value}")
+
+
+def require_noise(problem: Problem) -> None:
+    """Raises ValueError if all candidates from one state coincide."""
+    if not problem.kernel.stochastic:
+        raise ValueError(
+            f"under the deterministic kernel {problem.kernel.name!r} all candidates coincide; "
+            "use a stochastic one, such as sde(...) or gaussian(1.0)"
+        )
+
+
+def require_budget(problem: Problem, max_nfe: int, rows: int, what: str) -> None:
+    """Raises ValueError if max_nfe does not pay for `rows` evaluations, which `what` needs."""
+    if rows * problem.cost > max_nfe:
+        raise ValueError(f"{what} need max_nfe >= {rows * problem.cost}; got {max_nfe}")
+
+
+def best_of_each(p: Particles, groups: int) -> Particles:
+    """The best row of each of `groups` equal runs of neighbouring rows, such as the children of one parent."""
+    size = len(p) // groups
+    return p[p.reward.view(groups, size).argmax(1) + size * torch.arange(groups, device=p.x.device)]
+
+
+def best_noises(run: Run, k: int, init: int) -> Particles:
+    """The initial search: k particles of noise, each the best of `init` by look-ahead reward; k init evaluations."""
+    p = run.start(k * init)
+    return p if init == 1 else best_of_each(run.score(p), k)

@@ -1,0 +1,104 @@
+"""Sequential Monte Carlo on the look-ahead reward."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from ..resampling import SCHEMES, ess
+from ..search import Particles, Problem, Run
+from ._common import require_budget, require_noise, require_positive
+
+
+@dataclass(frozen=True)
+class SMC:
+    """Weighted particles that follow the law p(x0) exp(r(x0)/tau): a sampler, where the other methods only search.
+
+    At each time a particle of look-ahead reward v has the potential exp(f), f = lambda(t) v/tau with
+    lambda(t) = (1 - t)^tempering. Its weight is multiplied by a gain; the gains of every line of descent multiply to
+    exp(r/tau) of its finished sample, so the target is the same whatever the options, and only the variance differs.
+    When the effective sample size falls below `threshold`, particles are resampled and their weights made equal;
+    otherwise they keep their weights. Exact up to the number of particles and the kernel's own error.
+
+    Sources: twisted SMC for diffusion (Wu et al., arXiv 2306.17775), tempering (DAS, Kim et al., arXiv 2501.05803), the
+    gains "max" and "sum" (Feynman-Kac steering, Singhal et al., arXiv 2501.06848).
+
+    Attributes:
+        particles: their number K; None for as many as the budget pays for, less than one being left.
+        tau: temperature.
+        scheme: of resampling, a name in `resampling.SCHEMES`.
+        threshold: fraction of K; 0 never resamples (importance sampling), 1 does so whenever the weights differ.
+        potential: the gain is exp of the "difference" of f from the time before; or of the "max" or the "sum" of f so
+            far, which favour early promise, with the finished sample's gain correcting for all before it.
+        tempering: exponent of lambda; 0 weighs at full strength from the start, 1 lets the strength grow linearly.
+        init: initial noises for each particle; K of them are drawn by weight, which leaves the target as it is.
+
+    Raises:
+        ValueError: a field is out of range.
+    """
+
+    particles: int | None = None
+    tau: float = 1.0
+    scheme: Literal["multinomial", "stratified", "systematic", "residual"] = "systematic"
+    threshold: float = 0.5
+    potential: Literal["difference", "max", "sum"] = "difference"
+    tempering: float = 0.0
+    init: int = 1
+
+    def __post_init__(self) -> None:
+        require_positive(self, "particles", "init")
+        if not 0 < self.tau < math.inf:
+            raise ValueError(f"tau must be positive; got {self.tau}")
+        if self.scheme not in SCHEMES:
+            raise ValueError(f"scheme must be one of {', '.join(SCHEMES)}; got {self.scheme!r}")
+        if not 0 <= self.threshold <= 1:
+            raise ValueError(f"threshold must lie in [0, 1]; got {self.threshold}")
+        if self.potential not in ("difference", "max", "sum"):
+            raise ValueError(f'potential must be "difference", "max" or "sum"; got {self.potential!r}')
+        if not 0 <= self.tempering < math.inf:
+            raise ValueError(f"tempering must not be negative; got {self.tempering}")
+
+    def check(self, problem: Problem, max_nfe: int) -> None:
+        """Raises ValueError if the budget does not pay for the particles, or if resampled particles would coincide."""
+        if self.threshold > 0:
+            require_noise(problem)
+        k = self.particles or 1
+        require_budget(problem, max_nfe, k * (self.init + problem.paid()), f"{k} particle(s)")
+
+    def start(self, run: Run) -> Particles:
+        """K particles of noise, weighted."""
+        k = self.particles or run.rows_left // (self.init + run.paid())
+        p = run.score(run.start(k * self.init))
+        zero = torch.zeros_like(p.reward)
+        worst = torch.full_like(zero, -math.inf) if self.potential == "max" else zero
+        p = self._weigh(replace(p, carry={"log_z": zero, "gains": zero, "history": worst}))
+        return p if self.init == 1 else self._resample(p, k, run)
+
+    def advance(self, p: Particles, run: Run) -> Particles:
+        """The particles, resampled if need be, moved and weighted."""
+        if ess(p.logw) < self.threshold * len(p):
+            p = self._resample(p, len(p), run)
+        return self._weigh(run.score(run.propose(p)))
+
+    def _weigh(self, p: Particles) -> Particles:
+        """Multiplies the weights by the gains."""
+        f, gains, history = (1 - p.t) ** self.tempering * p.reward / self.tau, p.carry["gains"], p.carry["history"]
+        history = torch.maximum(history, f) if self.potential == "max" else history + f
+        gain = f - gains if self.potential == "difference" or p.t == 0 else history
+        return replace(p, logw=p.logw + gain, carry={**p.carry, "gains": gains + gain, "history": history})
+
+    def _resample(self, p: Particles, k: int, run: Run) -> Particles:
+        """k particles of equal weight; the mean weight goes into the estimate of the normalising constant."""
+        q = p[SCHEMES[self.scheme](p.logw, k, run.generator)]
+        return replace(q, logw=torch.zeros_like(q.logw), carry={**q.carry, "log_z": torch.full_like(q.logw, log_z(p))})
+
+
+def log_z(p: Particles) -> float:
+    """Log of the estimate of E_p[exp(r/tau)], the normalising constant, from SMC's particles, `Result.particles`.
+
+    The estimate itself, not its logarithm, is unbiased.
+    """
+    return float(p.carry["log_z"][0] + p.logw.logsumexp(0)) - math.log(len(p))

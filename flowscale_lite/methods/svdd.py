@@ -1,0 +1,51 @@
+"""SVDD, selection at every step (Li et al., arXiv 2408.08252)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..search import Particles, Problem, Run
+from ._common import best_noises, best_of_each, require_budget, require_noise, require_positive
+
+
+@dataclass(frozen=True)
+class SVDD:
+    """At every paid transition draws children of each chain's state and keeps the one of best look-ahead reward.
+
+    The chains are independent; the best finished one is returned. It is SVDD with temperature 0: the original draws the
+    child in proportion to exp(reward/temperature).
+
+    Attributes:
+        chains: states kept.
+        init: initial noises of each chain, of which the best by look-ahead reward is kept.
+        copies: children of a state at each transition; None divides what the budget leaves equally among transitions,
+            and spends all but less than one child for every chain.
+
+    Raises:
+        ValueError: a field is below 1.
+    """
+
+    chains: int = 2
+    init: int = 1
+    copies: int | None = None
+
+    def __post_init__(self) -> None:
+        require_positive(self, "chains", "init", "copies")
+
+    def check(self, problem: Problem, max_nfe: int) -> None:
+        """Raises ValueError if the budget does not pay for a child at every transition, or if children coincide."""
+        require_noise(problem)
+        rows = self.chains * (self.init + (self.copies or 1) * problem.paid())
+        require_budget(problem, max_nfe, rows, f"{self.chains} chain(s) with a child at every paid transition")
+
+    def start(self, run: Run) -> Particles:
+        """The best of the initial noises of every chain."""
+        return best_noises(run, self.chains, self.init)
+
+    def advance(self, p: Particles, run: Run) -> Particles:
+        """The best child of each."""
+        ahead = run.paid(p.t)
+        if ahead == 0:
+            return run.propose(p)
+        copies = self.copies or run.rows_left // (self.chains * ahead)  # what does not divide is left to later ones
+        return best_of_each(run.score(run.propose(p, copies)), self.chains)
