@@ -8,7 +8,7 @@ Importing the package needs torch only.
 
 from .interpolants import COSINE, LINEAR, VP, Interpolant, Velocity, convert, vp
 from .kernels import Diffusion, Kernel, gaussian, natural, ode, quadratic, renoise, sde, vp_diffusion
-from .methods import RBF, SMC, SVDD, BestOfN, Blockwise, SearchOverPaths, log_z
+from .methods import DPS, RBF, SMC, SVDD, BestOfN, Blockwise, Guide, SearchOverPaths, ZeroOrder, log_z
 from .resampling import ess, multinomial, residual, stratified, systematic
 from .rewards import Decoded, Reward, chunked, rounded
 from .schedules import logit_normal, paper_vp, shifted, uniform
@@ -19,6 +19,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "COSINE",
+    "DPS",
     "LINEAR",
     "RBF",
     "SMC",
@@ -30,6 +31,7 @@ __all__ = [
     "Decoded",
     "Diffusion",
     "GaussianMixture",
+    "Guide",
     "Interpolant",
     "Kernel",
     "LinearReward",
@@ -43,6 +45,7 @@ __all__ = [
     "SearchOverPaths",
     "Step",
     "Velocity",
+    "ZeroOrder",
     "chunked",
     "convert",
     "ess",

@@ -153,12 +153,11 @@ class Prompt:
         retrieve_timesteps(scheduler, steps, "cpu", sigmas=np.linspace(1.0, 1 / steps, steps), mu=shift)
         return tuple(scheduler.sigmas.tolist())
 
-    @torch.no_grad()
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         """Velocity eps - x0 at latents x (K, C, H, W) and times t (K,), `chunk` rows at a time."""
-        return torch.cat(
-            [self._forward(rows, times) for rows, times in zip(x.split(self.chunk), t.split(self.chunk), strict=True)]
-        )
+        pairs = zip(x.split(self.chunk), t.split(self.chunk), strict=True)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and x.requires_grad):
+            return torch.cat([self._forward(rows, times) for rows, times in pairs])
 
     def _forward(self, x: Tensor, t: Tensor) -> Tensor:
         pipe, (rows, channels, high, wide), dtype = self.pipe, x.shape, self.embeds.dtype
@@ -178,13 +177,13 @@ class Prompt:
         )[0]
         return pipe._unpack_latents(velocity, self.height, self.width, pipe.vae_scale_factor).to(x.dtype)
 
-    @torch.no_grad()
     def decode(self, x: Tensor, chunk: int | None = None) -> Tensor:
         """Latents (K, C, H, W) -> pictures (K, 3, height, width) in [0, 1], `chunk` rows at a time."""
         vae = self.pipe.vae
         z = (x / vae.config.scaling_factor + vae.config.shift_factor).to(vae.dtype)
         z = z.contiguous(memory_format=torch.channels_last)
-        pictures = [vae.decode(rows, return_dict=False)[0] for rows in z.split(chunk or self.chunk)]
+        with torch.set_grad_enabled(torch.is_grad_enabled() and x.requires_grad):
+            pictures = [vae.decode(rows, return_dict=False)[0] for rows in z.split(chunk or self.chunk)]
         return torch.cat(pictures).float().add(1).div(2).clamp(0, 1)
 
     def problem(

@@ -37,6 +37,7 @@ class Problem:
         shape: D, the shape of one sample.
         device, dtype: of states; time reaches the velocity in the same dtype, so half precision is refused.
         cost: NFE of one row's velocity; 2 for guidance that runs the model twice.
+        gradient_cost: evaluations that one row's gradient is charged as: 1 forward, and backward twice its work.
         name: for tables and plots.
 
     Raises:
@@ -52,6 +53,7 @@ class Problem:
     device: str | torch.device = "cpu"
     dtype: torch.dtype = torch.float32
     cost: int = 1
+    gradient_cost: int = 3
     name: str = ""
 
     def __post_init__(self) -> None:
@@ -61,8 +63,9 @@ class Problem:
             raise ValueError(
                 f"dtype must be float32 or float64, half precision merges neighbouring times; got {self.dtype}"
             )
-        if self.cost < 1:
-            raise ValueError(f"cost must be at least 1 NFE a row; got {self.cost}")
+        for name in ("cost", "gradient_cost"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1 NFE a row; got {getattr(self, name)}")
 
     def paid(self, t: float | None = None) -> int:
         """Transitions ahead of time t (None: of the start) that end in an evaluation.
@@ -160,7 +163,8 @@ class Result:
         reward: its own reward.
         seen: the best posterior mean scored anywhere in the search (*D); kept for every method alike.
         seen_reward, seen_time: its reward (at least `reward`) and the time it was looked ahead from.
-        nfe, reward_calls: spent, in rows.
+        nfe, reward_calls: spent; reward calls in rows.
+        gradients: of the reward through the velocity, in rows; paid for within nfe, each with a reward call.
         left: NFE not spent.
         trace: one record a step, the start included.
         particles: the finished particles, `best` among them, with their rewards, weights and carry.
@@ -173,6 +177,7 @@ class Result:
     seen_time: float
     nfe: int
     reward_calls: int
+    gradients: int
     left: int
     trace: tuple[Step, ...] = field(repr=False)
     particles: Particles = field(repr=False)
@@ -204,6 +209,7 @@ class Run:
         self.problem, self.max_nfe, self.generator = problem, max_nfe, generator
         self.nfe = 0
         self.reward_calls = 0
+        self.gradients = 0
         self.trace: list[Step] = []
         self.seen: tuple[Tensor, float, float] | None = None
         """Best posterior mean scored so far: x0 (*D), its reward, its time."""
@@ -240,16 +246,30 @@ class Run:
             raise ValueError("there is no time below 0, where the sample is finished")
         return next(s for s in self.problem.times if s < t)
 
-    def start(self, k: int) -> Particles:
-        """k particles of noise sigma_t z at the schedule's first time; k evaluations.
+    def noise(self, k: int) -> Tensor:
+        """k draws (k, *D) of noise sigma_t z at the schedule's first time; free.
 
         Where the path still holds a trace of the data at that time (sigma/alpha large but finite) it is neglected.
         """
         self._refuse_if_watched()
-        t = self.problem.times[0]
-        x = self.problem.path.at(t)[1] * self._noise((k, *self.problem.shape))
-        rows = torch.arange(k, device=x.device)
-        return self._at(t, x, rows, x.new_zeros(k), {})
+        return self.problem.path.at(self.problem.times[0])[1] * self._noise((k, *self.problem.shape))
+
+    def start(self, k: int, x: Tensor | None = None) -> Particles:
+        """k particles at the schedule's first time, of fresh noise or at the states x (k, *D) given; k evaluations.
+
+        Raises:
+            ValueError: x is not of shape (k, *D).
+        """
+        self._refuse_if_watched()
+        x = self.noise(k) if x is None else x
+        if x.shape != (k, *self.problem.shape):
+            raise ValueError(f"x must have shape {(k, *self.problem.shape)}; got {tuple(x.shape)}")
+        return self._at(self.problem.times[0], x, torch.arange(k, device=x.device), x.new_zeros(k), {})
+
+    def transition(self, p: Particles, *, s: float | None = None, kernel: Kernel | None = None) -> tuple[Tensor, float]:
+        """(mean (K, *D), std) of the law that `propose` draws from; free."""
+        s = self.next_time(p.t) if s is None else s
+        return (kernel or self.problem.kernel)(self.problem.path, p.x, p.v, p.t, s)
 
     def propose(
         self, p: Particles, copies: int = 1, *, s: float | None = None, kernel: Kernel | None = None
@@ -263,7 +283,7 @@ class Run:
         self._refuse_if_watched()
         s = self.next_time(p.t) if s is None else s
         q = p[torch.arange(len(p), device=p.x.device).repeat_interleave(copies)]
-        mean, std = (kernel or self.problem.kernel)(self.problem.path, q.x, q.v, p.t, s)
+        mean, std = self.transition(q, s=s, kernel=kernel)
         x = mean + std * self._noise(mean.shape) if std > 0 else mean
         return self._at(s, x, q.parent, q.logw, q.carry)
 
@@ -276,42 +296,84 @@ class Run:
         if not p.reward.isnan().any():
             return p
         self._refuse_if_watched()
-        r = self.problem.reward(p.x0)
-        if not isinstance(r, Tensor) or r.shape != (len(p),):
+        return replace(p, reward=self._judge(p.x0, p.t))
+
+    def gradient(self, p: Particles) -> Tensor:
+        """Gradient in x (K, *D) of the look-ahead reward r(x0(x)), through the velocity, at the particles' states.
+
+        Each row costs `Problem.gradient_cost` evaluations and a reward call: the velocity that the particles already
+        hold was computed without a graph, so it is computed again.
+
+        Raises:
+            ValueError: p is finished; the velocity or the reward is not differentiable, or the gradient not finite.
+        """
+        self._refuse_if_watched()
+        if p.t == 0:
+            raise ValueError("a finished sample has no velocity to differentiate")
+        self._charge(len(p) * self.problem.gradient_cost)
+        self.gradients += len(p)
+        with torch.enable_grad():
+            x = p.x.detach().requires_grad_()
+            v, x0 = self._look_ahead(x, p.t)
+            try:
+                r = self._judge(x0, p.t)
+            except RuntimeError as error:
+                if "grad" not in str(error):
+                    raise
+                raise ValueError(f"the reward is not differentiable: {error}") from error  # numpy refuses such tensors
+            for name, value in (("velocity", v), ("reward", r)):
+                if not value.requires_grad:
+                    raise ValueError(f"the {name} is not differentiable: no_grad or detach cuts its answer off")
+            (grad,) = torch.autograd.grad(r.sum(), x)
+        if not grad.isfinite().all():
+            raise ValueError(f"the gradient of the look-ahead reward is not finite at t = {p.t:g}")
+        return grad
+
+    def _judge(self, x0: Tensor, t: float) -> Tensor:
+        """Rewards (K,) of posterior means, counted and noted: the one place that calls the reward."""
+        r = self.problem.reward(x0)
+        if not isinstance(r, Tensor) or r.shape != (len(x0),):
             got = tuple(r.shape) if isinstance(r, Tensor) else type(r).__name__
-            raise ValueError(f"reward must return a tensor of shape ({len(p)},), one number a row; got {got}")
-        r = r.to(p.x)
+            raise ValueError(f"reward must return a tensor of shape ({len(x0)},), one number a row; got {got}")
+        r = r.to(x0)
         if not r.isfinite().all():
-            raise ValueError(f"reward must be finite; row {int((~r.isfinite()).nonzero()[0])} at t = {p.t:g} is not")
-        self.reward_calls += len(p)
-        self._scored.append(r)
-        i = int(r.argmax())
-        if self.seen is None or float(r[i]) > self.seen[1]:
-            self.seen = p.x0[i].clone(), float(r[i]), p.t  # cloned, so as not to hold the whole batch
-        return replace(p, reward=r)
+            raise ValueError(f"reward must be finite; row {int((~r.isfinite()).nonzero()[0])} at t = {t:g} is not")
+        self.reward_calls += len(x0)
+        known = r.detach()
+        self._scored.append(known)
+        i = int(known.argmax())
+        if self.seen is None or float(known[i]) > self.seen[1]:
+            self.seen = x0[i].detach().clone(), float(known[i]), t  # cloned, so as not to hold the whole batch
+        return r
 
-    def _noise(self, shape: Sequence[int]) -> Tensor:
-        z = torch.randn(shape, generator=self.generator, device=self.generator.device, dtype=self.problem.dtype)
-        return z.to(self.problem.device)
-
-    def _at(self, t: float, x: Tensor, parent: Tensor, logw: Tensor, carry: dict[str, Tensor]) -> Particles:
-        """Particles at a new state, their velocity paid for: the one place that evaluates it."""
-        self._drawn += len(x)
-        unscored = x.new_full((len(x),), math.nan)
-        if t == 0:
-            return Particles(t, x, torch.zeros_like(x), x, unscored, logw, parent, carry)
-        price = len(x) * self.problem.cost
-        if price > self.left:
-            raise BudgetExceeded(f"{len(x)} evaluations cost {price} NFE; {self.left} of {self.max_nfe} are left")
-        self.nfe += price
+    def _look_ahead(self, x: Tensor, t: float) -> tuple[Tensor, Tensor]:
+        """Velocity and posterior mean, each (K, *D): the one place that evaluates the model."""
         tt = x.new_full((len(x),), t)
         v = self.problem.velocity(x, tt)
         if not isinstance(v, Tensor) or v.shape != x.shape:
             got = tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__
             raise ValueError(f"velocity must return a tensor of its input's shape {tuple(x.shape)}; got {got}")
         v = v.to(x.dtype)
-        x0, _ = self.problem.path.endpoints(x, v, tt)
-        return Particles(t, x, v, x0, unscored, logw, parent, carry)
+        return v, self.problem.path.endpoints(x, v, tt)[0]
+
+    def _charge(self, evaluations: int) -> None:
+        price = evaluations * self.problem.cost
+        if price > self.left:
+            raise BudgetExceeded(f"{evaluations} evaluations cost {price} NFE; {self.left} of {self.max_nfe} are left")
+        self.nfe += price
+
+    def _noise(self, shape: Sequence[int]) -> Tensor:
+        z = torch.randn(shape, generator=self.generator, device=self.generator.device, dtype=self.problem.dtype)
+        return z.to(self.problem.device)
+
+    def _at(self, t: float, x: Tensor, parent: Tensor, logw: Tensor, carry: dict[str, Tensor]) -> Particles:
+        """Particles at a new state, their velocity paid for."""
+        self._drawn += len(x)
+        unscored = x.new_full((len(x),), math.nan)
+        if t == 0:
+            return Particles(t, x, torch.zeros_like(x), x, unscored, logw, parent, carry)
+        self._charge(len(x))
+        return Particles(t, x, *self._look_ahead(x, t), unscored, logw, parent, carry)
 
     def _record(self, p: Particles) -> None:
         scored = torch.cat(self._scored) if self._scored else p.reward.new_full((1,), math.nan)
@@ -396,6 +458,7 @@ def search(
         seen_time=run.seen[2],
         nfe=run.nfe,
         reward_calls=run.reward_calls,
+        gradients=run.gradients,
         left=run.left,
         trace=tuple(run.trace),
         particles=p,

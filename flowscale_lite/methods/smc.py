@@ -11,6 +11,7 @@ import torch
 from ..resampling import SCHEMES, ess
 from ..search import Particles, Problem, Run
 from ._common import require_budget, require_noise, require_positive
+from .gradient import Guide, guide_price
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class SMC:
             far, which favour early promise, with the finished sample's gain correcting for all before it.
         tempering: exponent of lambda; 0 weighs at full strength from the start, 1 lets the strength grow linearly.
         init: initial noises for each particle; K of them are drawn by weight, which leaves the target as it is.
+        guide: steers the particles by the gradient of the look-ahead reward. Their weights are multiplied by the ratio
+            of the unguided and the guided transition density, so the target is the same.
 
     Raises:
         ValueError: a field is out of range.
@@ -47,6 +50,7 @@ class SMC:
     potential: Literal["difference", "max", "sum"] = "difference"
     tempering: float = 0.0
     init: int = 1
+    guide: Guide | None = None
 
     def __post_init__(self) -> None:
         require_positive(self, "particles", "init")
@@ -63,14 +67,14 @@ class SMC:
 
     def check(self, problem: Problem, max_nfe: int) -> None:
         """Raises ValueError if the budget does not pay for the particles, or if resampled particles would coincide."""
-        if self.threshold > 0:
+        if self.threshold > 0 or self.guide:
             require_noise(problem)
         k = self.particles or 1
-        require_budget(problem, max_nfe, k * (self.init + problem.paid()), f"{k} particle(s)")
+        require_budget(problem, max_nfe, k * self._price(problem), f"{k} particle(s)")
 
     def start(self, run: Run) -> Particles:
         """K particles of noise, weighted."""
-        k = self.particles or run.rows_left // (self.init + run.paid())
+        k = self.particles or run.rows_left // self._price(run.problem)
         p = run.score(run.start(k * self.init))
         zero = torch.zeros_like(p.reward)
         worst = torch.full_like(zero, -math.inf) if self.potential == "max" else zero
@@ -81,7 +85,18 @@ class SMC:
         """The particles, resampled if need be, moved and weighted."""
         if ess(p.logw) < self.threshold * len(p):
             p = self._resample(p, len(p), run)
-        return self._weigh(run.score(run.propose(p)))
+        mean, std = run.transition(p)
+        if self.guide is None or std == 0:
+            return self._weigh(run.score(run.propose(p)))
+        p = self.guide(p, run)
+        steered, _ = run.transition(p)
+        q = run.score(run.propose(p))
+        log_ratio = ((mean - steered) * (q.x - (mean + steered) / 2)).flatten(1).sum(1) / std**2
+        return self._weigh(replace(q, logw=q.logw + log_ratio))
+
+    def _price(self, problem: Problem) -> int:
+        """Evaluations a particle."""
+        return self.init + problem.paid() + guide_price(self.guide, problem)
 
     def _weigh(self, p: Particles) -> Particles:
         """Multiplies the weights by the gains."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from ..search import Particles, Problem, Run
 from ._common import best_noises, best_of_each, require_budget, require_noise, require_positive
+from .gradient import Guide, guide_price
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class SVDD:
         init: initial noises of each chain, of which the best by look-ahead reward is kept.
         copies: children of a state at each transition; None divides what the budget leaves equally among transitions,
             and spends all but less than one child for every chain.
+        guide: steers each chain's state, once for all its children, by the gradient of the look-ahead reward.
 
     Raises:
         ValueError: a field is below 1.
@@ -28,6 +30,7 @@ class SVDD:
     chains: int = 2
     init: int = 1
     copies: int | None = None
+    guide: Guide | None = None
 
     def __post_init__(self) -> None:
         require_positive(self, "chains", "init", "copies")
@@ -35,7 +38,7 @@ class SVDD:
     def check(self, problem: Problem, max_nfe: int) -> None:
         """Raises ValueError if the budget does not pay for a child at every transition, or if children coincide."""
         require_noise(problem)
-        rows = self.chains * (self.init + (self.copies or 1) * problem.paid())
+        rows = self.chains * (self.init + (self.copies or 1) * problem.paid() + guide_price(self.guide, problem))
         require_budget(problem, max_nfe, rows, f"{self.chains} chain(s) with a child at every paid transition")
 
     def start(self, run: Run) -> Particles:
@@ -47,5 +50,7 @@ class SVDD:
         ahead = run.paid(p.t)
         if ahead == 0:
             return run.propose(p)
-        copies = self.copies or run.rows_left // (self.chains * ahead)  # what does not divide is left to later ones
+        p = self.guide(p, run) if self.guide else p
+        each = run.rows_left // self.chains - guide_price(self.guide, run.problem, run.next_time(p.t))
+        copies = self.copies or each // ahead  # what does not divide is left to later transitions
         return best_of_each(run.score(run.propose(p, copies)), self.chains)
