@@ -66,6 +66,25 @@ class GaussianMixture:
             raise ValueError("scales and weights must not be negative, and the weights must have a finite positive sum")
         self.weights = raw / raw.sum()
 
+    @classmethod
+    def ring(cls, modes: int = 8, radius: float = 2.0, scale: float = 0.2, rare: float = 0.02) -> GaussianMixture:
+        """The series' standard toy: modes evenly on a circle in the plane, the first of them, at (radius, 0), rare.
+
+        With a reward that peaks beside the rare mode, such as QuadraticReward((1.2 * radius, 0)), a search has to find
+        that mode and then to leave its middle, without leaving the data.
+
+        Args:
+            rare: weight of the first mode; the others share the rest equally.
+
+        Raises:
+            ValueError: modes < 2, or rare outside (0, 1).
+        """
+        if modes < 2 or not 0 < rare < 1:
+            raise ValueError(f"need modes >= 2 and 0 < rare < 1; got {modes} and {rare}")
+        angle = 2 * math.pi / modes * torch.arange(modes, dtype=torch.float64)
+        weights = [rare] + [(1 - rare) / (modes - 1)] * (modes - 1)
+        return cls(radius * torch.stack([angle.cos(), angle.sin()], 1), scale, weights)
+
     def mean(self) -> Tensor:
         """(D,)"""
         return self.weights @ self.means
@@ -107,17 +126,68 @@ class GaussianMixture:
 
         return v
 
+    def distilled(self, steps: int = 32) -> Velocity:
+        """A perfectly distilled model of the linear path: one Euler step from (x, t) lands where the exact flow ends.
+
+        x (K, D), t (K,) -> (x - end(x, t))/t (K, D); at t = 0 its limit, the exact velocity. The posterior mean read
+        off it is `end` itself, a finished sample, where the exact velocity's is an average over samples. As with any
+        distilled model, the score read off it is not the data's.
+
+        `end` integrates the exact flow by Runge-Kutta's fourth-order rule, in w = asinh(t/b) with b twice the smallest
+        scale: equal steps in w are small near the data, where the flow turns within times of the order of that scale.
+        On `ring()` 32 steps err by 1e-7 in the median, by 2e-5 in one state of a hundred and by 1e-4 at most in 2,000;
+        the worst lie on the border of two modes' basins. Twice the steps are 16 times closer.
+
+        Raises:
+            ValueError: steps < 1, or a scale of 0, near which the flow is singular.
+        """
+        if steps < 1 or not (self.scales > 0).all():
+            raise ValueError(f"a distilled flow needs steps >= 1 and positive scales; got {steps} and {self.scales}")
+        b = 2 * float(self.scales.min())
+        nodes = torch.linspace(1, 0, 2 * steps + 1, dtype=torch.float64)  # whole and half steps
+
+        def v(x: Tensor, t: Tensor) -> Tensor:
+            means, var = self.means.to(x.device), self.scales.to(x.device) ** 2
+            top = torch.asinh(t.double() / b)
+            w = (nodes.to(x.device)[:, None] * top)[..., None]  # (2 steps + 1, K, 1)
+            s, dt = (b * w.sinh()).clamp_max(1), b * w.cosh()
+            a = 1 - s
+            # The exact velocity, with whatever depends on time alone worked out beforehand, (2 steps + 1, K, M) each.
+            inv = 1 / (a**2 * var + s**2)
+            fixed = (
+                self.weights.to(x.device).log() + (len(means[0]) * inv.log() - a**2 * inv * means.square().sum(1)) / 2
+            )
+            on_x, on_means = dt * (s - a * var) * inv, -dt * s * inv
+
+            def slope(n: int, y: Tensor) -> Tensor:
+                p = (fixed[n] + inv[n] * (a[n] * (y @ means.T) - y.square().sum(1, keepdim=True) / 2)).softmax(1)
+                return y * (p * on_x[n]).sum(1, keepdim=True) + (p * on_means[n]) @ means
+
+            y, h = x.double(), (top / steps)[:, None]
+            for n in range(0, 2 * steps, 2):
+                k1 = slope(n, y)
+                k2 = slope(n + 1, y - h / 2 * k1)
+                k3 = slope(n + 1, y - h / 2 * k2)
+                k4 = slope(n + 2, y - h * k3)
+                y = y - h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+            at_data = (t == 0)[:, None]
+            return torch.where(at_data, -x, (x - y) / t[:, None].double().clamp_min(1e-300)).to(x.dtype)
+
+        return v
+
     def tilted(self, reward: LinearReward | QuadraticReward, tau: float = 1.0) -> tuple[GaussianMixture, float]:
         """The mixture proportional to p(x) exp(r(x)/tau), and the log of its normalising constant E_p[exp(r/tau)].
 
         It is what a sampler that trades reward against staying on the data at temperature tau should return.
 
         Raises:
-            ValueError: tau <= 0.
+            ValueError: tau <= 0, or a reward of another dimension.
         """
         if not tau > 0:
             raise ValueError(f"tau must be positive; got {tau}")
         var, dim = self.scales**2, self.means.shape[1]
+        if len(reward.slope if isinstance(reward, LinearReward) else reward.centre) != dim:
+            raise ValueError(f"the reward must have {dim} coordinates, like the mixture; got {reward}")
         if isinstance(reward, LinearReward):
             b = torch.tensor(reward.slope, dtype=torch.float64) / tau
             means, shrink = self.means + var[:, None] * b, torch.ones_like(var)
