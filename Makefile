@@ -21,15 +21,15 @@ unexport PYTHONPATH
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
-tutorial: $(VENV)/.notebooks  ## run every notebook headless; results and one table in build/tutorial/
-	@$(PY) -m tools.tutorial --jobs $(JOBS) $(ONLY)
+tutorial: $(VENV)/.notebooks  ## run every notebook headless (ONLY, FORCE=1); one table, results in build/tutorial/
+	@$(PY) -m tools.tutorial --jobs $(JOBS) $(if $(FORCE),--force) $(ONLY)
 
-test: $(VENV)/.dev  ## everything that must hold: ruff, mypy, built notebooks, pytest, nbval
+test: $(VENV)/.dev  ## everything that must hold: ruff, mypy, built notebooks, pytest, notebooks rehearsed by nbval
 	@$(PY) -m ruff check --quiet .
 	@$(PY) -m mypy --no-error-summary
 	@$(PY) -m tools.notebooks --check
 	@$(PY) -m pytest -q -n $(JOBS) --dist worksteal
-	@$(PY) -m pytest -q -n $(JOBS) --dist loadfile --nbval-lax notebooks/*.ipynb
+	@$(PY) -m tools.rehearsal --jobs $(JOBS)
 
 lab: $(VENV)/.notebooks  ## open JupyterLab on the notebooks
 	@unset HF_HUB_OFFLINE OMP_NUM_THREADS MKL_NUM_THREADS; $(PY) -m jupyterlab --ServerApp.root_dir=notebooks

@@ -1,4 +1,4 @@
-"""What every notebook must keep to: rules read off its source and its outputs, and a rehearsal that runs it.
+"""What every notebook must keep to: rules read off its source and its outputs.
 
 Each function returns what it found wrong, one line each; an empty list is a pass.
 """
@@ -9,9 +9,7 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from nbclient.exceptions import CellExecutionError
 from nbformat import NotebookNode
-from nbformat.v4 import new_code_cell
 
 from tools import notebooks
 
@@ -197,75 +195,14 @@ def _output(output: NotebookNode) -> Iterator[str]:
         alt = re.search(r'alt="([^"]*)"', image)
         if not alt or len(alt[1]) < ALT_LETTERS:
             yield "shows an image without alt text"
-    shown = _text([output])
+    shown = words([output])
     for match in MACHINE.finditer(shown):
         yield f"shows a machine path {match[0]}"
     if re.search(r"\bat 0x[0-9a-f]{6,}", shown):
         yield "shows an object's address"
 
 
-def rehearse(source: Path, cwd: Path | None = None, built: Path | None = None) -> list[str]:
-    """Run a notebook once, as its student would, and compare what it says with the built copy.
-
-    At an exercise: the test must stop at the stub, reject every planted wrong answer and accept the solution. Then the
-    stub is put back, so that a later cell which needs the solution, and would fail in the student's copy, fails here.
-    """
-    assembled = notebooks.assemble(source)
-    planted = iter([cell.source for cell in notebooks.read(source).cells if "wrong-answers" in notebooks.tags(cell)])
-    stored = notebooks.nbformat.read(built or notebooks.targets(source)[False], as_version=4)
-    found, stub, answer = [], "", ""
-    with notebooks.kernel(assembled, cwd or source.parent.parent) as client:
-        for index, cell in enumerate(assembled.cells):
-            if cell.cell_type != "code":
-                continue
-            if "exercise" in notebooks.tags(cell):
-                stub, answer = cell.source, assembled.cells[index + 1].source
-                continue
-            if "solution" in notebooks.tags(cell):
-                continue
-            if "exercise-test" in notebooks.tags(cell):
-                found += [f"cell {index}: {line}" for line in _try(client, cell.source, stub, next(planted, ""))]
-                _run(client, new_code_cell(answer))
-            error = _run(client, cell)
-            if error:
-                found.append(f"cell {index}: raises {error.ename}: {error.evalue}")
-                break
-            if "exercise-test" in notebooks.tags(cell):
-                _run(client, new_code_cell(stub))
-            if not matches(_text(cell.outputs), _text(stored.cells[index].outputs), notebooks.tags(cell)):
-                found.append(f"cell {index}: says {_text(cell.outputs)!r}, was {_text(stored.cells[index].outputs)!r}")
-    return found
-
-
-def _run(client: notebooks.NotebookClient, cell: NotebookNode) -> CellExecutionError | None:
-    """Execute a cell in the client's kernel; the error it raised, if any."""
-    client.nb.cells.append(cell)
-    try:
-        client.execute_cell(cell, len(client.nb.cells) - 1)
-    except CellExecutionError as error:
-        return error
-    finally:
-        client.nb.cells.pop()
-    return None
-
-
-def _try(client: notebooks.NotebookClient, test: str, stub: str, planted: str) -> Iterator[str]:
-    """Hand the test the stub and each wrong answer; what it did not reject as it should."""
-    _, *parts = WRONG.split(planted)
-    answers = {"the stub": stub, **{f"the wrong answer '{a}'": b for a, b in zip(parts[::2], parts[1::2], strict=True)}}
-    for name, code in answers.items():
-        wanted = "NotImplementedError" if name == "the stub" else "AssertionError"
-        broken = _run(client, new_code_cell(code))
-        error = _run(client, new_code_cell(test))
-        if broken:
-            yield f"{name} does not run: {broken.ename}: {broken.evalue}"
-        elif error is None:
-            yield f"the test accepts {name}"
-        elif error.ename != wanted:
-            yield f"the test must raise {wanted} for {name}, it raises {error.ename}: {error.evalue}"
-
-
-def _text(outputs: list[NotebookNode]) -> str:
+def words(outputs: Iterable[NotebookNode]) -> str:
     """What outputs say in words: printed text, values, alt texts; not progress bars, not warnings."""
     parts = [o.get("text") or o.get("data", {}).get("text/plain", "") for o in outputs if notebooks.lasting(o)]
     return " ".join("".join(parts).split())
@@ -278,3 +215,13 @@ def matches(now: str, before: str, kind: Iterable[str] = ()) -> bool:
     pairs = zip(NUMBER.findall(now), NUMBER.findall(before), strict=False)
     close = all(abs(float(a) - float(b)) <= max(1e-3, 0.05 * abs(float(b))) for a, b in pairs)
     return NUMBER.sub("#", now) == NUMBER.sub("#", before) and close
+
+
+def difference(now: str, before: str, kind: Iterable[str] = ()) -> str:
+    """Where two sayings first differ, with the words around; empty when they match."""
+    if matches(now, before, kind):
+        return ""
+    words = now.split(), before.split()
+    first = next((i for i, pair in enumerate(zip(*words, strict=False)) if not matches(*pair)), min(map(len, words)))
+    here, there = (" ".join(part[max(0, first - 5) : first + 6]) for part in words)
+    return f"says '{here}', was '{there}'"

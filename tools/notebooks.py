@@ -8,6 +8,7 @@ A source is a Jupytext percent script. CONTRIBUTING.md tells the conventions.
 """
 
 import argparse
+import asyncio
 import contextlib
 import copy
 import datetime
@@ -17,12 +18,13 @@ import os
 import re
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import jupytext
 import nbformat
+from jupyter_core.utils import ensure_async
 from nbclient import NotebookClient
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_notebook
@@ -33,6 +35,8 @@ MEASURED_LINE = re.compile(rf"^{MEASURED}.*$", re.M)
 SOLUTION = re.compile(r"^([ \t]*)### BEGIN SOLUTION\n.*?^[ \t]*### END SOLUTION$", re.M | re.S)
 MARKERS = re.compile(r"^[ \t]*### (BEGIN|END) SOLUTION\n", re.M)
 PROGRESS = re.compile(r"\d+%\|")
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # repeatable, and what the notebooks' heads say
+VIEW = "application/vnd.jupyter.widget-view+json"
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
@@ -131,9 +135,9 @@ def assemble(source: Path, student: bool = False) -> NotebookNode:
     return nbformat.from_dict(json.loads(json.dumps(notebook)))
 
 
-@contextlib.contextmanager
-def kernel(notebook: NotebookNode, cwd: Path) -> Iterator[NotebookClient]:
-    """A client with a fresh kernel, for executing the notebook's cells one by one."""
+@contextlib.asynccontextmanager
+async def kernel(notebook: NotebookNode, cwd: Path) -> AsyncIterator[NotebookClient]:
+    """A client with a fresh kernel, for executing the notebook's cells one by one. The kernel ends with the context."""
     client = NotebookClient(
         notebook,
         timeout=300,
@@ -142,34 +146,48 @@ def kernel(notebook: NotebookNode, cwd: Path) -> Iterator[NotebookClient]:
         record_timing=False,
         extra_arguments=["--log-level=ERROR"],
     )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}  # this clone's package, whatever is installed
-    with client.setup_kernel(env=environment):
+    environment = ONE_THREAD | os.environ | {"PYTHONPATH": str(ROOT)}  # this clone's package, whatever is installed
+    # Not client.setup_kernel: it takes over the signals, and an interrupt would end one kernel of several.
+    manager = client.create_kernel_manager()
+    try:
+        await client.async_start_new_kernel(env=environment)
+        await client.async_start_new_kernel_client()
         yield client
+    finally:
+        if client.kc is not None:
+            client.kc.stop_channels()
+        await ensure_async(manager.shutdown_kernel(now=True))
 
 
-def usage(client: NotebookClient) -> Usage:
+async def usage(client: NotebookClient) -> Usage:
     """What the client's kernel has used so far, in its own words."""
-    client.nb.cells.append(new_code_cell(USAGE))
-    output = client.execute_cell(client.nb.cells[-1], len(client.nb.cells) - 1).outputs[0]
+    cell = new_code_cell(USAGE)
+    client.nb.cells.append(cell)
+    await client.async_execute_cell(cell, len(client.nb.cells) - 1)
     client.nb.cells.pop()
-    return Usage(*json.loads(output.text))
+    return Usage(*json.loads(cell.outputs[0].text))
+
+
+def is_progress(output: NotebookNode) -> bool:
+    """Whether an output is a progress bar, printed or a widget's."""
+    text = "".join(output.get("text", "")) + "".join(output.get("data", {}).get("text/plain", ""))
+    return bool(PROGRESS.search(text))
 
 
 def lasting(output: NotebookNode) -> bool:
     """Whether an output is worth keeping: progress bars and views of live widgets are not."""
-    data = output.get("data", {})
-    text = "".join(output.get("text", "")) + "".join(data.get("text/plain", ""))
-    return "application/vnd.jupyter.widget-view+json" not in data and not PROGRESS.search(text)
+    return VIEW not in output.get("data", {}) and not is_progress(output)
 
 
-def execute(notebook: NotebookNode, cwd: Path) -> Usage:
-    """Run all cells in place, top to bottom."""
-    with kernel(notebook, cwd) as client:
+async def execute(notebook: NotebookNode, cwd: Path, on_cell: Callable[[], object] = lambda: None) -> Usage:
+    """Run all cells in place, top to bottom, calling `on_cell` after each."""
+    async with kernel(notebook, cwd) as client:
         for index, cell in enumerate(notebook.cells):
-            client.execute_cell(cell, index)
+            await client.async_execute_cell(cell, index)
             if cell.cell_type == "code":
                 cell.outputs = [output for output in cell.outputs if lasting(output)]
-        return usage(client)
+            on_cell()
+        return await usage(client)
 
 
 def targets(source: Path) -> dict[bool, Path]:
@@ -179,15 +197,22 @@ def targets(source: Path) -> dict[bool, Path]:
 
 
 def build(source: Path) -> Usage:
-    notebook = assemble(source)
-    used = execute(notebook, cwd=source.parent.parent)
+    """Execute the notebook and write both copies."""
+    copies = {student: assemble(source, student) for student in targets(source)}  # of one state of the source
+    used = asyncio.run(execute(copies[False], cwd=source.parent.parent))
     for student, target in targets(source).items():
-        built = assemble(source, student=True) if student else notebook
-        built.cells[0].source = built.cells[0].source.replace(MEASURED, f"{MEASURED} {used}")
-        nbformat.validate(built)
-        target.parent.mkdir(exist_ok=True)
-        nbformat.write(built, target)
+        copies[student].cells[0].source = copies[student].cells[0].source.replace(MEASURED, f"{MEASURED} {used}")
+        nbformat.validate(copies[student])
+        write(copies[student], target)
     return used
+
+
+def write(notebook: NotebookNode, path: Path) -> None:
+    """Write a notebook whole or not at all: another process may be reading it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}")
+    nbformat.write(notebook, partial)
+    partial.replace(path)
 
 
 def skeleton(notebook: NotebookNode) -> list[tuple]:
@@ -215,6 +240,11 @@ def differences(source: Path) -> list[str]:
     return found
 
 
+def chosen(paths: Iterable[Path], only: list[str]) -> list[Path]:
+    """Those of the paths whose name was asked for, or its beginning; all when none was. Sorted."""
+    return sorted(path for path in paths if path.stem.startswith(tuple(only) or ""))
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("only", nargs="*", help="names, or beginnings of names, of notebooks")
@@ -222,16 +252,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--force", action="store_true", help="build also what has not changed")
     parser.add_argument("--folder", type=Path, default=ROOT / "notebooks", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
-    sources = sorted((options.folder / "src").glob("[0-9][0-9]_*.py"))
+    sources = chosen(options.folder.glob("src/[0-9][0-9]_*.py"), options.only)
     stems = {source.stem for source in sources}
-    found = [
-        f"{built.name}: has no source"
-        for built in sorted([*options.folder.glob("*.ipynb"), *options.folder.glob("student/*.ipynb")])
-        if built.stem not in stems
-    ]
+    built = [*options.folder.glob("*.ipynb"), *options.folder.glob("student/*.ipynb")]
+    found = [f"{path.name}: has no source" for path in chosen(built, options.only) if path.stem not in stems]
     for source in sources:
-        if options.only and not source.stem.startswith(tuple(options.only)):
-            continue
         changed = differences(source)
         if options.check:
             found += changed

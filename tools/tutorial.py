@@ -1,21 +1,25 @@
 """Run every notebook as a reader would, headless, and print one table.
 
-    python -m tools.tutorial [--jobs 2] [00 05 ...]
+    python -m tools.tutorial [--jobs 2] [--force] [00 05 ...]
 
-The executed notebooks, and the same as HTML pages, go to build/tutorial/.
+The executed notebooks, and the same as HTML pages, go to build/tutorial/. A notebook that passed there is run again
+only when it, the package, its data or the libraries have changed since; so an interrupted run can be resumed.
 """
 
 import argparse
+import asyncio
+import functools
+import hashlib
 import os
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import nbformat
 from nbclient.exceptions import CellExecutionError
 from nbconvert import HTMLExporter
+from nbformat import NotebookNode
 from tqdm import tqdm
 
 from tools import notebooks
@@ -23,6 +27,8 @@ from tools import notebooks
 
 @dataclass(frozen=True)
 class Outcome:
+    """What running a notebook came to; memory in MB, None where the run did not reach its end."""
+
     name: str
     status: str
     seconds: float
@@ -30,30 +36,75 @@ class Outcome:
     page: Path
 
 
-def run(path: Path, out: Path, bar: tqdm) -> Outcome:
-    """Execute one notebook, keep it and its page whatever happens."""
+@functools.cache
+def surroundings() -> str:
+    """A digest of all that a notebook's results depend on beside itself."""
+    files = [*notebooks.ROOT.glob("flowscale_lite/**/*.py"), *notebooks.ROOT.glob("data/**/*.*")]
+    digest = hashlib.sha256(sys.version.encode())
+    for path in sorted([*files, notebooks.ROOT / "constraints.txt"]):
+        digest.update(path.relative_to(notebooks.ROOT).as_posix().encode() + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def fingerprint(path: Path) -> str:
+    return hashlib.sha256(surroundings().encode() + path.read_bytes()).hexdigest()
+
+
+def recall(path: Path, out: Path) -> Outcome | None:
+    """The outcome of an earlier run that passed, if nothing has changed since."""
+    executed = out / path.name
+    page = executed.with_suffix(".html")
+    if not (executed.exists() and page.exists()):
+        return None
+    passed = nbformat.read(executed, as_version=4).metadata.get("passed", {})
+    if passed.get("fingerprint") != fingerprint(path):
+        return None
+    return Outcome(path.stem, "passed before", passed["seconds"], passed["memory"], page)
+
+
+async def run(path: Path, out: Path, bar: tqdm) -> Outcome:
+    """Execute one notebook; keep it and its page whatever it comes to, unless the run itself is called off."""
     notebook, start, memory, status = nbformat.read(path, as_version=4), time.perf_counter(), None, "passed"
+    key = fingerprint(path)
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
-    done = 0
     try:
-        with notebooks.kernel(notebook, cwd=path.parent) as client:
-            for index, cell in enumerate(notebook.cells):
-                client.execute_cell(cell, index)
-                done += 1
-                bar.update()
-            memory = notebooks.usage(client).memory
-    except CellExecutionError as error:
-        status = f"FAILED, cell {done}: {error.ename}: {error.evalue}".splitlines()[0][:60]
-    except Exception as error:  # the kernel died or timed out: a result as well, the other notebooks go on
-        status = f"FAILED, cell {done}: {type(error).__name__}"
-    bar.update(len(notebook.cells) - done)
+        memory = (await notebooks.execute(notebook, path.parent, bar.update)).memory
+    except Exception as error:  # also that the kernel died, or a cell took too long: the other notebooks go on
+        task = asyncio.current_task()
+        if task and task.cancelling():  # nbclient takes an interrupt for the kernel's death
+            raise asyncio.CancelledError from None
+        begun = [index for index, cell in enumerate(notebook.cells) if cell.get("execution_count")]
+        bar.update(len(notebook.cells) - max(begun, default=0))
+        what = f"{error.ename}: {error.evalue}" if isinstance(error, CellExecutionError) else type(error).__name__
+        status = f"FAILED, cell {max(begun, default=0)}: {what}".splitlines()[0][:60]
     seconds = time.perf_counter() - start
-    nbformat.write(notebook, out / path.name)
-    page = (out / path.name).with_suffix(".html")
-    page.write_text(HTMLExporter().from_notebook_node(notebook)[0], encoding="utf-8")
+    if status == "passed":
+        notebook.metadata["passed"] = {"fingerprint": key, "seconds": seconds, "memory": memory}
+    page = await asyncio.to_thread(keep, notebook, out / path.name)
     return Outcome(path.stem, status, seconds, memory, page)
+
+
+def keep(notebook: NotebookNode, path: Path) -> Path:
+    """Write an executed notebook and its page; returns where the page is."""
+    page = path.with_suffix(".html")
+    page.write_text(HTMLExporter().from_notebook_node(notebook)[0], encoding="utf-8")
+    notebooks.write(notebook, path)
+    return page
+
+
+async def run_all(paths: list[Path], out: Path, jobs: int) -> list[Outcome]:
+    """Run the notebooks, `jobs` at a time, under one progress bar. An interrupt ends their kernels at once."""
+    cells = sum(len(nbformat.read(path, as_version=4).cells) for path in paths)
+    free = asyncio.Semaphore(jobs)
+    with tqdm(total=cells, unit="cell", leave=False, disable=None) as bar:
+
+        async def one(path: Path) -> Outcome:
+            async with free:
+                return await run(path, out, bar)
+
+        return await asyncio.gather(*map(one, paths))
 
 
 def table(outcomes: list[Outcome]) -> str:
@@ -77,21 +128,27 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("only", nargs="*", help="names, or beginnings of names, of notebooks")
     parser.add_argument("--jobs", type=int, default=2, help="notebooks run at once")
+    parser.add_argument("--force", action="store_true", help="run also what passed before and has not changed")
     parser.add_argument("--folder", type=Path, default=notebooks.ROOT / "notebooks", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=notebooks.ROOT / "build" / "tutorial", help="where results go")
     options = parser.parse_args(argv)
-    paths = sorted(options.folder.glob("[0-9][0-9]_*.ipynb"))
-    if options.only:
-        paths = [path for path in paths if path.stem.startswith(tuple(options.only))]
+    paths = notebooks.chosen(options.folder.glob("[0-9][0-9]_*.ipynb"), options.only)
     if not paths:
         print("no such notebook", file=sys.stderr)
         return 1
     options.out.mkdir(parents=True, exist_ok=True)
-    cells = sum(len(nbformat.read(path, as_version=4).cells) for path in paths)
-    with ThreadPoolExecutor(options.jobs) as pool, tqdm(total=cells, unit="cell", leave=False, disable=None) as bar:
-        outcomes = list(pool.map(lambda path: run(path, options.out, bar), paths))
-    print(table(outcomes))
-    failed = sum(outcome.status != "passed" for outcome in outcomes)
+    earlier = {} if options.force else {path: recall(path, options.out) for path in paths}
+    outcomes = {path: outcome for path, outcome in earlier.items() if outcome}
+    left = [path for path in paths if path not in outcomes]
+    try:
+        outcomes |= zip(left, asyncio.run(run_all(left, options.out, options.jobs)), strict=True)
+    except KeyboardInterrupt:
+        print("\nInterrupted. What has passed is kept: run it again to go on.", file=sys.stderr)
+        return 130
+    print(table([outcomes[path] for path in paths]))
+    failed = sum(outcome.status.startswith("FAILED") for outcome in outcomes.values())
+    if len(left) < len(paths):
+        print("\n'passed before': nothing it depends on has changed since; FORCE=1 runs it again.")
     print(f"\n{len(outcomes) - failed} passed, {failed} failed")
     return 1 if failed else 0
 
