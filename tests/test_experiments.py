@@ -1,5 +1,7 @@
-"""Sweeps lose and repeat nothing; intervals cover."""
+"""Sweeps lose and repeat nothing, whatever is killed; comparisons pair what belongs together; intervals cover."""
 
+import fcntl
+import functools
 import json
 import os
 import signal
@@ -10,9 +12,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from flowscale_lite import experiments
+from flowscale_lite import (
+    LINEAR,
+    RBF,
+    GaussianMixture,
+    Problem,
+    QuadraticReward,
+    experiments,
+    gaussian,
+    search,
+    uniform,
+)
 
+HERE = Path(__file__).parent
 TASKS = [{"prompt": p, "seed": s} for p in ("a", "b", "c") for s in range(4)]
 
 
@@ -20,62 +34,287 @@ def square(task):
     return {"value": task["seed"] ** 2}
 
 
+def rows_of(path):
+    """The file as it is, every line whole."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def ordered(rows):
+    return sorted(rows, key=json.dumps)
+
+
+# ------------------------------------------------------------------------------------------------------------ sweeps
 def test_rows_come_in_task_order_and_are_not_run_twice(tmp_path):
     path, calls = tmp_path / "deep" / "rows.jsonl", []
     rows = experiments.sweep(TASKS[:5], lambda t: calls.append(t) or square(t), path)
     assert rows == [t | square(t) for t in TASKS[:5]] and len(calls) == 5
     again = experiments.sweep(TASKS[::-1], lambda t: calls.append(t) or square(t), path)
     assert again == [t | square(t) for t in TASKS[::-1]] and len(calls) == len(TASKS)
-    assert sorted(map(str, experiments.read(path))) == sorted(map(str, rows + again[:7]))
+    assert ordered(experiments.read(path)) == ordered(again)
 
 
-def test_a_line_cut_short_is_done_again(tmp_path):
+@pytest.mark.parametrize("cut", [1, 9, 60])
+def test_a_line_cut_short_is_done_again(tmp_path, cut):
     path = tmp_path / "rows.jsonl"
     experiments.sweep(TASKS[:3], square, path)
-    path.write_text(path.read_text()[:-9])
-    assert len(experiments.read(path)) == 2
-    assert experiments.sweep(TASKS[:3], square, path) == [t | square(t) for t in TASKS[:3]]
-    assert len(experiments.read(path)) == 3
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-cut])
+    left = len(experiments.read(path))
+    assert left == (1 if cut == 60 else 2)
+    calls = []
+    rows = experiments.sweep(TASKS[:3], lambda t: calls.append(t) or square(t), path)
+    assert rows == [t | square(t) for t in TASKS[:3]]
+    assert len(calls) == 3 - left and path.read_bytes() == whole
 
 
-def test_workers_give_the_same_rows(tmp_path):
-    assert experiments.sweep(TASKS, square, tmp_path / "rows.jsonl", workers=2) == [t | square(t) for t in TASKS]
+def test_a_row_is_on_the_disk_before_the_next_run_starts(tmp_path):
+    path, seen = tmp_path / "rows.jsonl", []
+
+    def run(task):
+        seen.append(len(rows_of(path)))
+        return {"value": 0}
+
+    experiments.sweep(TASKS[:4], run, path)
+    assert seen == [0, 1, 2, 3]
+
+
+def test_a_broken_line_in_the_middle_is_named_and_nothing_is_lost(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    text = '{"prompt": "a", "seed": 0, "value": 0}\n{"prompt": \n{"prompt": "a", "seed": 2, "value": 4}\n'
+    path.write_text(text)
+    with pytest.raises(ValueError, match="line 2 is no JSON object"):
+        experiments.sweep(TASKS[:3], square, path)
+    assert path.read_text() == text
+
+
+def test_two_sweeps_do_not_write_one_file(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    experiments.sweep(TASKS[:1], square, path)
+    with path.open("a") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="another sweep is writing"):
+            experiments.sweep(TASKS, square, path)
+    assert len(experiments.sweep(TASKS, square, path)) == len(TASKS)
+
+
+def test_a_run_that_fails_is_tried_again_and_then_reported_when_the_others_are_done(tmp_path):
+    path, calls = tmp_path / "rows.jsonl", []
+
+    def run(task):
+        calls.append(task["seed"])
+        if task["seed"] == 1 or (task["seed"] == 2 and calls.count(2) == 1):
+            raise RuntimeError(f"out of luck with {task['seed']}")
+        return {"value": [1, 2]} if task["seed"] == 3 else {"value": torch.ones(1)} if task["seed"] == 0 else {}
+
+    with pytest.raises(experiments.SweepFailed, match="2 of 4 runs failed in each of 2 tries") as info:
+        experiments.sweep(TASKS[:4], run, path)
+    assert calls == [0, 1, 2, 3, 0, 1, 2]
+    assert ordered(rows_of(path)) == ordered([TASKS[2], TASKS[3] | {"value": [1, 2]}])
+    failed = {task["seed"]: error for task, error in info.value.failures}
+    assert "out of luck with 1" in failed[1] and "Tensor is not JSON serializable" in failed[0]
+    assert "out of luck with 1" in str(info.value)
+    calls.clear()
+    experiments.sweep(TASKS[:4], lambda t: calls.append(t["seed"]) or {}, path)
+    assert calls == [0, 1]
+
+
+def test_bad_sweeps_are_refused_before_anything_runs(tmp_path):
+    path = tmp_path / "rows.jsonl"
+
+    def never(task):
+        raise AssertionError("ran")
+
+    for tasks, options, message in (
+        ([TASKS[0], TASKS[0]], {}, "twice"),
+        ([TASKS[0], {"prompt": "a"}], {}, "same fields"),
+        (TASKS, {"workers": 0}, "workers must be at least 1"),
+        (TASKS, {"retries": -1}, "retries at least 0"),
+        (TASKS, {"engine": "http"}, "engine must be"),
+        (TASKS, {"resources": {"num_gpus": 1}}, "resources are what Ray"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            experiments.sweep(tasks, never, path, **options)
+    assert not path.exists()
+    with pytest.raises(experiments.SweepFailed, match="must not use its task's names; it found \\['seed'\\]"):
+        experiments.sweep(TASKS[:1], lambda t: {"seed": 7}, path)
+    experiments.sweep([{"other": 1}], lambda t: {}, path)
+    with pytest.raises(ValueError, match="rows of another sweep"):
+        experiments.sweep(TASKS, never, path)
+
+
+def test_no_tasks_no_rows(tmp_path):
+    assert experiments.sweep([], square, tmp_path / "rows.jsonl", workers=2) == []
+
+
+# --------------------------------------------------------------------------------------------- processes that die
+def once(task):
+    """Whether this is the first time that `task` is tried; known across processes."""
+    try:
+        (Path(task["folder"]) / f"tried-{task['seed']}").open("x")
+    except FileExistsError:
+        return False
+    return True
+
+
+def perilous(task):
+    """Seed 2 is killed at its first try, seed 5 at every one, seed 7 raises at every one."""
+    if task["seed"] == 5 or (task["seed"] == 2 and once(task)):
+        os.kill(os.getpid(), signal.SIGKILL)
+    if task["seed"] == 7:
+        raise RuntimeError("no luck")
+    return {"value": task["seed"] ** 2}
+
+
+def test_workers_that_die_cost_only_the_run_they_died_of(tmp_path):
+    tasks = [{"seed": s, "folder": str(tmp_path)} for s in range(9)]
+    with pytest.raises(experiments.SweepFailed, match="2 of 9 runs") as info:
+        experiments.sweep(tasks, perilous, tmp_path / "rows.jsonl", workers=2)
+    assert sorted(task["seed"] for task, _ in info.value.failures) == [5, 7]
+    assert "terminated abruptly" in str(info.value) and "no luck" in str(info.value)
+    expected = [t | {"value": t["seed"] ** 2} for t in tasks if t["seed"] not in (5, 7)]
+    assert ordered(rows_of(tmp_path / "rows.jsonl")) == ordered(expected)
 
 
 SLOW = """
-import sys, time
+import os, sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from flowscale_lite import experiments
 def run(task):
     time.sleep(0.05)
-    return {"value": task["seed"] ** 2}
-experiments.sweep([{"seed": s} for s in range(40)], run, Path(sys.argv[1]))
+    return {"value": task["seed"] ** 2, "worker": os.getpid()}
+if __name__ == "__main__":
+    experiments.sweep([{"seed": s} for s in range(60)], run, Path(sys.argv[1]), workers=2)
+    assert "ray" not in sys.modules and "transformers" not in sys.modules
 """
 
 
-def test_killed_in_the_middle_it_goes_on_without_loss(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    command = [sys.executable, "-c", SLOW, str(path), str(Path(__file__).parents[1])]
+@pytest.mark.slow
+def test_killed_in_the_middle_it_goes_on_without_loss_and_leaves_no_worker_behind(tmp_path):
+    script, path = tmp_path / "slow.py", tmp_path / "rows.jsonl"
+    script.write_text(SLOW)
+    command = [sys.executable, str(script), str(path), str(HERE.parent)]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    while not path.exists() or path.read_text().count("\n") < 5:
+    while not path.exists() or len({row["worker"] for row in experiments.read(path)}) < 2:
+        assert process.poll() is None
         time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
+    process.kill()
     process.wait()
     before = experiments.read(path)
-    assert 5 <= len(before) < 40
-    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert rows == [{"seed": s, "value": s**2} for s in range(40)] and rows[: len(before)] == before
+    assert 2 <= len(before) < 60
+    deadline = time.monotonic() + 20
+    while any(alive(row["worker"]) for row in before):
+        assert time.monotonic() < deadline, "workers outlive the sweep they worked for"
+        time.sleep(0.05)
+    subprocess.run(command, check=True)
+    rows = rows_of(path)
+    assert rows[: len(before)] == before and sorted(row["seed"] for row in rows) == list(range(60))
+    assert all(row["value"] == row["seed"] ** 2 for row in rows)
 
 
-def test_tasks_that_cannot_be_told_apart_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="twice"):
-        experiments.sweep([TASKS[0], TASKS[0]], square, tmp_path / "rows.jsonl")
-    with pytest.raises(ValueError, match="same fields"):
-        experiments.sweep([TASKS[0], {"prompt": "a"}], square, tmp_path / "rows.jsonl")
+def alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return "Z" not in Path(f"/proc/{pid}/stat").read_text().split() if Path("/proc/self").exists() else True
 
 
+# --------------------------------------------------------------------------------------------------------------- Ray
+RING = GaussianMixture.ring()
+
+
+def plain_search(task, judge=None):
+    """A search on the series' toy; with `judge`, its reward is asked for elsewhere."""
+    reward = judge or QuadraticReward((2.4, 0.0))
+    problem = Problem(RING.velocity(LINEAR), reward, LINEAR, gaussian(), uniform(5), (2,))
+    generator = torch.Generator().manual_seed(task["seed"])
+    result = search(problem, RBF(init=4), max_nfe=task["budget"], generator=generator)
+    return {"reward": result.reward, "nfe": result.nfe}
+
+
+def perilous_search(task, folder, judge):
+    if task["seed"] == 3 and once(task | {"folder": folder}):
+        os.kill(os.getpid(), signal.SIGKILL)
+    if task["seed"] == 99:
+        raise RuntimeError("no luck")
+    return plain_search(task, judge) | {"worker": os.getpid(), "judge": int(judge(torch.zeros(1, 2), "pid"))}
+
+
+class Elsewhere:
+    """A judge that can tell which process it lives in, and dies once."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __call__(self, x, ask=""):
+        if ask == "pid":
+            return torch.tensor([os.getpid()])
+        if once({"folder": self.folder, "seed": "judge"}):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return QuadraticReward((2.4, 0.0))(x)
+
+
+SEARCHES = [{"budget": b, "seed": s} for b in (20, 40) for s in range(6)]
+
+
+def on_ray(folder):
+    """Run by the test below in a process of its own: what a sweep on two Ray workers comes to."""
+    path, failures, refusal = Path(folder) / "rows.jsonl", [], ""
+    judge = experiments.serve(functools.partial(Elsewhere, folder))
+    run = functools.partial(perilous_search, folder=folder, judge=judge)
+    try:
+        experiments.sweep([*SEARCHES, {"budget": 20, "seed": 99}], run, path, workers=2, engine="ray")
+    except experiments.SweepFailed as error:
+        failures = [(task["seed"], text.strip().splitlines()[-1]) for task, text in error.failures]
+    try:
+        experiments.sweep(SEARCHES, run, Path(folder) / "none", engine="ray", resources={"num_gpus": 1e3})
+    except ValueError as error:
+        refusal = str(error)
+    print(json.dumps({"failures": failures, "refusal": refusal, "driver": os.getpid()}))
+
+
+@pytest.mark.slow
+def test_ray_workers_killed_and_resumed_give_what_the_local_run_gives(tmp_path):
+    """Two workers and a judge on a cluster of this machine; the file was begun by a local run, one worker and the judge
+    are killed with SIGKILL in the middle, one run always raises."""
+    pytest.importorskip("ray")
+    path = tmp_path / "rows.jsonl"
+    begun = experiments.sweep(SEARCHES[:3], plain_search, path)
+    code = "import sys; sys.path[:0] = sys.argv[2:]; import test_experiments; test_experiments.on_ray(sys.argv[1])"
+    command = [sys.executable, "-c", code, str(tmp_path), str(HERE), str(HERE.parent)]
+    environment = os.environ | {
+        "PYTHONPATH": f"{HERE}:{HERE.parent}",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_agent_register_timeout_ms": "29000",
+    }
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert said["failures"] == [[99, "RuntimeError: no luck"]]
+    assert "GPU" in said["refusal"]
+    rows = rows_of(path)
+    assert rows[:3] == begun and len(rows) == len(SEARCHES)
+    assert (tmp_path / "tried-3").exists() and (tmp_path / "tried-judge").exists()
+    workers, judges = ({row[name] for row in rows[3:]} for name in ("worker", "judge"))
+    assert len(workers) >= 2 and len(judges) >= 1 and said["driver"] not in workers | judges and not workers & judges
+    local = experiments.sweep(SEARCHES, plain_search, tmp_path / "local.jsonl")
+    names = ("budget", "seed", "reward", "nfe")
+    assert ordered([{n: row[n] for n in names} for row in rows]) == ordered(
+        [{n: row[n] for n in names} for row in local]
+    )
+    assert experiments.sweep(SEARCHES, plain_search, path) and rows_of(path) == rows  # the local run has nothing to add
+
+
+def test_without_ray_the_reason_is_given(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ImportError, match="extra `scale`"):
+        experiments.sweep(TASKS, square, tmp_path / "rows.jsonl", engine="ray")
+    with pytest.raises(ImportError, match="extra `scale`"):
+        experiments.serve(square)
+
+
+# ----------------------------------------------------------------------------------------------------------- reading
 def test_clustered_interval_covers_and_is_wider_than_a_naive_one():
     """40 prompts with effects of their own, 3 seeds each: 95 % intervals hold the true mean about 95 times of 100."""
     rng, clusters = np.random.default_rng(0), np.repeat(np.arange(40), 3)
@@ -88,3 +327,65 @@ def test_clustered_interval_covers_and_is_wider_than_a_naive_one():
     naive = 2 * 1.96 * np.sqrt((1 + 0.09) / 120)
     assert 0.88 <= np.mean(covered) <= 0.99  # binomial, 200 tries of 0.94: standard error 0.017
     assert np.mean(widths) > 1.4 * naive
+
+
+def results(effect, rng_seed=0):
+    """Two methods on 30 prompts of very different difficulty, 3 seeds: the second is `effect` better on the average."""
+    rng = np.random.default_rng(rng_seed)
+    hard, luck = rng.normal(0, 3, 30), rng.normal(0, 1, (30, 3))
+    gain = effect + rng.normal(0, 0.2, 30)[:, None] + rng.normal(0, 0.3, (30, 3))
+    shift = {"old": np.zeros((30, 3)), "new": gain}
+    return [
+        {"method": m, "prompt": f"p{p}", "seed": s, "score": hard[p] + luck[p, s] + shift[m][p, s], "nfe": 100 + s}
+        for m in ("new", "old")
+        for p in range(30)
+        for s in range(3)
+    ], gain
+
+
+def test_table_groups_rows_and_states_intervals():
+    rows, _ = results(0.3)
+    lines = experiments.table(rows, ["method"], ["score", "nfe"])
+    assert [(line["method"], line["runs"], line["nfe"].mean) for line in lines] == [("new", 90, 101), ("old", 90, 101)]
+    old = rows[90:]
+    assert lines[1]["score"] == experiments.clustered_mean([r["score"] for r in old], [r["prompt"] for r in old])
+    assert [line["seed"] for line in experiments.table(rows, ["method", "seed"], ["score"])] == [0, 1, 2] * 2
+    text = experiments.markdown(lines).splitlines()
+    assert text[0] == "| method | runs | score | nfe |" and text[1] == "|" + " --- |" * 4
+    assert text[2].startswith("| new | 90 |") and text[2].endswith("| 101.00 [101.00, 101.00] |") and len(text) == 4
+    with pytest.raises(ValueError, match="no field 'rss'"):
+        experiments.table(rows, ["method"], ["rss"])
+    with pytest.raises(ValueError, match="no rows"):
+        experiments.table([], ["method"], ["score"])
+
+
+def test_paired_difference_is_the_mean_gain_whatever_the_order_of_rows():
+    rows, gain = results(0.3)
+    new, old = rows[:90], rows[90:]
+    interval = experiments.paired_difference(new, old[::-1], "score")
+    assert interval.mean == pytest.approx(gain.mean())
+    back = experiments.paired_difference(old, new, "score")
+    assert back.mean == pytest.approx(-interval.mean)
+    lines = experiments.table(rows, ["method"], ["score"])
+    assert all(line["score"].high - line["score"].low > 5 * (interval.high - interval.low) for line in lines)
+
+
+def test_paired_difference_covers():
+    """The gain of 30 prompts, 3 seeds: 95 % intervals hold the truth in 200 worlds (binomial SE 0.017 at 0.94)."""
+    inside = 0
+    for world in range(200):
+        rows, _ = results(0.3, world)
+        interval = experiments.paired_difference(rows[:90], rows[90:], "score")
+        inside += interval.low <= 0.3 <= interval.high
+    assert 0.87 <= inside / 200 <= 0.99
+
+
+def test_rows_that_do_not_pair_are_refused():
+    rows, _ = results(0.3)
+    new, old = rows[:90], rows[90:]
+    with pytest.raises(ValueError, match="1 rows have no partner"):
+        experiments.paired_difference(new[1:], old, "score")
+    with pytest.raises(ValueError, match="two rows of one side agree"):
+        experiments.paired_difference(new, old, "score", by=("prompt",))
+    with pytest.raises(ValueError, match="two rows of one side agree"):
+        experiments.paired_difference([*new, new[0]], old, "score")
