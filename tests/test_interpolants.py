@@ -135,19 +135,6 @@ def test_convert_at_both_ends(src, dst, end, dtype):
     torch.testing.assert_close(got, gaussian_flow(dst.name)(x, t), rtol=tol, atol=tol)
 
 
-def test_convert_equals_the_chain_rule_of_the_paper():
-    """ubar_s(xbar) = (c'/c) xbar + c t' u_t(xbar/c), with c = abar + sbar and t = sbar/c from linear to VP."""
-    s = torch.linspace(0.1, 0.9, 5, dtype=float64, requires_grad=True)
-    c = VP.alpha(s) + VP.sigma(s)
-    t = VP.sigma(s) / c
-    dc, dt = (torch.autograd.grad(y.sum(), s, retain_graph=True)[0] for y in (c, t))
-    c, t, s = c.detach()[:, None], t.detach(), s.detach()
-    x = torch.linspace(-1, 1, 10, dtype=float64).view(5, 2)
-    field = lambda x, t: torch.sin(3 * x) * (1 + t[:, None])  # noqa: E731  (not a flow of anything: an identity of fields)
-    expected = dc[:, None] / c * x + c * dt[:, None] * field(x / c, t)
-    torch.testing.assert_close(convert(field, LINEAR, VP)(x, s), expected)
-
-
 def test_vp_refuses_constants_that_are_no_path():
     for low, high in ((0, 1), (2, 1), (-1, 1)):
         with pytest.raises(ValueError, match="beta_min"):
