@@ -2,6 +2,7 @@ import math
 import random
 from dataclasses import replace
 from itertools import pairwise
+from statistics import NormalDist
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from flowscale_lite import (
     RBF,
     BestOfN,
     GaussianMixture,
+    Guide,
     Problem,
     gaussian,
     ode,
@@ -20,6 +22,7 @@ from flowscale_lite import (
     search,
     uniform,
 )
+from flowscale_lite.methods.rbf import reached
 
 MIXTURE = GaussianMixture([[-1.0, 0.5], [1.0, -0.5], [0.3, 1.4]], [0.3, 0.4, 0.2], [0.5, 0.3, 0.2]).velocity(LINEAR)
 
@@ -80,13 +83,16 @@ def test_rbf_books_balance_and_no_budget_is_lost():
     for seed in range(200):
         method = RBF(
             init=dice.randint(1, 6),
-            accept=dice.choice(["first", "best"]),
+            accept=dice.choice(["first", "best", "reserve"]),
             batch=dice.randint(1, 9),
-            rollover=dice.random() < 0.7,
             chains=dice.randint(1, 4),
             spend_all=dice.random() < 0.7,
             select_below=dice.choice([1.0, 0.8, 0.5]),
         )
+        if method.accept == "first":
+            method = replace(method, quantile=dice.choice([None, 0.5, 1.0]))
+        if method.accept != "reserve":
+            method = replace(method, rollover=dice.random() < 0.7)
         if method.accept == "best" and method.rollover:
             method = replace(method, compete=dice.random() < 0.5)
         steps, cost = dice.randint(1, 8), dice.choice([1, 1, 2])
@@ -100,7 +106,7 @@ def test_rbf_books_balance_and_no_budget_is_lost():
         assert cost * velocity.rows == result.nfe <= budget and result.nfe + result.left == budget, method
         assert result.trace[-1].t == 0 and result.trace[0].drawn == method.chains * method.init
         assert all(step.drawn >= method.chains for step in result.trace)
-        if steps > 1 and (method.accept == "best" or (method.rollover and method.spend_all)):
+        if steps > 1 and (method.accept != "first" or (method.rollover and method.spend_all)):
             rows = method.chains if method.compete else 1
             assert result.left < rows * cost, (method, result)  # less than one row (for every chain)
         with pytest.raises(ValueError, match=f"max_nfe >= {least}"):
@@ -141,7 +147,7 @@ def plain_rbf(flow, reward, steps, init, budget, g, rollover=True):
 def test_rbf_is_the_papers_loop(judge, rollover):
     for seed in range(15):
         x, used = plain_rbf(MIXTURE, judge, 6, 4, 47, seeded(seed), rollover)
-        method = RBF(init=4, batch=1, rollover=rollover)
+        method = RBF(init=4, accept="first", batch=1, rollover=rollover)
         result = search(problem(6, reward=judge), method, max_nfe=47, generator=seeded(seed))
         assert drawn(result) == [4, *used, 1]
         torch.testing.assert_close(result.best, x[0], rtol=1e-4, atol=1e-4)
@@ -182,14 +188,14 @@ class Staircase:
 )
 def test_what_a_quota_leaves_rolls_over_to_the_next_transition_only(rollover, spend_all, expected, left):
     """The first candidate is taken at once, no other ever; quota 10."""
-    method = RBF(init=2, batch=1, rollover=rollover, spend_all=spend_all)
+    method = RBF(init=2, accept="first", batch=1, rollover=rollover, spend_all=spend_all)
     result = search(problem(5, reward=Staircase(2)), method, max_nfe=42, generator=seeded())
     assert drawn(result) == expected and result.left == left
 
 
 @pytest.mark.parametrize(("spend_all", "last", "left"), [(True, 37, 0), (False, 1, 36)])
 def test_at_the_last_paid_transition_there_is_nothing_to_save_for(spend_all, last, left):
-    method = RBF(init=2, batch=1, spend_all=spend_all)
+    method = RBF(init=2, accept="first", batch=1, spend_all=spend_all)
     result = search(problem(5, reward=Staircase(2, 3, 4, 5)), method, max_nfe=42, generator=seeded())
     assert drawn(result) == [2, 1, 1, 1, last, 1] and result.left == left
 
@@ -203,7 +209,7 @@ def test_a_speculative_batch_takes_the_first_that_beats_the_record_and_pays_for_
             return super().__call__(x)
 
     # Calls 0, 1 are the initial draws; 4 and 5 improve, the third and fourth of the first batch of six.
-    method = RBF(init=2, batch=6, spend_all=False)
+    method = RBF(init=2, accept="first", batch=6, spend_all=False)
     result = search(problem(3, reward=Ascending(4, 5)), method, max_nfe=26, generator=seeded())
     assert drawn(result) == [2, 6, 18, 1] and result.trace[1].accepted == 1.0 and result.trace[1].best == 2.0
     assert torch.equal(result.seen, taken[1][3])  # the better one, which the rule passed over, is still reported
@@ -226,13 +232,15 @@ def test_the_record_is_the_best_accepted_so_far_and_never_falls():
             self.calls += len(x)
             return x.new_tensor([script.get(self.calls - len(x) + i, 0.0) for i in range(len(x))])
 
-    result = search(problem(4, reward=Script()), RBF(init=1, batch=1), max_nfe=1 + 6, generator=seeded())
+    result = search(
+        problem(4, reward=Script()), RBF(init=1, accept="first", batch=1), max_nfe=1 + 6, generator=seeded()
+    )
     assert drawn(result) == [1, 2, 2, 2, 1]
 
 
 def test_chains_are_independent_share_the_budget_and_return_the_best():
     """31 rows for 3 chains: 10, 10 and 11; 2 initial draws each, then 2 paid transitions of 4 (or 5) rows."""
-    result = search(problem(3, reward=flat), RBF(init=2, chains=3), max_nfe=31, generator=seeded())
+    result = search(problem(3, reward=flat), RBF(init=2, accept="first", chains=3), max_nfe=31, generator=seeded())
     assert drawn(result) == [6, 13, 12, 3] and result.left == 0
     last = []
     result = search(
@@ -274,7 +282,11 @@ def test_chains_that_cannot_compete_are_refused(rest):
 
 
 def test_one_paid_transition_or_none():
-    assert drawn(search(problem(2, reward=flat), RBF(init=2), max_nfe=9, generator=seeded())) == [2, 7, 1]
+    assert drawn(search(problem(2, reward=flat), RBF(init=2, accept="first"), max_nfe=9, generator=seeded())) == [
+        2,
+        7,
+        1,
+    ]
     result = search(problem(1, reward=flat), RBF(init=2), max_nfe=9, generator=seeded())
     assert drawn(result) == [2, 1] and result.left == 7
 
@@ -299,9 +311,10 @@ def test_rbf_refuses_hyperparameters_out_of_range(field):
         RBF(**{field: 0})
 
 
-def test_rbf_refuses_an_unknown_rule():
+@pytest.mark.parametrize("rest", [{"accept": "any"}, {"accept": "reserve", "rollover": False}])
+def test_rbf_refuses_an_unknown_rule(rest):
     with pytest.raises(ValueError, match="accept"):
-        RBF(accept="any")
+        RBF(**rest)
 
 
 def test_rbf_beats_best_of_n():
@@ -314,3 +327,104 @@ def test_rbf_beats_best_of_n():
     ]
     gain = rewards[0].mean() - rewards[1].mean()
     assert gain > 4 * (rewards[0].var() / 40 + rewards[1].var() / 40).sqrt()
+
+
+# Our own stopping rule
+
+
+def test_the_reservation_value_takes_the_quota_on_average_and_gains_more_than_fixed_quotas():
+    """Normal draws of known moments: stopping above z spends 1/(1 - Phi(z)) = 20 draws on average, and its mean
+    phi(z)/(1 - Phi(z)) = 2.063 exceeds that of the best of 20, 1.867."""
+    z = NormalDist().inv_cdf(1 - 1 / 20)
+    draws = torch.randn(4000, 400, generator=seeded())
+    stop = (draws >= z).int().argmax(1)
+    spent, gained = (stop + 1).double(), draws.gather(1, stop[:, None])[:, 0]
+    assert spent.mean() == pytest.approx(20, abs=4 * 20 / math.sqrt(4000))
+    gain = gained.mean() - draws[:, :20].amax(1).mean()
+    assert gain == pytest.approx(2.063 - 1.867, abs=4 * math.sqrt((0.38**2 + 0.53**2) / 4000))
+
+
+@pytest.mark.parametrize(("top", "stops"), [(1.60, False), (1.70, True)])
+def test_a_transition_stops_at_mean_plus_z_deviations(top, stops):
+    """For a quota of 20, z = 1.645. The other draws are chosen so that all have mean 0 and standard deviation 1."""
+    n = 12
+    rest = torch.tensor([1.0, -1.0] * ((n - 2) // 2) + [0.0], dtype=torch.float64)
+    a = math.sqrt(((n - 1) - top**2 * (1 + 1 / (n - 1))) / rest.square().sum())
+    rewards = torch.cat([torch.tensor([top], dtype=torch.float64), rest * a - top / (n - 1)])
+    assert rewards.mean().abs() < 1e-12 and rewards.std() == pytest.approx(1)
+    assert reached(rewards, 20) is stops
+    assert reached(5 + 3 * rewards, 20) is stops  # in the rewards' own units
+    assert not reached(rewards[:3], 20)
+
+
+def test_reserve_saves_where_a_draw_was_lucky_and_draws_on_where_not():
+    """47 rows after one noise, 4 transitions, 4 at a time. Rewards of a transition are flat until the one that ends it:
+    the second stops after its first 4; the first never does, and may overdraw by half of the others' quotas."""
+    ramp = torch.arange(200.0)  # never a draw far above the mean of all before it... until the transition's cap
+    calls = []
+
+    def judge(x):
+        calls.append(len(x))
+        drawn_ = sum(calls)
+        return (ramp[: len(x)] % 2) if drawn_ <= 1 + 30 else x.new_zeros(len(x))
+
+    result = search(problem(5, reward=judge), RBF(init=1, accept="reserve", batch=4), max_nfe=48, generator=seeded())
+    rows, most = 47, 47 - (47 * 3 // 4) // 2
+    assert drawn(result) == [1, most, 4, 4, rows - most - 8, 1] and result.left == 0
+
+
+# A threshold by quantile
+
+
+@pytest.mark.parametrize("quantile", [0.0, 0.5, 1.0])
+def test_the_record_by_quantile_is_that_of_the_last_transition(quantile):
+    kept, scored = [], []
+    judge = lambda x: scored.append(reward(x)) or scored[-1]  # noqa: E731
+    method = RBF(init=5, accept="first", batch=3, quantile=quantile)
+    watch = lambda p, _: kept.append(p)  # noqa: E731
+    search(problem(6, reward=judge), method, max_nfe=60, generator=seeded(2), on_step=watch)
+    last, batches = scored[0], iter(scored[1:])
+    for step, p in enumerate(kept[1:-2]):
+        record, seen = last.quantile(quantile), []
+        while not seen or not any((r > record).any() for r in seen):
+            seen.append(next(batches))
+            if sum(map(len, seen)) >= 60:
+                break
+        better = seen[-1][seen[-1] > record]
+        if len(better):
+            assert p.reward == better[0], step
+        last = torch.cat(seen)
+
+
+def test_a_quantile_needs_the_first_improvement_rule():
+    with pytest.raises(ValueError, match="quantile"):
+        RBF(quantile=0.5)
+    with pytest.raises(ValueError, match="quantile"):
+        RBF(accept="first", quantile=1.5)
+
+
+# Guidance, and the settings by name
+
+
+@pytest.mark.parametrize("chains", [1, 2])
+def test_a_guide_is_paid_for_once_a_transition_and_chain(chains):
+    velocity = Counting(MIXTURE)
+    method = RBF(init=3, chains=chains, guide=Guide(0.5))
+    least = chains * (3 + 4 + 3 * 4)  # first noises, one candidate and three units for the gradient a transition
+    result = search(problem(velocity=velocity), method, max_nfe=least + 41, generator=seeded())
+    assert result.left == 0 and result.gradients == 4 * chains
+    assert velocity.rows == result.nfe - 2 * result.gradients  # a gradient's forward is a row, its backward two more
+    with pytest.raises(ValueError, match=f"max_nfe >= {least}"):
+        search(problem(velocity=never), method, max_nfe=least - 1, generator=seeded())
+
+
+def test_the_published_settings():
+    method = RBF.published()
+    assert (method.accept, method.batch, method.chains, method.init, method.spend_all) == ("first", 1, 2, 25, False)
+
+
+@pytest.mark.parametrize("settings", [RBF.few_step, RBF.multi_step])
+@pytest.mark.parametrize("budget", [40, 100, 500])
+def test_settings_by_name_fit_their_budget(settings, budget):
+    result = search(problem(10), settings(budget), max_nfe=budget, generator=seeded())
+    assert result.left < settings(budget).chains

@@ -3,28 +3,36 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from statistics import NormalDist
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from ..search import Particles, Problem, Run
+from ._common import best_of_each, require_budget, require_noise, require_positive
+from .gradient import Guide, guide_price
 
 
 @dataclass(frozen=True)
 class RBF:
     """Splits the budget into equal quotas, a transition each; what a transition does not need rolls over to the next.
 
-    At every transition candidates are drawn from the one accepted state. The first whose look-ahead reward beats the
-    record, the best accepted so far, is taken at once. If the quota is spent without one, the best candidate of the
-    transition is taken. The step to t = 0 needs no velocity and is free, so a schedule of N intervals has N - 1
-    transitions to pay for; the quotas are the budget after the initial draws divided among those, remainder included.
+    At every transition candidates are drawn from the one accepted state, and judged by their look-ahead reward. The
+    paper's rule, `RBF.published`, takes the first that beats the record, the best accepted so far, and if the quota is
+    spent without one the best candidate of the transition. The default spends every quota and takes the best: where the
+    reward is smooth almost any draw beats the record, and the first one is a poor choice. The step to t = 0 needs no
+    velocity and is free, so a schedule of N intervals has N - 1 transitions to pay for; the quotas are the budget after
+    the initial draws divided among those, remainder included.
 
     Attributes:
         init: initial noises of each chain, of which the best by look-ahead reward is kept.
-        accept: "first" is the paper's rule. "best" spends every quota and takes the best candidate: slower to
-            commit, and stronger where the reward is so smooth that almost any draw improves on the record.
+        accept: "best" of the quota; "first" to beat the record; or "reserve", our own stopping rule: stop as soon as
+            the best of this transition's n draws lies so far above their mean that one more promises less than one
+            more later would (see `reservation`). It may overdraw its quota by half of what later ones hold.
         batch: candidates drawn and evaluated at a time. The first in order that beats the record is taken, and every
             row evaluated is charged, so up to batch - 1 of them are speculation. 1 wastes none.
+        quantile: with accept="first", the record is this quantile of the rewards seen at the last transition instead.
         rollover: False drops what a quota leaves (for comparison).
         chains: searches that share the budget equally; the best finished sample is returned.
         compete: False keeps the chains independent. True (with accept="best") draws alike from the states of all
@@ -33,66 +41,79 @@ class RBF:
             ahead of a multi-step model says nothing near t = 1, and selection there wastes the budget.
         spend_all: at the last paid transition spend all that is left, and keep the best, even with accept="first":
             there is nothing later to save for. False reports it as left.
+        guide: steers each accepted state, once for all its candidates, by the gradient of the look-ahead reward.
 
     Raises:
         ValueError: a field is out of range.
     """
 
     init: int = 8
-    accept: Literal["first", "best"] = "first"
+    accept: Literal["best", "first", "reserve"] = "best"
     batch: int = 8
+    quantile: float | None = None
     rollover: bool = True
     chains: int = 1
     compete: bool = False
     select_below: float = 1.0
     spend_all: bool = True
+    guide: Guide | None = None
 
     def __post_init__(self) -> None:
-        for name in ("init", "batch", "chains"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
-        if self.accept not in ("first", "best"):
-            raise ValueError(f'accept must be "first" or "best"; got {self.accept!r}')
-        if self.compete and (self.accept == "first" or not self.rollover):
+        require_positive(self, "init", "batch", "chains")
+        if self.accept not in ("best", "first", "reserve"):
+            raise ValueError(f'accept must be "best", "first" or "reserve"; got {self.accept!r}')
+        if self.compete and (self.accept != "best" or not self.rollover):
             raise ValueError('chains compete only with accept="best", for all candidates at once, and with rollover')
+        if self.accept == "reserve" and not self.rollover:
+            raise ValueError('accept="reserve" saves for later transitions, so it needs rollover')
         if not 0 < self.select_below <= 1:
             raise ValueError(f"select_below must lie in (0, 1]; got {self.select_below}")
+        if self.quantile is not None and (self.accept != "first" or not 0 <= self.quantile <= 1):
+            raise ValueError(f'quantile must lie in [0, 1] and goes with accept="first"; got {self.quantile}')
+
+    @classmethod
+    def published(cls, init: int = 25, chains: int = 2, batch: int = 1) -> RBF:
+        """The paper's rule and settings: the first improvement, one draw at a time, two chains of 25 first noises."""
+        return cls(init=init, accept="first", chains=chains, batch=batch, spend_all=False)
 
     @classmethod
     def multi_step(cls, max_nfe: int) -> RBF:
         """Settings for a model that needs many steps, found on tiny-flux dev: chains that compete, one for about every
         32 NFE, and selection from t = 0.8 on; to be used with `schedules.logit_normal`, which has its steps there."""
-        return cls(init=1, accept="best", chains=max(2, max_nfe // 32), compete=True, select_below=0.8)
+        return cls(init=1, chains=max(2, max_nfe // 32), compete=True, select_below=0.8)
+
+    @classmethod
+    def few_step(cls, max_nfe: int) -> RBF:
+        """Settings for a few-step model, found on tiny-flux schnell: a quarter of the budget on first noises, whose
+        look-ahead already tells much, then the first improvement; to be used with the paper's VP-SDE,
+        `sde(vp_diffusion())` on `paper_vp(steps, finish=1)`."""
+        return cls(init=max(1, max_nfe // 4), accept="first")
 
     def check(self, problem: Problem, max_nfe: int) -> None:
         """Raises ValueError if a chain cannot pay for its draws and every transition, or if all candidates coincide."""
-        least = problem.cost * self.chains * (self.init + problem.paid())
-        if max_nfe < least:
-            raise ValueError(
-                f"{self.chains} chain(s) of {self.init} initial draws and one candidate at each of "
-                f"{problem.paid()} transitions need max_nfe >= {least}; got {max_nfe}"
-            )
+        rows = self.chains * (self.init + problem.paid() + guide_price(self.guide, problem))
+        what = f"{self.chains} chain(s) of {self.init} initial draws and one candidate at each of {problem.paid()}"
+        require_budget(problem, max_nfe, rows, f"{what} transitions")
         if problem.paid() and not self._selecting(problem):
             raise ValueError(
                 f"no transition lands at select_below = {self.select_below} or below; times {problem.times}"
             )
-        if not problem.kernel.stochastic:
-            raise ValueError(
-                f"under the deterministic kernel {problem.kernel.name!r} all candidates coincide; "
-                "use a stochastic one, such as sde(...) or gaussian(1.0)"
-            )
+        require_noise(problem)
 
     def start(self, run: Run) -> Particles:
-        """The best of the initial draws of every chain; its reward is the first record."""
-        share = torch.tensor([(run.rows_left + i) // self.chains for i in range(self.chains)])  # sums to rows_left
+        """The best of the initial draws of every chain; their rewards set the first record."""
+        spare = run.rows_left - self.chains * guide_price(self.guide, run.problem)
+        share = torch.tensor([(spare + i) // self.chains for i in range(self.chains)])  # sums to what is spare
         p = run.score(run.start(self.chains * self.init))
-        best = p.reward.view(self.chains, self.init).argmax(1)
-        p = p[best + self.init * torch.arange(self.chains, device=best.device)]
+        rewards = p.reward.view(self.chains, self.init)
         rows = (share - self.init - run.paid() + self._selecting(run.problem)).to(p.x.device)
-        return replace(p, carry={"record": p.reward, "rows": rows, "left": rows})
+        return replace(
+            best_of_each(p, self.chains), carry={"record": self._record(rewards), "rows": rows, "left": rows}
+        )
 
     def advance(self, p: Particles, run: Run) -> Particles:
         """One accepted candidate for every chain."""
+        p = self.guide(p, run) if self.guide else p
         if run.paid(p.t) == 0:
             return run.propose(p)
         if run.next_time(p.t) > self.select_below:
@@ -106,25 +127,32 @@ class RBF:
         """Paid transitions in which candidates are selected."""
         return sum(0 < s <= self.select_below for s in problem.times[1:])
 
+    def _record(self, rewards: Tensor) -> Tensor:
+        """What the next transition has to beat: the best of these rewards (..., n), or their quantile."""
+        return rewards.amax(-1) if self.quantile is None else rewards.quantile(self.quantile, -1)
+
     def _accept(self, p: Particles, run: Run) -> Particles:
         record, rows, left = float(p.carry["record"]), int(p.carry["rows"]), int(p.carry["left"])
         ahead, total = run.paid(p.t), self._selecting(run.problem)
-        reserved = rows * (ahead - 1) // total  # for the transitions after this one
-        quota = (left if self.rollover else rows * ahead // total) - reserved
-        exhaust = self.accept == "best" or (self.spend_all and ahead == 1)
-        best: Particles | None = None
+        kept_back = rows * (ahead - 1) // total  # for the transitions after this one
+        quota = (left if self.rollover else rows * ahead // total) - kept_back
+        most = left - max(ahead - 1, kept_back // 2) if self.accept == "reserve" and ahead > 1 else quota
+        exhaust = self.accept == "best" or (ahead == 1 and (self.spend_all or self.accept == "reserve"))
+        drawn: list[Particles] = []
         used = 0
-        while used < quota:
-            q = run.score(run.propose(p, min(self.batch, quota - used)))
+        while used < most:
+            q = run.score(run.propose(p, min(self.batch, most - used)))
+            drawn.append(q)
             used += len(q)
-            better = (q.reward > record).nonzero()[:1, 0]
-            if len(better) and not exhaust:
-                best = q[better]
+            if self.accept == "first" and not exhaust and (q.reward > record).any():
                 break
-            if best is None or q.reward.max() > best.reward:
-                best = q.best()
-        assert best is not None
-        return replace(best, carry={**p.carry, "record": best.reward.clamp_min(record), "left": p.carry["left"] - used})
+            if self.accept == "reserve" and not exhaust and reached(torch.cat([d.reward for d in drawn]), left / ahead):
+                break
+        q = Particles.cat(drawn)
+        better = (q.reward > record).nonzero()[:1, 0]
+        best = q[better] if self.accept == "first" and not exhaust and len(better) else q.best()
+        record_ = best.reward.clamp_min(record) if self.quantile is None else self._record(q.reward[None])
+        return replace(best, carry={**p.carry, "record": record_, "left": p.carry["left"] - used})
 
     def _accept_together(self, p: Particles, run: Run) -> Particles:
         """The best candidates of all chains' quotas; what a quota cannot share out alike rolls over."""
@@ -135,3 +163,17 @@ class RBF:
         best = q[q.reward.topk(self.chains).indices]
         after = torch.tensor([(left - len(q) + i) // self.chains for i in range(self.chains)], device=p.x.device)
         return replace(best, carry={**p.carry, "record": best.reward, "left": after})
+
+
+def reached(rewards: Tensor, quota: float) -> bool:
+    """Whether the best of these draws (n,) reaches the reservation value of a transition with `quota` draws to spend.
+
+    A draw costs the same now and later, so it should be made where it promises more. With normal rewards of mean m and
+    standard deviation s, stopping at the first above m + z s takes 1/(1 - Phi(z)) draws on average; this equals the
+    quota for z = Phi^{-1}(1 - 1/quota), and no rule with that mean number of draws gains more (Weitzman, Econometrica
+    47, 1979). m and s are those of the draws so far, of which 4 at least are wanted.
+    """
+    if len(rewards) < 4:
+        return False
+    z = NormalDist().inv_cdf(1 - 1 / max(quota, 2))
+    return bool(rewards.max() >= rewards.mean() + z * rewards.std())
