@@ -83,16 +83,22 @@ class SMC:
 
     def advance(self, p: Particles, run: Run) -> Particles:
         """The particles, resampled if need be, moved and weighted."""
-        if ess(p.logw) < self.threshold * len(p):
+        if ess(p.logw) < (self.threshold - 1e-9) * len(p):  # equal weights, but for rounding, are not resampled
             p = self._resample(p, len(p), run)
+        return self._weigh(run.score(self._move(p, run)))
+
+    def _move(self, p: Particles, run: Run) -> Particles:
+        """One child each, its weight corrected if it was steered."""
+        if self.guide is None:
+            return run.propose(p)
         mean, std = run.transition(p)
-        if self.guide is None or std == 0:
-            return self._weigh(run.score(run.propose(p)))
+        if std == 0:  # no density to correct by, so no steering
+            return run.propose(p)
         p = self.guide(p, run)
         steered, _ = run.transition(p)
-        q = run.score(run.propose(p))
+        q = run.propose(p)
         log_ratio = ((mean - steered) * (q.x - (mean + steered) / 2)).flatten(1).sum(1) / std**2
-        return self._weigh(replace(q, logw=q.logw + log_ratio))
+        return replace(q, logw=q.logw + log_ratio)
 
     def _price(self, problem: Problem) -> int:
         """Evaluations a particle."""
