@@ -299,9 +299,9 @@ def test_rbf_refuses_a_deterministic_kernel_before_any_compute(kernel):
 
 @pytest.mark.parametrize("cost", [1, 2])
 def test_rbf_refuses_a_budget_too_small_before_any_compute(cost):
-    with pytest.raises(ValueError, match=f"max_nfe >= {24 * cost}"):
+    with pytest.raises(ValueError, match=f"max_nfe >= {16 * cost}"):
         search(
-            problem(velocity=never, reward=never, cost=cost), RBF(chains=2), max_nfe=24 * cost - 1, generator=seeded()
+            problem(velocity=never, reward=never, cost=cost), RBF(chains=2), max_nfe=16 * cost - 1, generator=seeded()
         )
 
 

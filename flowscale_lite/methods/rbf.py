@@ -47,7 +47,7 @@ class RBF:
         ValueError: a field is out of range.
     """
 
-    init: int = 8
+    init: int = 4
     accept: Literal["best", "first", "reserve"] = "best"
     batch: int = 8
     quantile: float | None = None
