@@ -59,6 +59,8 @@ class Problem:
     def __post_init__(self) -> None:
         object.__setattr__(self, "times", schedules.check(self.times))
         object.__setattr__(self, "shape", tuple(self.shape))
+        if any(size < 1 for size in self.shape):
+            raise ValueError(f"every side of a sample must be at least 1; got shape {self.shape}")
         if self.dtype not in (torch.float32, torch.float64):
             raise ValueError(
                 f"dtype must be float32 or float64, half precision merges neighbouring times; got {self.dtype}"

@@ -1,22 +1,36 @@
-"""SVDD, CoDe and Search over Paths against loops written without the package; every method's account."""
+"""SVDD, CoDe, Search over Paths and zero-order search against loops written without the package; every account."""
 
+import ast
 import math
+import sys
+from dataclasses import FrozenInstanceError, fields, replace
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import Counting, never, seeded
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+import flowscale_lite
 from flowscale_lite import (
+    DPS,
     LINEAR,
     SMC,
     SVDD,
+    BestOfN,
     Blockwise,
     GaussianMixture,
+    Guide,
+    Kernel,
     Problem,
+    Run,
     SearchOverPaths,
+    ZeroOrder,
     gaussian,
     ode,
+    paper_vp,
     search,
     uniform,
 )
@@ -120,17 +134,306 @@ def test_a_deterministic_kernel_is_refused_where_candidates_would_coincide(metho
         search(problem(velocity=never, reward=never, kernel=kernel), method, max_nfe=100, generator=seeded())
 
 
-@pytest.mark.parametrize("method", [SVDD(), Blockwise(), SMC(), SearchOverPaths()], ids=lambda m: type(m).__name__)
-@pytest.mark.parametrize("cost", [1, 3])
-def test_the_budget_is_spent_and_never_exceeded(method, cost):
-    for budget in range(1, 200):
-        velocity = Counting(MIXTURE)
-        setup = problem(velocity=velocity, cost=cost)
-        try:
-            method.check(setup, budget)
-        except ValueError as error:
-            assert "max_nfe >=" in str(error)
-            continue
-        result = search(setup, method, max_nfe=budget, generator=seeded())
-        assert cost * velocity.rows == result.nfe == budget - result.left
-        assert result.left < 5 * cost * 2
+@pytest.mark.parametrize("init", [1, 3])
+@pytest.mark.parametrize("radius", [0.3, 1.0])
+def test_zero_order_is_this_loop(init, radius):
+    def sample(x):
+        for t, s in pairwise(uniform(4)):
+            x = x + (s - t) * at(x, t)
+        return x
+
+    for seed in range(5):
+        g = seeded(seed)
+        noise = torch.randn(init, 2, generator=g)
+        pivot = best_rows(noise, 1.0, 1) if init > 1 else noise
+        best, left, rounds = sample(pivot), 50 - init - 3, [init]
+        while left >= 4:
+            n = min(3, left // 4)
+            noise = math.sqrt(1 - radius**2) * pivot + radius * torch.randn(n, 2, generator=g)
+            x = sample(noise)
+            i = reward(x).argmax()
+            if reward(x)[i] > reward(best)[0]:
+                pivot, best = noise[i : i + 1], x[i : i + 1]
+            left -= 4 * n
+            rounds.append(n)
+        result = search(problem(4, kernel=ode), ZeroOrder(3, radius, init), max_nfe=50, generator=seeded(seed))
+        torch.testing.assert_close(result.best, best[0], rtol=1e-4, atol=1e-4)
+        # every step draws its round's samples at 4 times and the next round's noises
+        assert result.left == left and drawn(result) == [init, *(4 * n + m for n, m in pairwise([1, *rounds[1:], 0]))]
+
+
+def test_noises_of_neighbours_keep_their_size():
+    """In 1,000 dimensions, when every round moves on: |x|^2/1000 is 1, spread 0.045; sums would have grown to 6."""
+    calls, last = [], []
+
+    def ever_better(x):
+        calls.append(len(x))
+        return x.new_full((len(x),), float(len(calls)))
+
+    setup = replace(problem(1, lambda x, t: x / 2, ever_better), shape=(1000,))
+    search(setup, ZeroOrder(5, 0.5), max_nfe=101, generator=seeded(), on_step=lambda p, _: last.append(p.x))
+    assert len(calls) == 21 and (last[-2].square().mean(1) - 1).abs().max() < 4 * 0.045
+    first, second = last[0], last[1]
+    along = (second * first).mean(1) / first.square().mean()
+    assert (along - math.sqrt(0.75)).abs().max() < 4 * 0.5 / math.sqrt(1000)
+
+
+# What holds for every method
+
+
+METHODS = [
+    BestOfN(),
+    SVDD(2, 3),
+    SVDD(1, copies=2),
+    Blockwise(2, 2, 3),
+    Blockwise(1, copies=2),
+    SearchOverPaths(2, up=1, down=2),
+    SearchOverPaths(1, copies=3, init=2),
+    SMC(),
+    SMC(5, init=2, threshold=0.9),
+    ZeroOrder(),
+    DPS(),
+    DPS(Guide(0.5, normalised=True), 2, 2),
+    SVDD(2, guide=Guide(below=0.6)),
+    SMC(guide=Guide(), threshold=0.9),
+]
+each_method = pytest.mark.parametrize("method", METHODS, ids=repr)
+
+
+def unit(method, setup: Problem) -> float:
+    """NFE of the least that a method can spend more; infinite where its own fields say how much it spends."""
+    if getattr(method, "copies", None) or getattr(method, "n", None) or getattr(method, "particles", None):
+        return math.inf
+    paid, steered = setup.paid(), method.guide.cost(setup) if getattr(method, "guide", None) else 0
+    if isinstance(method, SVDD | Blockwise):
+        block = getattr(method, "block", 1)
+        rows = method.chains * (paid - (paid - 1) // block * block)  # those of the last block
+        rows = rows if paid else math.inf
+    elif isinstance(method, SearchOverPaths):
+        last = method.down + 1 - (setup.paid() - method.down) % (method.down - method.up)
+        rows = method.paths * (last if last > method.up else method.down + 1)
+    else:
+        rows = getattr(method, "init", 1) * (not isinstance(method, ZeroOrder)) + isinstance(method, ZeroOrder)
+        rows += paid + steered
+    return rows * setup.cost
+
+
+class Watched(Counting):
+    """Counts rows, and who asks."""
+
+    def __call__(self, x, t):
+        assert sys._getframe(1).f_code is Run._look_ahead.__code__, "evaluated behind Run's back"
+        return super().__call__(x, t)
+
+
+@st.composite
+def any_method(draw):
+    few, some = st.integers(1, 3), st.one_of(st.none(), st.integers(1, 4))
+    guide = Guide(0.5, normalised=draw(st.booleans()), below=draw(st.sampled_from([0.4, 1.0])))
+    maybe = draw(st.sampled_from([None, guide]))
+    down = draw(st.integers(2, 5))
+    return draw(
+        st.sampled_from(
+            [
+                BestOfN(draw(some)),
+                SVDD(draw(few), draw(few), draw(some), maybe),
+                Blockwise(draw(few), draw(few), draw(st.integers(1, 4)), draw(some)),
+                SearchOverPaths(draw(few), draw(some), draw(few), draw(st.integers(1, down - 1)), down),
+                SMC(draw(some), init=draw(few), threshold=draw(st.sampled_from([0.0, 0.5, 1.0])), guide=maybe),
+                ZeroOrder(draw(st.integers(1, 5)), draw(st.sampled_from([0.2, 1.0])), draw(few)),
+                DPS(guide, draw(some), draw(few)),
+            ]
+        )
+    )
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(
+    method=any_method(),
+    steps=st.integers(1, 8),
+    budget=st.integers(1, 40),
+    prices=st.sampled_from([(1, 3), (1, 3), (2, 1), (3, 2)]),
+    shape=st.sampled_from([(), (1,), (2,), (1, 1, 3), (2, 3)]),
+    grid=st.sampled_from([uniform, paper_vp]),
+)
+def test_any_budget_is_spent_to_less_than_a_unit_or_refused_before_any_compute(
+    method, steps, budget, prices, shape, grid
+):
+    velocity = Watched(lambda x, t: torch.tanh(x) * (1 + t.view(-1, *[1] * len(shape))))
+    judged = Counting(lambda x, _: torch.sin(3 * x.reshape(len(x), -1).sum(1)))
+    setup = Problem(
+        velocity, lambda x: judged(x, x.new_zeros(len(x))), LINEAR, gaussian(1.0), grid(steps), shape,
+        cost=prices[0], gradient_cost=prices[1],
+    )  # fmt: skip
+    try:
+        method.check(setup, budget)
+    except ValueError as error:
+        assert any(why in str(error) for why in ("max_nfe >=", "nothing to steer", "over in one leg"))
+        with pytest.raises(ValueError):
+            search(setup, method, max_nfe=budget, generator=seeded())
+        assert velocity.rows == judged.rows == 0
+        if "max_nfe >=" in str(error):  # and with what it asks for, it runs
+            least = int(str(error).split("max_nfe >= ")[1].split(";")[0])
+            method.check(setup, least)
+            assert search(setup, method, max_nfe=least, generator=seeded()).nfe <= least
+        return
+    result = search(setup, method, max_nfe=budget, generator=seeded())
+    assert result.nfe == prices[0] * (velocity.rows + (prices[1] - 1) * result.gradients) == budget - result.left
+    assert 0 <= result.left < unit(method, setup), (method, result)
+    assert result.reward_calls == judged.rows and result.best.shape == shape
+    p = result.particles
+    assert p.t == 0 and result.reward == p.reward.max() and torch.equal(result.best, p.x[p.reward.argmax()])
+    assert result.seen_reward >= result.reward
+
+
+@each_method
+def test_same_seed_same_result_whatever_the_chunking(method):
+    a, b, c = (
+        search(problem(velocity=Counting(MIXTURE, chunk)), method, max_nfe=120, generator=seeded(s))
+        for chunk, s in ((None, 1), (2, 1), (None, 2))
+    )
+    torch.testing.assert_close(a.best, b.best)
+    assert (a.nfe, a.reward_calls, drawn(a)) == (b.nfe, b.reward_calls, drawn(b))
+    assert not torch.allclose(a.best, c.best)
+
+
+@each_method
+def test_a_watcher_changes_nothing(method):
+    def meddle(p, run):
+        torch.randn(3, generator=run.generator)
+        for tensor in (p.x, p.v, p.x0, p.reward, p.logw, p.parent, *p.carry.values()):
+            tensor.zero_()
+        for spend in (lambda: run.start(1), lambda: run.noise(1)):
+            with pytest.raises(RuntimeError, match="on_step"):
+                spend()
+
+    plain = search(problem(), method, max_nfe=120, generator=seeded())
+    watched = search(problem(), method, max_nfe=120, generator=seeded(), on_step=meddle)
+    assert torch.equal(plain.best, watched.best) and repr(plain.trace) == repr(watched.trace)  # nan is not itself
+
+
+@each_method
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_dtype_of_the_problem(method, dtype):
+    p = search(problem(dtype=dtype), method, max_nfe=120, generator=seeded()).particles
+    assert p.x.dtype == p.reward.dtype == p.logw.dtype == dtype and p.parent.dtype == torch.int64
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if not isinstance(m, SearchOverPaths | ZeroOrder)], ids=repr)
+def test_parents_are_rows_of_the_step_before(method):
+    """Under a transition that hardly moves, a particle is where its ancestor one step ago was."""
+    still = Kernel("still", lambda path, x, v, t, s: (x, 1e-6))
+    log, first = [], []
+    setup = problem(6, kernel=still, reward=lambda x: first.append(x) or 3 * x[:, 0])
+    search(setup, method, max_nfe=150, generator=seeded(), on_step=lambda p, _: log.append(p))
+    for before, after in pairwise(log):
+        torch.testing.assert_close(after.x, before.x[after.parent], rtol=0, atol=1e-4)
+    if getattr(method, "init", 1) > 1:  # at the start they are rows of the initial draws
+        torch.testing.assert_close(log[0].x0, first[0][log[0].parent])
+
+
+def test_parents_go_through_any_number_of_proposals_and_choices():
+    run = Run(problem(), max_nfe=100, generator=seeded())
+    q = run.propose(run.start(3), 2)[torch.tensor([5, 0, 3])]
+    assert run.propose(q, 2).parent.tolist() == [2, 2, 0, 0, 1, 1]
+
+
+def test_a_run_starts_from_states_given():
+    run = Run(problem(), max_nfe=100, generator=seeded())
+    x = run.noise(3)
+    assert torch.equal(x, torch.randn(3, 2, generator=seeded())) and run.nfe == 0
+    p = run.start(3, x)
+    assert torch.equal(p.x, x) and run.nfe == 3
+    with pytest.raises(ValueError, match="x must have shape"):
+        run.start(2, x)
+
+
+def test_a_transition_told_is_the_one_drawn_from():
+    run = Run(problem(), max_nfe=100, generator=seeded())
+    p = run.start(3)
+    state = run.generator.get_state()
+    mean, std = run.transition(p, s=0.4)
+    assert torch.equal(run.generator.get_state(), state) and run.nfe == 3
+    assert torch.equal(run.propose(p, s=0.4).x, mean + std * torch.randn(3, 2, generator=seeded().set_state(state)))
+
+
+@each_method
+def test_methods_are_frozen(method):
+    with pytest.raises(FrozenInstanceError):
+        setattr(method, fields(method)[0].name, 1)
+
+
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [(SVDD, n) for n in ("chains", "init", "copies")]
+    + [(Blockwise, n) for n in ("chains", "init", "block", "copies")]
+    + [(SearchOverPaths, n) for n in ("paths", "copies", "init", "up", "down")]
+    + [(ZeroOrder, n) for n in ("neighbours", "init", "radius")]
+    + [(DPS, n) for n in ("n", "init")],
+)
+def test_hyperparameters_out_of_range_are_refused(method, name):
+    with pytest.raises(ValueError, match=name):
+        method(**{name: 0})
+
+
+@pytest.mark.parametrize(("up", "down"), [(2, 2), (3, 2)])
+def test_paths_that_never_end_are_refused(up, down):
+    with pytest.raises(ValueError, match="further down than up"):
+        SearchOverPaths(up=up, down=down)
+
+
+def test_a_schedule_may_have_no_time_below_its_start():
+    """One transition, free: nothing to select, so only the initial draws are spent."""
+    for method in (SVDD(2, 3), Blockwise(2, 3)):
+        result = search(problem(1), method, max_nfe=40, generator=seeded())
+        assert drawn(result) == [6, 2] and result.left == 34
+
+
+# Run is the only way to the velocity
+
+
+def reads(source: str) -> set[str]:
+    """What a method must leave alone: a problem's velocity and reward, private parts of others, and getattr."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute):
+            owner = node.value.attr if isinstance(node.value, ast.Attribute) else getattr(node.value, "id", "")
+            private = node.attr.startswith("_") and not node.attr.startswith("__") and owner not in ("self", "cls")
+            if private or (node.attr == "velocity" and owner != "path") or (node.attr, owner) == ("reward", "problem"):
+                found.add(f"{owner}.{node.attr}")
+        elif isinstance(node, ast.Name) and node.id in ("vars", "getattr"):
+            found.add(node.id)
+    return found
+
+
+FILES = sorted(Path(flowscale_lite.__file__).parent.glob("methods/*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_methods_see_the_velocity_through_run_only(path):
+    allowed = {"getattr"} if path.stem == "_common" else set()  # it checks fields by name
+    assert reads(path.read_text(encoding="utf-8")) <= allowed
+
+
+@pytest.mark.parametrize(
+    "cheat",
+    [
+        "run.problem.velocity(x, t)",
+        "setup = run.problem; setup.velocity",
+        "run.problem.reward(x)",
+        "v = run._look_ahead(x, t)",
+        "getattr(run.problem, name)",
+    ],
+)
+def test_a_look_behind_run_is_found(cheat):
+    assert reads(cheat)
+
+
+def test_a_velocity_called_behind_runs_back_is_found():
+    class Cheat(BestOfN):
+        def advance(self, p, run):
+            run.problem.velocity(p.x, p.x.new_full((len(p),), p.t))
+            return super().advance(p, run)
+
+    with pytest.raises(AssertionError, match="behind"):
+        search(problem(velocity=Watched(MIXTURE)), Cheat(), max_nfe=40, generator=seeded())

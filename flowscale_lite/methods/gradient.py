@@ -44,10 +44,11 @@ class Guide:
     floor: float = 0.1
 
     def __post_init__(self) -> None:
-        for name, most in (("strength", math.inf), ("below", 1.0), ("floor", 1.0)):
-            value = getattr(self, name)
-            if not (0 < value <= most and math.isfinite(value)):
-                raise ValueError(f"{name} must be positive and at most {most:g}; got {value}")
+        if not 0 < self.strength < math.inf:
+            raise ValueError(f"strength must be positive; got {self.strength}")
+        for name, value in (("below", self.below), ("floor", self.floor)):
+            if not 0 < value <= 1:
+                raise ValueError(f"{name} must lie in (0, 1]; got {value}")
 
     def __call__(self, p: Particles, run: Run) -> Particles:
         """The particles, unscored, with their velocity and posterior mean steered; as they are where none is.
@@ -59,7 +60,7 @@ class Guide:
         a, s, da, ds = run.problem.path.at(p.t)
         g = run.gradient(p)
         if self.normalised:
-            shift = self.strength * s * math.sqrt(g[0].numel()) * normalize(g.flatten(1)).view_as(g)
+            shift = self.strength * s * math.sqrt(g[0].numel()) * normalize(g.reshape(len(g), -1)).view_as(g)
         else:
             shift = self.strength * s**2 / max(a, self.floor) * g
         # x = a x0 + s eps stays: eps moves by -a/s shift, and v = a' x0 + s' eps accordingly.

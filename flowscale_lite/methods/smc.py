@@ -97,7 +97,7 @@ class SMC:
         p = self.guide(p, run)
         steered, _ = run.transition(p)
         q = run.propose(p)
-        log_ratio = ((mean - steered) * (q.x - (mean + steered) / 2)).flatten(1).sum(1) / std**2
+        log_ratio = ((mean - steered) * (q.x - (mean + steered) / 2)).reshape(len(q), -1).sum(1) / std**2
         return replace(q, logw=q.logw + log_ratio)
 
     def _price(self, problem: Problem) -> int:
