@@ -7,7 +7,7 @@ Importing the package needs torch only.
 """
 
 from .interpolants import COSINE, LINEAR, VP, Interpolant, Velocity, convert, vp
-from .kernels import Diffusion, Kernel, gaussian, natural, ode, quadratic, renoise, sde, vp_diffusion
+from .kernels import Diffusion, Kernel, equivalent_sde, gaussian, natural, ode, quadratic, renoise, sde, vp_diffusion
 from .methods import DPS, RBF, SMC, SVDD, BestOfN, Blockwise, Guide, SearchOverPaths, ZeroOrder, log_z
 from .resampling import ess, multinomial, residual, stratified, systematic
 from .rewards import Decoded, Reward, chunked, rounded
@@ -48,6 +48,7 @@ __all__ = [
     "ZeroOrder",
     "chunked",
     "convert",
+    "equivalent_sde",
     "ess",
     "gaussian",
     "log_z",

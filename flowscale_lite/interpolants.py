@@ -150,6 +150,13 @@ def vp(beta_min: float = 0.1, beta_max: float = 20.0) -> Interpolant:
 VP = vp()
 
 
+def matching_time(t: float, src: Interpolant, dst: Interpolant) -> float:
+    """The time of `dst` at which sigma/alpha is what it is at time t of `src`: there both hold the same states, up to
+    scale. Where `dst` never gets that noisy, its last time."""
+    a, s, _, _ = src.at(t)
+    return dst.time_of_ratio(torch.tensor(s / a if a > 0 else math.inf, dtype=torch.float64)).item()
+
+
 def convert(velocity: Velocity, src: Interpolant, dst: Interpolant) -> Velocity:
     """The velocity on path `dst` of a model trained on path `src`.
 

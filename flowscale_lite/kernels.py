@@ -4,20 +4,20 @@ Kernels draw no noise: the search does, in one place. So their moments can be te
 many candidates from one velocity.
 
 The paper (arXiv 2503.19385) converts the linear path to VP before it samples with the SDE. In continuous time that
-conversion is a change of *grid* and of *diffusion coefficient* and nothing else: `schedules.paper_vp` is the one,
-`vp_diffusion` the other, and each can be used without its fellow.
+conversion is a change of *grid* and of *diffusion coefficient* and nothing else, and `equivalent_sde` gives the two:
+`schedules.paper_vp` is the paper's grid, `vp_diffusion` its diffusion, and each can be used without its fellow.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 
-import torch
 from torch import Tensor
 
-from .interpolants import LINEAR, VP, Interpolant
+from .interpolants import LINEAR, VP, Interpolant, matching_time
 
 Diffusion = Callable[[float], float]
 """The diffusion coefficient g at time t; g^2 is a variance per unit of time."""
@@ -134,24 +134,47 @@ def natural(path: Interpolant) -> Diffusion:
     return g
 
 
+def equivalent_sde(
+    times: Iterable[float], g: Diffusion, src: Interpolant = VP, dst: Interpolant = LINEAR
+) -> tuple[tuple[float, ...], Diffusion]:
+    """The SDE on `dst` that makes the same samples as the SDE with diffusion g on `src`: its grid and its diffusion.
+
+    The states of `src` at time s are those of `dst` at t(s), where sigma/alpha agree, times c. Scaling x_src = c x and
+    changing the clock turn dx = [v - g^2/2 score] dt + g dw into the same equation on `dst` with
+    g_dst(t)^2 = (g(s)/c)^2 ds/dt. Since ds/dt = c^2 det_dst/det_src with det = alpha sigma' - alpha' sigma, c drops
+    out: g_dst(t) = g(s) sqrt(det_dst/det_src). For the same noise the two sample paths agree step by step, to the order
+    of the step. So converting a model's interpolant before sampling does no more than choose a grid and a diffusion.
+
+    Args:
+        times: of `src`, strictly decreasing.
+
+    Returns:
+        The matching times of `dst`, and the diffusion as a function of its time. VP has no state noisier than
+        sigma/alpha = 152: noisier ones answer for its last.
+
+    Raises:
+        ValueError: two of the times are noisier than anything on `dst`, so that they fall together there.
+    """
+
+    def moved(t: float) -> float:
+        a, s, da, ds = dst.at(t)
+        u = matching_time(t, dst, src)
+        b, r, db, dr = src.at(u)
+        return g(u) * math.sqrt((a * ds - da * s) / (b * dr - db * r))
+
+    grid = tuple(matching_time(s, src, dst) for s in times)
+    for t, s in pairwise(grid):
+        if not s < t:
+            raise ValueError(f"two times of the {src.name} path fall together at {t} of the {dst.name} path: {times}")
+    return grid, moved
+
+
 def vp_diffusion(g: Diffusion | None = None, vp: Interpolant = VP, path: Interpolant = LINEAR) -> Diffusion:
     """The diffusion of an SDE on VP, written on `path`: with it, `sde` on the linear path runs the paper's VP-SDE.
 
-    Scaling x_vp = c x and changing the clock s(t) give g_path(t)^2 = (g(s)/c)^2 ds/dt. Since ds/dt is
-    c^2 det_path/det_vp with det = alpha sigma' - alpha' sigma, c drops out: g_path = g(s) sqrt(det_path/det_vp).
-
     It is large near t = 1 (11.7 at linear time 0.993), so it wants steps that are small there: `schedules.paper_vp`.
-    VP has no state noisier than that; beyond, the clock stands at its last time.
 
     Args:
         g: the diffusion in VP time; the paper's 3 s^2 if None.
     """
-    on_vp = quadratic() if g is None else g
-
-    def on_path(t: float) -> float:
-        a, s, da, ds = path.at(t)
-        u = vp.time_of_ratio(torch.tensor(s / a if a > 0 else math.inf, dtype=torch.float64)).item()
-        b, r, db, dr = vp.at(u)
-        return on_vp(u) * math.sqrt((a * ds - da * s) / (b * dr - db * r))
-
-    return on_path
+    return equivalent_sde((), quadratic() if g is None else g, vp, path)[1]

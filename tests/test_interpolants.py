@@ -6,6 +6,7 @@ from conftest import MEAN, PATHS, STD, gaussian_flow, levels, marginal
 from torch import float64
 
 from flowscale_lite import COSINE, LINEAR, VP, convert, vp
+from flowscale_lite.interpolants import matching_time
 
 each_path = pytest.mark.parametrize("path", PATHS, ids=lambda p: p.name)
 
@@ -115,6 +116,17 @@ def test_convert_matches_the_closed_form_flow(src, dst):
     t = torch.linspace(0.02, 0.98, 8, dtype=float64)
     got = convert(gaussian_flow(src.name), src, dst)(x, t)
     torch.testing.assert_close(got, gaussian_flow(dst.name)(x, t), rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("src", PATHS, ids=lambda p: p.name)
+@pytest.mark.parametrize("dst", PATHS, ids=lambda p: p.name)
+def test_matching_times_at_both_ends_and_between(src, dst):
+    assert matching_time(0.0, src, dst) == 0
+    if src is not VP:
+        assert matching_time(1.0, src, dst) == pytest.approx(1, abs=1e-15)
+    a, s, _, _ = levels(src.name, 0.4)
+    b, r, _, _ = levels(dst.name, matching_time(0.4, src, dst))
+    assert s / a == pytest.approx(r / b)
 
 
 @pytest.mark.parametrize("src", PATHS, ids=lambda p: p.name)

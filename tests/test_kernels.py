@@ -1,17 +1,21 @@
 import math
+from itertools import pairwise
 
 import pytest
 import torch
-from conftest import MEAN, PATHS, gaussian_flow, levels, marginal, moments_along
-from torch import float64
+from conftest import MEAN, PATHS, gaussian_flow, levels, marginal, moments_along, seeded
+from torch import Tensor, float64
 
 from flowscale_lite import (
     COSINE,
     LINEAR,
     VP,
+    Diffusion,
+    GaussianMixture,
     Interpolant,
     Kernel,
     convert,
+    equivalent_sde,
     gaussian,
     natural,
     ode,
@@ -39,42 +43,22 @@ def worst(kernel: Kernel, path: Interpolant, times: tuple[float, ...]) -> float:
     )
 
 
+# Moments, by exact recursion on Gaussian data
+
+ODES = [*((ode, path, uniform) for path in PATHS), (sde(lambda t: 0.0), VP, uniform)]
+SDES = [(sde(g), path, uniform) for g in (quadratic(), natural(VP)) for path in PATHS]
+ETAS = [(gaussian(eta), path, uniform) for eta in (0.0, 0.5, 1.0) for path in PATHS]
+CONVERTED = [(sde(vp_diffusion()), LINEAR, early), (sde(vp_diffusion(natural(VP))), LINEAR, early)]
+
+
 @pytest.mark.parametrize(
-    ("kernel", "path", "grid"),
-    [
-        (ode, LINEAR, uniform),
-        (ode, VP, uniform),
-        (ode, COSINE, uniform),
-        (sde(lambda t: 0.0), LINEAR, uniform),
-        (sde(quadratic()), LINEAR, uniform),
-        (sde(quadratic()), VP, uniform),
-        (sde(natural(VP)), VP, uniform),
-        (sde(vp_diffusion()), LINEAR, early),
-        (sde(vp_diffusion(natural(VP))), LINEAR, early),
-        (gaussian(0.0), LINEAR, uniform),
-        (gaussian(0.5), LINEAR, uniform),
-        (gaussian(1.0), LINEAR, uniform),
-        (gaussian(1.0), COSINE, uniform),
-        (gaussian(1.0), VP, uniform),
-        (gaussian(0.5), VP, uniform),
-    ],
-    ids=lambda v: getattr(v, "name", ""),
+    ("kernel", "path", "grid"), ODES + SDES + ETAS + CONVERTED, ids=lambda v: getattr(v, "name", "")
 )
-def test_marginals_are_kept_in_the_limit_of_small_steps(kernel, path, grid):
-    coarse, fine = worst(kernel, path, grid(200)), worst(kernel, path, grid(400))
-    assert fine < 0.03
-    assert fine < 0.8 * coarse  # order one halves it
-
-
-@pytest.mark.parametrize("g", [0.0, 1.5])
-def test_euler_maruyama_by_hand(g):
-    t, s = 0.6, 0.45
-    m, var = marginal("linear", t)
-    v = gaussian_flow("linear")(X, X.new_full((3,), t))
-    mean, std = sde(lambda u: g * u)(LINEAR, X, v, t, s)
-    score = -(X - m) / var
-    torch.testing.assert_close(mean, X - 0.15 * (v - (g * t) ** 2 / 2 * score))
-    assert std == pytest.approx(g * t * math.sqrt(0.15))
+def test_every_kernel_keeps_the_marginals_with_an_error_of_order_one(kernel, path, grid):
+    """The worst error of mean or variance along the way falls to nothing like the step: slope 1 in log over log."""
+    coarse, fine = worst(kernel, path, grid(100)), worst(kernel, path, grid(200))
+    assert fine < 0.025
+    assert math.log2(coarse / fine) == pytest.approx(1, abs=0.16)
 
 
 def test_the_biases_at_ten_steps_are_the_ones_documented():
@@ -90,18 +74,32 @@ def test_the_biases_at_ten_steps_are_the_ones_documented():
     )
 
 
-def test_the_last_step_of_the_sde_is_the_odes():
-    v = gaussian_flow("linear")(X, X.new_full((3,), 0.3))
-    mean, std = sde(quadratic())(LINEAR, X, v, 0.3, 0.0)
-    assert std == 0 and torch.equal(mean, ode(LINEAR, X, v, 0.3, 0.0)[0])
-
-
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("path", PATHS, ids=lambda p: p.name)
 @pytest.mark.parametrize("times", [(1.0, 0.7, 0.2, 0.0), (0.9, 0.1), (1.0, 0.0)])
 def test_gaussian_transitions_are_exact_for_point_mass_data(eta, path, times):
     for t, (m, var) in zip(times, moments_along(gaussian(eta), path, times, std=0.0), strict=True):
         assert (m, var) == pytest.approx(marginal(path.name, t, std=0.0), rel=1e-7, abs=1e-7)
+
+
+# One step
+
+
+@pytest.mark.parametrize("g", [0.0, 1.5])
+def test_euler_maruyama_by_hand(g):
+    t, s = 0.6, 0.45
+    m, var = marginal("linear", t)
+    v = gaussian_flow("linear")(X, X.new_full((3,), t))
+    mean, std = sde(lambda u: g * u)(LINEAR, X, v, t, s)
+    score = -(X - m) / var
+    torch.testing.assert_close(mean, X - 0.15 * (v - (g * t) ** 2 / 2 * score))
+    assert std == pytest.approx(g * t * math.sqrt(0.15))
+
+
+def test_the_last_step_of_the_sde_is_the_odes():
+    v = gaussian_flow("linear")(X, X.new_full((3,), 0.3))
+    mean, std = sde(quadratic())(LINEAR, X, v, 0.3, 0.0)
+    assert std == 0 and torch.equal(mean, ode(LINEAR, X, v, 0.3, 0.0)[0])
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda p: p.name)
@@ -164,6 +162,55 @@ def test_natural_diffusion_by_hand():
         natural(LINEAR)(1.0)
 
 
+# Conversion of the interpolant is a change of grid and of diffusion
+
+
+def gap_between_paths(noise: Tensor, g: Diffusion, src: Interpolant, dst: Interpolant) -> float:
+    """Largest RMS distance on the way between an SDE on src and its equivalent on dst; the same noise (n, K, 2)."""
+    n, k, _ = noise.shape
+    times = [t for t in uniform(n) if t >= 0.1]  # the last step to 0 is long on VP's clock
+    moved, g_dst = equivalent_sde(times, g, src, dst)
+    scale = [math.hypot(*src.at(t)[:2]) / math.hypot(*dst.at(u)[:2]) for t, u in zip(times, moved, strict=True)]
+    mixture = GaussianMixture([[-1.0, 0.5], [1.0, -0.5], [0.3, 2.0]], [0.3, 0.5, 0.2])
+    (v, kernel), (w, twin) = (mixture.velocity(src), sde(g)), (mixture.velocity(dst), sde(g_dst))
+    x, gaps = torch.randn(k, 2, generator=seeded(1), dtype=float64), []
+    y = x / scale[0]
+    for z, c, (t, s), (t2, s2) in zip(noise, scale[1:], pairwise(times), pairwise(moved), strict=False):
+        mean, std = kernel(src, x, v(x, x.new_full((k,), t)), t, s)
+        mean2, std2 = twin(dst, y, w(y, y.new_full((k,), t2)), t2, s2)
+        x, y = mean + std * z, mean2 + std2 * z
+        gaps.append((x / c - y).square().sum(1).mean().sqrt().item())
+    return max(gaps)
+
+
+@pytest.mark.parametrize(
+    ("g", "src", "dst"),
+    [(quadratic(), VP, LINEAR), (natural(VP), VP, LINEAR), (quadratic(), VP, COSINE)],
+    ids=["paper", "natural", "cosine"],
+)
+def test_sample_paths_agree_step_by_step_in_the_limit_of_small_steps(g, src, dst):
+    """Strong order one: along one Brownian path, half the step, half the distance."""
+    fine = torch.randn(200, 50, 2, generator=seeded(), dtype=float64)
+    coarse = (fine[::2] + fine[1::2]) / math.sqrt(2)
+    gaps = [gap_between_paths(noise, g, src, dst) for noise in (coarse, fine)]
+    assert gaps[1] < 0.02
+    assert math.log2(gaps[0] / gaps[1]) == pytest.approx(1, abs=0.25), gaps
+
+
+def test_the_equivalent_grid_by_hand():
+    grid, _ = equivalent_sde((1.0, 0.6, 0.2, 0.0), quadratic())
+    expected = [s / (a + s) for a, s, _, _ in (levels("vp", u) for u in (1.0, 0.6, 0.2, 0.0))]
+    assert grid == pytest.approx(expected, rel=1e-9) and grid[-1] == 0
+    assert equivalent_sde(paper_vp(7), quadratic(), LINEAR, VP)[0] == pytest.approx(
+        [math.sqrt(1 - (1 - t) ** 2) for t in uniform(7)]
+    )
+
+
+def test_states_beyond_vps_last_cannot_be_told_apart_on_it():
+    with pytest.raises(ValueError, match="fall together"):
+        equivalent_sde((1.0, 0.995, 0.5, 0.0), quadratic(), LINEAR, VP)
+
+
 def test_vp_diffusion_is_the_papers_formula():
     """g_lin(t)^2 = (g_s/c)^2 ds/dt along t = sbar/(abar + sbar), c = abar + sbar."""
     s = torch.linspace(0.05, 0.99, 8, dtype=float64, requires_grad=True)
@@ -178,6 +225,9 @@ def test_vp_diffusion_stands_still_beyond_vps_last_state():
     g, last = vp_diffusion(), paper_vp(10)[0]
     assert g(1.0) == pytest.approx(g(last)) == pytest.approx(11.7, abs=0.05)
     assert g(0.0) == 0
+
+
+# What a kernel says of itself, and what it refuses
 
 
 def test_kernels_say_whether_they_are_stochastic():
