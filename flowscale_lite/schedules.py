@@ -73,20 +73,20 @@ def logit_normal(steps: int, mean: float = 0.7, std: float = 0.9) -> Times:
     noisy side of the middle, where a multi-step model decides what the picture will hold: a search wants steps there.
 
     Raises:
-        ValueError: steps < 1, or std not positive.
+        ValueError: steps < 1, std not positive, or a law so far out that neighbouring times coincide.
     """
     if steps < 1 or not std > 0:
         raise ValueError(f"steps must be at least 1 and std positive; got {steps} and {std}")
-    quantiles = (NormalDist(mean, std).inv_cdf(1 - k / steps) for k in range(1, steps))
-    return (1.0, *(1 / (1 + math.exp(-q)) for q in quantiles), 0.0)
+    quantiles = [NormalDist(mean, std).inv_cdf(1 - k / steps) for k in range(1, steps)]
+    return check([1.0, *torch.tensor(quantiles, dtype=torch.float64).sigmoid().tolist(), 0.0])
 
 
 def shifted(times: Iterable[float], shift: float) -> Times:
     """FLUX's and SD3's resolution shift t -> shift t / (1 + (shift - 1) t); shift > 1 spends more steps near the noise.
 
     Raises:
-        ValueError: shift <= 0, or `times` is no schedule.
+        ValueError: shift not positive and finite, or so far out that neighbouring times coincide; `times` no schedule.
     """
-    if not shift > 0:
-        raise ValueError(f"shift must be positive; got {shift}")
-    return check(shift * t / (1 + (shift - 1) * t) for t in check(times))
+    if not 0 < shift < math.inf:
+        raise ValueError(f"shift must be positive and finite; got {shift}")
+    return check(t / (t + (1 - t) / shift) for t in check(times))  # in this form 1 stays 1 to the last digit

@@ -45,12 +45,6 @@ def test_shift_by_hand():
     assert shifted(uniform(7), 1.0) == pytest.approx(uniform(7))
 
 
-@pytest.mark.parametrize("steps", [1, 2, 7, 28, 500])
-def test_every_schedule_is_one(steps):
-    for times in (uniform(steps), paper_vp(steps), paper_vp(steps, steps), shifted(uniform(steps), 3.16)):
-        assert check(times) == times and len(times) == steps + 1
-
-
 @pytest.mark.parametrize(
     ("times", "message"),
     [
@@ -77,6 +71,6 @@ def test_errors():
     for finish in (0, 6):
         with pytest.raises(ValueError, match="finish"):
             paper_vp(5, finish)
-    for shift in (0.0, -1.0, math.nan):
+    for shift in (0.0, -1.0, math.nan, math.inf):
         with pytest.raises(ValueError, match="shift"):
             shifted(uniform(3), shift)
