@@ -38,6 +38,7 @@ class Problem:
         device, dtype: of states; time reaches the velocity in the same dtype, so half precision is refused.
         cost: NFE of one row's velocity; 2 for guidance that runs the model twice.
         gradient_cost: evaluations that one row's gradient is charged as: 1 forward, and backward twice its work.
+        gradient_chunk: rows differentiated at a time, which is what bounds the memory; None for all at once.
         name: for tables and plots.
 
     Raises:
@@ -54,6 +55,7 @@ class Problem:
     dtype: torch.dtype = torch.float32
     cost: int = 1
     gradient_cost: int = 3
+    gradient_chunk: int | None = None
     name: str = ""
 
     def __post_init__(self) -> None:
@@ -65,9 +67,9 @@ class Problem:
             raise ValueError(
                 f"dtype must be float32 or float64, half precision merges neighbouring times; got {self.dtype}"
             )
-        for name in ("cost", "gradient_cost"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1 NFE a row; got {getattr(self, name)}")
+        for name in ("cost", "gradient_cost", "gradient_chunk"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1; got {value}")
 
     def paid(self, t: float | None = None) -> int:
         """Transitions ahead of time t (None: of the start) that end in an evaluation.
@@ -284,10 +286,11 @@ class Run:
         """
         self._refuse_if_watched()
         s = self.next_time(p.t) if s is None else s
-        q = p[torch.arange(len(p), device=p.x.device).repeat_interleave(copies)]
-        mean, std = self.transition(q, s=s, kernel=kernel)
-        x = mean + std * self._noise(mean.shape) if std > 0 else mean
-        return self._at(s, x, q.parent, q.logw, q.carry)
+        mean, std = self.transition(p, s=s, kernel=kernel)
+        rows = torch.arange(len(p), device=p.x.device).repeat_interleave(copies)
+        x = mean[rows]
+        x = x + std * self._noise(x.shape) if std > 0 else x
+        return self._at(s, x, p.parent[rows], p.logw[rows], {name: c[rows] for name, c in p.carry.items()})
 
     def score(self, p: Particles) -> Particles:
         """The particles with their look-ahead rewards r(x0); those that have them are returned as they are.
@@ -314,11 +317,14 @@ class Run:
             raise ValueError("a finished sample has no velocity to differentiate")
         self._charge(len(p) * self.problem.gradient_cost)
         self.gradients += len(p)
+        return torch.cat([self._uphill(x, p.t) for x in p.x.split(self.problem.gradient_chunk or len(p))])
+
+    def _uphill(self, x: Tensor, t: float) -> Tensor:
         with torch.enable_grad():
-            x = p.x.detach().requires_grad_()
-            v, x0 = self._look_ahead(x, p.t)
+            x = x.detach().requires_grad_()
+            v, x0 = self._look_ahead(x, t)
             try:
-                r = self._judge(x0, p.t)
+                r = self._judge(x0, t)
             except RuntimeError as error:
                 if "grad" not in str(error):
                     raise
@@ -328,7 +334,7 @@ class Run:
                     raise ValueError(f"the {name} is not differentiable: no_grad or detach cuts its answer off")
             (grad,) = torch.autograd.grad(r.sum(), x)
         if not grad.isfinite().all():
-            raise ValueError(f"the gradient of the look-ahead reward is not finite at t = {p.t:g}")
+            raise ValueError(f"the gradient of the look-ahead reward is not finite at t = {t:g}")
         return grad
 
     def _judge(self, x0: Tensor, t: float) -> Tensor:

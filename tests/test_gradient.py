@@ -383,6 +383,19 @@ def test_without_being_asked_the_model_keeps_no_graph(prompt):
         assert not prompt(x.requires_grad_(), torch.ones(1)).requires_grad and not prompt.decode(x).requires_grad
 
 
-def test_cost_of_gradients_is_checked():
-    with pytest.raises(ValueError, match="gradient_cost"):
-        replace(problem(), gradient_cost=0)
+@pytest.mark.parametrize("chunk", [1, 2, 3, 7, None])
+def test_gradients_are_the_same_whatever_the_chunk(chunk):
+    sizes = []
+    velocity = lambda x, t: sizes.append(len(x)) or PLANE.velocity(LINEAR)(x, t)  # noqa: E731
+    runs = [opened(velocity=velocity, gradient_chunk=c, times=(0.6, 0.3, 0.0)) for c in (chunk, None)]
+    p = runs[0].start(5)
+    sizes.clear()
+    torch.testing.assert_close(*(run.gradient(p) for run in runs))
+    assert max(sizes[:-1]) == min(chunk or 5, 5) and sum(sizes) == 10
+    assert [(run.gradients, run.reward_calls) for run in runs] == [(5, 5), (5, 5)]
+
+
+@pytest.mark.parametrize("name", ["gradient_cost", "gradient_chunk"])
+def test_settings_of_gradients_are_checked(name):
+    with pytest.raises(ValueError, match=name):
+        replace(problem(), **{name: 0})

@@ -183,6 +183,7 @@ def test_noises_of_neighbours_keep_their_size():
 
 METHODS = [
     BestOfN(),
+    BestOfN(3, init=4),
     SVDD(2, 3),
     SVDD(1, copies=2),
     Blockwise(2, 2, 3),
@@ -235,7 +236,7 @@ def any_method(draw):
     return draw(
         st.sampled_from(
             [
-                BestOfN(draw(some)),
+                BestOfN(draw(some), draw(few)),
                 SVDD(draw(few), draw(few), draw(some), maybe),
                 Blockwise(draw(few), draw(few), draw(st.integers(1, 4)), draw(some)),
                 SearchOverPaths(draw(few), draw(some), draw(few), draw(st.integers(1, down - 1)), down),
