@@ -4,10 +4,11 @@ import json
 
 import numpy as np
 import torch
+from diffusers import FluxPipeline
 from torch import Generator, nn
 
 from flowscale_lite import shapes, tiny_flux
-from flowscale_lite.tiny_flux import Averaged, Checkpoint, Denoiser, Log, fit
+from flowscale_lite.tiny_flux import Averaged, Checkpoint, Denoiser, Log, Recipe, fit
 
 
 def test_every_word_is_one_token_and_every_caption_fits():
@@ -35,8 +36,8 @@ def train(work, steps: int, stop: int | None = None) -> list[float]:
         return ((model(x).float() - x.sum(1, keepdim=True)) ** 2).mean()
 
     measure = lambda m: {"norm": m.weight.norm().item()}  # noqa: E731
-    log = Log(work / "log.jsonl")
-    return fit("line", model, loss_of, work, log, steps=steps, batch=8, rate=1e-2, measure=measure).weight.tolist()
+    recipe = Recipe(steps, rate=1e-2, batch=8)
+    return fit("line", model, loss_of, recipe, work, Log(work / "log.jsonl"), measure).weight.tolist()
 
 
 def test_a_run_that_was_interrupted_ends_as_one_that_was_not(tmp_path):
@@ -49,6 +50,14 @@ def test_a_run_that_was_interrupted_ends_as_one_that_was_not(tmp_path):
     assert train(tmp_path / "parts", 600) == whole
     steps = [json.loads(line)["step"] for line in (tmp_path / "parts" / "log.jsonl").read_text().splitlines()]
     assert steps == [250, 500, 600]
+
+
+def test_the_learning_rate_warms_up_and_falls():
+    recipe = Recipe(steps=100, rate=2.0, warmup=10)
+    assert recipe.rate_at(0) == 0.2 and recipe.rate_at(100) == 0
+    torch.testing.assert_close(recipe.rate_at(50), 1.0)
+    rates = [recipe.rate_at(step) for step in range(101)]
+    assert rates.index(max(rates)) == 9, "the peak is where the warm-up ends"
 
 
 def test_checkpoints_hold_models_and_optimiser(tmp_path):
@@ -93,3 +102,25 @@ def test_guidance_becomes_a_bias():
         ours = schnell(x, t, schnell.encode(*dev.tokenize(["one red circle", "two blue squares", ""])))
         torch.testing.assert_close(ours, dev(x, t, text, torch.full((3,), 2.0)), atol=1e-5, rtol=1e-4)
         assert (ours - dev(x, t, text, torch.full((3,), 4.0))).abs().max() > 1e-3
+
+
+def test_every_stage_runs_and_ends_in_pipelines(tmp_path):
+    """The whole training, a few steps each, from drawings to two folders that diffusers reads."""
+    work, out = tmp_path / "work", tmp_path / "out"
+    tiny_flux.train_autoencoder(work, out, steps=2, batch=8, pool=200)
+    tiny_flux.make_latents(work, 1000)
+    tiny_flux.train_dev(work, out, 2, batch=8)
+    tiny_flux.distil_guidance(work, out, 2, batch=8)
+    tiny_flux.make_pairs(work, 512, steps=1)
+    tiny_flux.train_schnell(work, out, 2, batch=8)
+    tiny_flux.export(work, out)
+    stages = [json.loads(line)["stage"] for line in (out / "training_log.jsonl").read_text().splitlines()]
+    assert stages == ["autoencoder", "dev", "guidance", "schnell"]
+    pairs = tiny_flux.read_blocks(work / "pairs")
+    assert pairs["eps"].shape == pairs["x0"].shape == (512, 16, 32) and not torch.equal(pairs["eps"], pairs["x0"])
+    options = {"height": 64, "width": 64, "num_inference_steps": 1, "max_sequence_length": 16, "output_type": "pt"}
+    for name in ("dev", "schnell"):
+        pipe = FluxPipeline.from_pretrained(out / name)
+        pipe.set_progress_bar_config(disable=True)
+        assert pipe("one red circle", generator=Generator().manual_seed(0), **options).images.shape == (1, 3, 64, 64)
+        assert pipe.transformer.config.guidance_embeds == pipe.scheduler.config.use_dynamic_shifting == (name == "dev")
