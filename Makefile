@@ -16,7 +16,7 @@ export HF_HUB_OFFLINE ?= 1
 unexport PYTHONPATH
 
 .DEFAULT_GOAL := help
-.PHONY: help tutorial test lab notebooks clean
+.PHONY: help tutorial test mutants lab notebooks clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -30,6 +30,9 @@ test: $(VENV)/.dev  ## everything that must hold: ruff, mypy, built notebooks, p
 	@$(PY) -m tools.notebooks --check
 	@$(PY) -m pytest -q -n $(JOBS) --dist worksteal
 	@$(PY) -m tools.rehearsal --jobs $(JOBS)
+
+mutants: $(VENV)/.dev  ## plant mistakes in a copy; which test catches which (ONLY="SMC" picks some)
+	@$(PY) -m tools.mutants --jobs $(JOBS) $(if $(ONLY),--only "$(ONLY)")
 
 lab: $(VENV)/.notebooks  ## open JupyterLab on the notebooks
 	@unset HF_HUB_OFFLINE OMP_NUM_THREADS MKL_NUM_THREADS; $(PY) -m jupyterlab --ServerApp.root_dir=notebooks

@@ -1,0 +1,228 @@
+"""Planted mistakes: does a test catch each? `make mutants` prints which test caught which, and fails if one survives.
+
+The package and its tests are copied to a temporary folder, one mistake is made there, and the tests named with it run
+until the first failure. `tests/test_mutants.py` sees to it that every mistake can still be made in today's sources.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+LIMIT = 600  # seconds a run of tests
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A mistake.
+
+    Attributes:
+        what: it is, in a few words.
+        file: in flowscale_lite/.
+        tests: that should catch it, a file's name without test_ and .py, or several.
+        old, new: text that stands in the file exactly once, and what the mistake makes of it.
+    """
+
+    what: str
+    file: str
+    tests: str
+    old: str
+    new: str
+
+    def apply(self, source: str) -> str:
+        """The source with the mistake.
+
+        Raises:
+            ValueError: the old text does not stand there exactly once, or the new one is the same.
+        """
+        if source.count(self.old) != 1 or self.old == self.new:
+            raise ValueError(
+                f"{self.what}: {self.old!r} stands {source.count(self.old)} times in {self.file}, not once"
+            )
+        return source.replace(self.old, self.new)
+
+
+M = Mutant
+# fmt: off
+MUTANTS = (
+    # Paths
+    M("score of the wrong sign", "interpolants.py", "interpolants",
+      "return -self.endpoints(", "return self.endpoints("),
+    M("conversion without the scale", "interpolants.py", "references",
+      "y = x * (torch.hypot(b, r) / torch.hypot(a, s))", "y = x"),
+    M("conversion at an unchanged time", "interpolants.py", "references",
+      "u = src.time_of_ratio((s / a).view(-1))", "u = t"),
+    M("VP's sigma^2 for its sigma", "interpolants.py", "interpolants",
+      "return (-torch.expm1(-integral(t))).sqrt()", "return -torch.expm1(-integral(t))"),
+    M("posterior mean read with the sign of v wrong", "interpolants.py", "interpolants",
+      "(ds * x - s * v) / det", "(ds * x + s * v) / det"),
+    # Kernels
+    M("drift without its one half", "kernels.py", "kernels",
+      "v - 0.5 * g(t) ** 2 * path.score", "v - g(t) ** 2 * path.score"),
+    M("drift with g for g^2", "kernels.py", "kernels",
+      "0.5 * g(t) ** 2 * path.score", "0.5 * g(t) * path.score"),
+    M("noise by dt for sqrt(dt)", "kernels.py", "kernels",
+      "g(t) * math.sqrt(t - s)", "g(t) * (t - s)"),
+    M("noise in the last step", "kernels.py", "kernels",
+      "if s == 0:", "if s < 0:"),
+    M("eta^2 for eta in the noise", "kernels.py", "kernels",
+      "* eps, eta * ss *", "* eps, eta**2 * ss *"),
+    M("transition that adds noise and takes none away", "kernels.py", "kernels",
+      "ss * math.sqrt(1 - eta**2 * (1 - rho**2)) * eps", "ss * eps"),
+    M("renoising to too much variance", "kernels.py", "kernels",
+      "ss**2 - (b / a * sg) ** 2", "ss**2 - sg**2 / 4"),
+    M("renoising with sigma for sigma^2", "kernels.py", "kernels",
+      "math.sqrt(max(0.0, ss**2 -", "math.sqrt(max(0.0, ss -"),
+    M("VP diffusion without the change of clock", "kernels.py", "kernels",
+      "return g(u) * math.sqrt((a * ds - da * s) / (b * dr - db * r))", "return g(u)"),
+    # Schedules
+    M("the paper's grid without its root", "schedules.py", "schedules",
+      "(1 - (1 - t) ** 2).sqrt()", "1 - (1 - t) ** 2"),
+    M("the shift the wrong way", "schedules.py", "schedules",
+      "t / (t + (1 - t) / shift)", "t / (t + (1 - t) * shift)"),
+    # Resampling
+    M("systematic with a uniform of its own a stratum", "resampling.py", "resampling",
+      "_uniforms(1, generator, w)", "_uniforms(n, generator, w)"),
+    M("residual that draws its rest by the full weights", "resampling.py", "resampling",
+      "rest = (n * w - copies).clamp_min(0)", "rest = w"),
+    M("effective size without the square", "resampling.py", "resampling",
+      "_weights(logw).square().sum()", "_weights(logw).sum()"),
+    # The search loop
+    M("children of one parent scattered", "search.py", "search",
+      ".repeat_interleave(copies)", ".repeat(copies)"),
+    M("parents shuffled", "search.py", "search search_methods",
+      "p.parent[rows]", "p.parent[rows.flip(0)]"),
+    M("one noise for all children", "search.py", "search",
+      "x + std * self._noise(x.shape)", "x + std * self._noise(x.shape[1:])"),
+    M("posterior mean returned as the sample", "search.py", "search",
+      "best=top.x[0]", "best=run.seen[0]"),
+    M("look-ahead at the wrong time", "search.py", "search",
+      "self.problem.path.endpoints(x, v, tt)[0]", "self.problem.path.endpoints(x, v, 0.9 * tt)[0]"),
+    M("velocity at the wrong time", "search.py", "search",
+      "v = self.problem.velocity(x, tt)", "v = self.problem.velocity(x, 0.9 * tt)"),
+    M("reward counted once a batch", "search.py", "search",
+      "self.reward_calls += len(x0)", "self.reward_calls += 1"),
+    M("velocity paid for once a batch", "search.py", "search",
+      "self._charge(len(x))", "self._charge(1)"),
+    M("cost of a row forgotten", "search.py", "search",
+      "price = evaluations * self.problem.cost", "price = evaluations"),
+    M("budget overspent by one", "search.py", "search",
+      "if price > self.left:", "if price > self.left + 1:"),
+    M("best seen dropped for the last seen", "search.py", "search",
+      "if self.seen is None or float(known[i]) > self.seen[1]:", "if True:"),
+    M("start without sigma", "search.py", "search",
+      "return self.problem.path.at(self.problem.times[0])[1] * self._noise(", "return self._noise("),
+    # Methods
+    M("chains that pick among one another's children", "methods/_common.py", "search_methods",
+      " + size * torch.arange(groups, device=p.x.device)]", "]"),
+    M("the worst initial noise", "methods/_common.py", "search_methods",
+      "best_of_each(run.score(p), k)", "p[:: len(p) // k]"),
+    M("SMC: weights kept after resampling", "methods/smc.py", "smc",
+      "logw=torch.zeros_like(q.logw)", "logw=q.logw"),
+    M("SMC: weights dropped without resampling", "methods/smc.py", "smc",
+      "logw=p.logw + gain", "logw=gain"),
+    M("SMC: full reward for the difference", "methods/smc.py", "smc",
+      "gain = f - gains if", "gain = f if"),
+    M("SMC: tau the wrong way up", "methods/smc.py", "smc",
+      "p.reward / self.tau", "p.reward * self.tau"),
+    M("SMC: steering not corrected for", "methods/smc.py", "smc",
+      "logw=q.logw + log_ratio", "logw=q.logw"),
+    M("SMC: constant forgotten at resampling", "methods/smc.py", "smc",
+      "torch.full_like(q.logw, log_z(p))", 'q.carry["log_z"]'),
+    M("RBF: rollover dropped", "methods/rbf.py", "methods",
+      "(left if self.rollover else rows * ahead // total)", "rows * ahead // total"),
+    M("RBF: quota over steps, not paid transitions", "methods/rbf.py", "methods",
+      "sum(0 < s <= self.select_below", "sum(s <= self.select_below"),
+    M("RBF: select_below ignored", "methods/rbf.py", "methods",
+      "if run.next_time(p.t) > self.select_below:", "if run.next_time(p.t) > 1:"),
+    M("RBF: the record falls", "methods/rbf.py", "methods",
+      "best.reward.clamp_min(record)", "best.reward"),
+    M("RBF: a speculative batch takes its best", "methods/rbf.py", "methods",
+      "q[better] if", "q.best() if"),
+    M("RBF: speculation not charged to the quota", "methods/rbf.py", "methods",
+      "used += len(q)", "used += 1"),
+    M("RBF: competing chains keep the worst", "methods/rbf.py", "methods",
+      "q.reward.topk(self.chains)", "q.reward.topk(self.chains, largest=False)"),
+    M("zero-order: noises that grow", "methods/zero_order.py", "search_methods",
+      "math.sqrt(1 - self.radius**2) * carry", "carry"),
+    # Oracles
+    M("mixture with sigma for sigma^2", "toys.py", "toys",
+      "(a * self.scales.to(x.device)) ** 2 + s**2", "(a * self.scales.to(x.device)) ** 2 + s"),
+    M("tilted mixture with the weights of the old", "toys.py", "toys",
+      "log_w = self.weights.log() + log_z", "log_w = self.weights.log() + 0 * log_z"),
+    M("distilled flow by Euler's rule", "toys.py", "toys",
+      "y = y - h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)", "y = y - h * k1"),
+)
+# fmt: on
+
+
+class Outcome(NamedTuple):
+    """caught: whether a test failed; by: the first one that did; seconds: it took."""
+
+    caught: bool
+    by: str
+    seconds: float
+
+
+def try_out(mutant: Mutant | None, tests: Sequence[str]) -> Outcome:
+    """Runs test files on a copy of the sources with the mistake, or with none.
+
+    Raises:
+        RuntimeError: the tests did not run.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("flowscale_lite", "tests"):
+            shutil.copytree(ROOT / name, Path(folder) / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", folder)
+        if mutant is not None:
+            path = Path(folder) / "flowscale_lite" / mutant.file
+            path.write_text(mutant.apply(path.read_text(encoding="utf-8")), encoding="utf-8")
+        quiet = ("-x", "-q", "--tb=no", "-p", "no:cacheprovider")
+        start = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", *quiet, *(f"tests/test_{name}.py" for name in tests)],
+            cwd=folder, env={**os.environ, "PYTHONPATH": folder, "PYTHONDONTWRITEBYTECODE": "1"},
+            capture_output=True, text=True, timeout=LIMIT,
+        )  # fmt: skip
+    seconds = time.perf_counter() - start
+    failed = re.search(r"^FAILED tests/(\S+)", done.stdout, re.M)
+    if done.returncode not in (0, 1) or (done.returncode == 1) != bool(failed):
+        raise RuntimeError(f"the tests did not run: {done.stdout[-2000:]}{done.stderr[-2000:]}")
+    return Outcome(bool(failed), failed[1] if failed else "", seconds)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Plants mistakes and reports which test catches which.")
+    parser.add_argument("--jobs", type=int, default=2, help="how many at a time")
+    parser.add_argument("--only", default="", help="those whose description or file holds this text")
+    args = parser.parse_args()
+    chosen = [m for m in MUTANTS if args.only in m.what or args.only in m.file]
+    width = max(len(m.what) for m in chosen)
+    caught = 0
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for mutant, outcome in zip(chosen, pool.map(lambda m: try_out(m, m.tests.split()), chosen), strict=True):
+            caught += outcome.caught
+            print(f"{mutant.what:{width}}  {outcome.by or 'SURVIVED'}  ({outcome.seconds:.0f} s)", flush=True)
+        every = sorted({name for m in chosen for name in m.tests.split()})
+        sound = pool.map(lambda name: try_out(None, [name]), every)  # what fails anyway would catch everything
+        if broken := [outcome.by for outcome in sound if outcome.caught]:
+            print("These fail without any mistake, so nothing above counts:", *broken)
+            return 1
+    print(f"{caught} of {len(chosen)} mistakes caught")
+    return int(caught < len(chosen))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
