@@ -6,19 +6,28 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__, kernels, schedules, shapes
-from .methods import RBF, BestOfN
-from .search import Problem, Result, search
+from .methods import RBF, SMC, SVDD, BestOfN, Blockwise, SearchOverPaths, ZeroOrder
+from .search import Method, Problem, Result, search
 
 if TYPE_CHECKING:
     from .pipelines import Prompt
 
-METHODS = {"best-of-n": BestOfN, "rbf": RBF}
+METHODS: dict[str, Callable[[], Method]] = {
+    "best-of-n": BestOfN,
+    "rbf": RBF,
+    "svdd": SVDD,
+    "smc": SMC,
+    "code": Blockwise,
+    "search-over-paths": SearchOverPaths,
+    "zero-order": ZeroOrder,
+}
+ON_THE_ODE = ("best-of-n", "search-over-paths", "zero-order")
 KERNELS = {
     "ode": lambda: kernels.ode,
     "sde": lambda: kernels.sde(kernels.quadratic()),
@@ -33,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--method", choices=METHODS, default="rbf")
     p.add_argument("--nfe", type=int, default=250, help="budget of velocity evaluations (default: %(default)s)")
     p.add_argument("--steps", type=int, default=10, help="steps of the time grid (default: %(default)s)")
-    p.add_argument("--kernel", choices=KERNELS, help="transition (default: ode for best-of-n, gaussian for the others)")
+    p.add_argument("--kernel", choices=KERNELS, help="transition (default: what suits method and model)")
     p.add_argument(
         "--guidance", type=float, help="distilled guidance scale, for models that have it (default: 2)", default=2.0
     )
@@ -73,17 +82,27 @@ def prepare(args: argparse.Namespace) -> tuple[Prompt, Problem, Any, shapes.Scen
         raise ValueError(f"--nfe and --steps must be at least 1; got {args.nfe} and {args.steps}")
     if args.out.suffix != ".png" or not args.out.resolve().parent.is_dir():
         raise ValueError(f"--out must name a .png file in an existing folder; got {args.out}")
-    kernel = KERNELS[args.kernel or ("ode" if args.method == "best-of-n" else "gaussian")]()
     from . import assets, pipelines  # diffusers takes seconds to import: only once the words are right
 
-    model = args.model or assets.data("tiny-flux/dev")
+    model = args.model or assets.data("tiny-flux/schnell")
     prompt = pipelines.Prompt.encode(pipelines.load(model, args.device), args.prompt, guidance=args.guidance)
-    method, times = METHODS[args.method](), prompt.times(args.steps)
-    if args.method == "rbf" and prompt.multi_step:
-        method, times = RBF.multi_step(args.nfe), schedules.logit_normal(args.steps)
-    problem = prompt.problem(shapes.CountReward(scene), kernel, times=times)
+    method, kernel, times = suited(args, prompt)
+    problem = prompt.problem(shapes.CountReward(scene), KERNELS[kernel](), times=times)
     method.check(problem, args.nfe)
     return prompt, problem, method, scene
+
+
+def suited(args: argparse.Namespace, prompt: Prompt) -> tuple[Method, str, schedules.Times]:
+    """Method, name of the kernel and time grid: what was asked for, else what suits the model."""
+    kernel = args.kernel or ("ode" if args.method in ON_THE_ODE else "gaussian" if prompt.multi_step else "vp")
+    method, times = METHODS[args.method](), prompt.times(args.steps)
+    if args.method == "rbf":
+        method = RBF.multi_step(args.nfe) if prompt.multi_step else RBF.few_step(args.nfe)
+    if kernel == "vp":
+        times = schedules.paper_vp(args.steps, finish=-(-args.steps // 3) if prompt.multi_step else 1)
+    elif args.method == "rbf" and prompt.multi_step:
+        times = schedules.logit_normal(args.steps)
+    return method, kernel, times
 
 
 def run(args: argparse.Namespace, prompt: Prompt, problem: Problem, method: Any, scene: shapes.Scene) -> dict[str, Any]:
@@ -110,7 +129,7 @@ def run(args: argparse.Namespace, prompt: Prompt, problem: Problem, method: Any,
     account = {
         "prompt": args.prompt,
         "seed": args.seed,
-        "model": str(args.model or "tiny-flux/dev"),
+        "model": str(args.model or "tiny-flux/schnell"),
         "steps": args.steps,
         "guidance": args.guidance,
         "kernel": problem.kernel.name,

@@ -7,7 +7,7 @@ import sys
 import pytest
 from PIL import Image
 
-from flowscale_lite import cli
+from flowscale_lite import assets, cli
 
 PROMPT = "three red circles and two blue squares"
 
@@ -72,3 +72,15 @@ def test_words_are_checked_before_diffusers_is_imported():
     code = "import sys; from flowscale_lite import cli\ntry: cli.main(['a sunny day'])\nexcept SystemExit: pass\n"
     code += "assert 'diffusers' not in sys.modules and 'transformers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("method", sorted(cli.METHODS))
+@pytest.mark.parametrize("model", ["schnell", "dev"])
+def test_every_method_runs_with_what_suits_the_model(capsys, tmp_path, method, model):
+    folder = str(assets.data(f"tiny-flux/{model}"))
+    args = ["--method", method, "--model", folder, "--nfe", "64", "--steps", "6", "--out", str(tmp_path / "out.png")]
+    flowscale(capsys, PROMPT, *args)
+    account = json.loads((tmp_path / "out.json").read_text())
+    expected = {"rbf": "sde" if model == "schnell" else "gaussian(1)", "best-of-n": "ode"}
+    assert account["kernel"] == expected.get(method, account["kernel"])
+    assert account["found"]["nfe"] + account["found"]["left"] == 64 and account["found"]["nfe"] > 50
