@@ -179,13 +179,13 @@ SLOW = """
 import os, sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
-from flowscale_lite import experiments
+from flowscale_lite import experiments, judges, planner
 def run(task):
     time.sleep(0.05)
     return {"value": task["seed"] ** 2, "worker": os.getpid()}
 if __name__ == "__main__":
     experiments.sweep([{"seed": s} for s in range(60)], run, Path(sys.argv[1]), workers=2)
-    assert "ray" not in sys.modules and "transformers" not in sys.modules
+    assert not {"ray", "transformers", "diffusers"} & set(sys.modules)
 """
 
 
@@ -289,6 +289,8 @@ def test_ray_workers_killed_and_resumed_give_what_the_local_run_gives(tmp_path):
         "RAY_agent_register_timeout_ms": "29000",
     }
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    if "timed out during startup" in done.stderr:
+        pytest.skip("this machine is so busy that Ray, which waits half a minute for itself, gave up starting")
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
     assert said["failures"] == [[99, "RuntimeError: no luck"]]
