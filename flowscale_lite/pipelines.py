@@ -1,4 +1,4 @@
-"""A diffusers FluxPipeline, the tiny one or FLUX.1, as a Problem: prompt, velocity, time grid and decoder.
+"""A diffusers pipeline, tiny-flux, FLUX.1 or one of its relatives, as a Problem: prompt, velocity, time grid, decoder.
 
 States are unpacked latents (C, H, W) in float32, drawn as diffusers draws them: the same generator gives the picture
 that `pipe(prompt, generator=...)` gives. Whatever the model's own precision and batch size, only this file knows.
@@ -6,39 +6,42 @@ that `pipe(prompt, generator=...)` gives. Whatever the model's own precision and
 
 from __future__ import annotations
 
+import copy
+import functools
+import inspect
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from . import families, schedules
 from .interpolants import LINEAR
 from .kernels import Kernel
 from .rewards import Decoded, Reward
-from .search import Problem
+from .search import Problem, Result
 
 _logger = logging.getLogger("transformers.utils.import_utils")
 _level = _logger.level
 _logger.setLevel(logging.ERROR)  # it would warn that torchvision is missing, which nothing here needs
-from diffusers import FluxPipeline  # noqa: E402
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps  # noqa: E402
+from diffusers import DiffusionPipeline  # noqa: E402
 from diffusers.utils import logging as diffusers_logging  # noqa: E402
 from transformers.utils import logging as transformers_logging  # noqa: E402
 
 _logger.setLevel(_level)
 
 
-def load(model: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> FluxPipeline:
-    """A FluxPipeline from a folder or a hub id, ready for inference on one device.
+def load(model: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
+    """A pipeline from a folder or a hub id, ready for inference on one device.
 
     Raises:
         FileNotFoundError: `model` is a path that holds no pipeline.
-        ValueError: there is no such device, or the model is no FluxPipeline.
+        ValueError: there is no such device, or the model's pipeline is not supported.
     """
     try:
         torch.device(device)
@@ -53,7 +56,7 @@ def load(model: str | Path, device: str = "cpu", dtype: torch.dtype = torch.floa
         raise FileNotFoundError(f"no model at {folder}: expected a diffusers folder with a model_index.json")
     wanted = {} if dtype == torch.float32 else {"torch_dtype": dtype}
     with _quiet() if folder.exists() else nullcontext():  # a download shows its progress, a folder is read at once
-        pipe = FluxPipeline.from_pretrained(str(model), **wanted)
+        pipe = DiffusionPipeline.from_pretrained(str(model), **wanted)
     pipe.set_progress_bar_config(disable=True)
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
@@ -78,113 +81,275 @@ def _quiet() -> Iterator[None]:
             log.enable_progress_bar()
 
 
+def encode_text(pipe: Any, text: str, negative: str | None = None, tokens: int | None = None) -> families.Arguments:
+    """The arguments of the pipeline's `__call__` that stand for a prompt; each prompt is encoded once a pipeline.
+
+    Raises:
+        ValueError: the text is new, and the pipeline holds no text encoder.
+    """
+    known = pipe.__dict__.setdefault("_encoded_texts", {})
+    key = (text, negative, tokens)
+    if key not in known:
+        if all(part is None for name, part in pipe.components.items() if name.startswith("text_encoder")):
+            raise ValueError(f"this pipeline was loaded without text encoders and has not encoded {text!r}")
+        with torch.no_grad():
+            known[key] = families.family(pipe).encode(pipe, text, negative, tokens)
+    return _cast(known[key], pipe.transformer.dtype, pipe._execution_device)
+
+
+def _cast(arguments: families.Arguments, dtype: torch.dtype, device: Any = None) -> families.Arguments:
+    """Arguments with their tensors, also those in lists, in another precision (unless they count) and place."""
+
+    def cast(value: Any) -> Any:
+        if isinstance(value, list):
+            return [cast(part) for part in value]
+        return value.to(device=device, dtype=dtype if value.is_floating_point() else None)
+
+    return {name: cast(value) for name, value in arguments.items()}
+
+
+def _repeated(arguments: families.Arguments, rows: int) -> families.Arguments:
+    """The encoding of one prompt for a batch of rows."""
+    return {
+        name: value * rows if isinstance(value, list) else value.repeat_interleave(rows, 0)
+        for name, value in arguments.items()
+    }
+
+
+@contextmanager
+def exact_time(pipe: Any, t: float) -> Iterator[None]:
+    """Within it, the transformer knows the time t to the last digit of float32.
+
+    FLUX, FLUX.2 and Qwen-Image round time to the model's precision before they take its sinusoid. bfloat16 has 8 bits,
+    so that near t = 1 there is one time in every 0.004, and neighbours on a fine grid become one.
+    """
+    clock, transformer = families.family(pipe).clock, pipe.transformer
+    if clock is None:
+        yield
+        return
+    fresh = [False]  # the sinusoid may be taken of the guidance scale too, always after that of time
+
+    def begin(module: Any, args: Any) -> None:
+        fresh[0] = True
+
+    def replace(module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        if not fresh[0]:
+            return None
+        fresh[0] = False
+        return (torch.full_like(args[0], t, dtype=torch.float32) * clock.unit, *args[1:])
+
+    hooks = [
+        transformer.register_forward_pre_hook(begin),
+        transformer.get_submodule(clock.sinusoid).register_forward_pre_hook(replace),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class _Listener:
+    """In a scheduler's place: the pipeline runs its loop at the one time given, or at none, and what it hands over
+    stays here."""
+
+    order = 1
+
+    def __init__(self, scheduler: Any, t: float | None = None):
+        self.scheduler, self.config, self.t = scheduler, scheduler.config, t
+        self.asked: dict[str, Any] = {}
+        self.velocity: Tensor | None = None
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        sigmas: Any = None,
+        mu: float | None = None,
+        timesteps: Any = None,
+    ) -> None:
+        given = {"num_inference_steps": num_inference_steps, "sigmas": sigmas, "mu": mu, "timesteps": timesteps}
+        self.asked = {name: value for name, value in given.items() if value is not None}
+        times = [] if self.t is None else [self.t * self.config.num_train_timesteps]
+        self.timesteps = torch.tensor(times, device=device)
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        pass
+
+    def step(self, model_output: Tensor, timestep: Tensor, sample: Tensor, **_: Any) -> tuple[Tensor]:
+        self.velocity = model_output
+        return (sample,)
+
+
 @dataclass(frozen=True)
 class Prompt:
     """A prompt on a pipeline, encoded once; calls give the velocity.
 
+    Every question is put to the pipeline's own `__call__`, with a listener in its scheduler's place: the velocity at a
+    state and time, the time grid, the picture of a latent.
+
     Attributes:
-        pipe: the pipeline.
-        embeds, pooled: T5 (1, L, d) and CLIP (1, d) encodings.
+        pipe: the pipeline, of one of `families.FAMILIES`; it is left as it was.
+        encoded: the arguments of its `__call__` that stand for the prompt.
         height, width: of the picture, in pixels.
-        guidance: distilled guidance scale; not used by a model without guidance embedding.
+        guidance: guidance scale; distilled, or with a second forward, which doubles `cost`. Not used by a model that
+            has neither.
         chunk: rows a forward pass.
+        preview: a small autoencoder to judge pictures by in a search (`AutoencoderTiny`); None for the pipeline's own.
     """
 
-    pipe: FluxPipeline
-    embeds: Tensor
-    pooled: Tensor
+    pipe: Any = field(repr=False)
+    encoded: families.Arguments = field(repr=False)
     height: int
     width: int
     guidance: float
     chunk: int
+    preview: Any = field(default=None, repr=False)
 
     @classmethod
     def encode(
         cls,
-        pipe: FluxPipeline,
+        pipe: Any,
         text: str,
         *,
         height: int | None = None,
         width: int | None = None,
-        guidance: float = 3.5,
+        guidance: float | None = None,
+        negative: str = "",
         chunk: int = 16,
         max_tokens: int | None = None,
+        preview: Any = None,
     ) -> Prompt:
-        """Encode `text`; a size of None is the model's own, `max_tokens` of None the tokenizer's limit (at most 512).
+        """Encode `text`, unless this pipeline has encoded it before.
+
+        Args:
+            height, width: the model's own size if None.
+            guidance: the default of the pipeline's `__call__` if None.
+            negative: what guidance leads away from, where it takes a second forward.
+            max_tokens: the tokenizer's limit (at most 512) or `__call__`'s default if None.
 
         Raises:
-            ValueError: a side that is no positive multiple of the latent patch, or chunk < 1.
+            ValueError: an unsupported pipeline; a side that is no positive multiple of the latent patch; chunk < 1; a
+                text that is new to a pipeline without text encoders.
         """
+        family = families.family(pipe)
         height, width = height or native_size(pipe), width or native_size(pipe)
-        patch = 2 * pipe.vae_scale_factor
-        if height % patch or width % patch or min(height, width) < patch or chunk < 1:
-            raise ValueError(
-                f"height and width must be multiples of {patch} and chunk at least 1; got {height} x {width}, {chunk}"
-            )
-        limit = max_tokens or min(512, pipe.tokenizer_2.model_max_length)
-        with torch.no_grad():
-            embeds, pooled, _ = pipe.encode_prompt(text, None, max_sequence_length=limit)
-        return cls(pipe, embeds, pooled, height, width, guidance, chunk)
+        family.shape(pipe, height, width)
+        if chunk < 1:
+            raise ValueError(f"chunk must be at least 1; got {chunk}")
+        guidance = family.default(pipe, family.scale) if guidance is None else guidance
+        encoded = encode_text(pipe, text, negative if family.guided(pipe, guidance) else None, max_tokens)
+        return cls(pipe, encoded, height, width, guidance, chunk, preview)
+
+    @property
+    def family(self) -> families.Family:
+        return families.family(self.pipe)
+
+    @property
+    def embeds(self) -> Tensor:
+        """The encoded prompt (1, L, d); its pooled encoding (1, d), where there is one, is `pooled`."""
+        return self.encoded["prompt_embeds"]
+
+    @property
+    def pooled(self) -> Tensor:
+        return self.encoded["pooled_prompt_embeds"]
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """Of the latents: (C, H, W)."""
-        factor = self.pipe.vae_scale_factor
-        return self.pipe.transformer.config.in_channels // 4, self.height // factor, self.width // factor
+        return self.family.shape(self.pipe, self.height, self.width)
+
+    @property
+    def cost(self) -> int:
+        """NFE of one row: 2 where guidance runs the model twice."""
+        return 1 + self.family.guided(self.pipe, self.guidance)
 
     @property
     def multi_step(self) -> bool:
-        """Whether the model needs many steps (dev) or few (schnell): in FLUX the former has a guidance embedding."""
-        return bool(self.pipe.transformer.config.guidance_embeds)
+        """Whether the model needs many steps (FLUX.1-dev) or few (schnell, which has no guidance embedding; klein)."""
+        if type(self.pipe).__name__ == "FluxPipeline":
+            return bool(self.pipe.transformer.config.guidance_embeds)
+        return not self.pipe.config.get("is_distilled", False)
 
     def times(self, steps: int) -> tuple[float, ...]:
         """The grid that `pipe(..., num_inference_steps=steps)` runs on, resolution shift included.
 
         Raises:
-            ValueError: steps < 1.
+            ValueError: steps < 1, or the pipeline's scheduler is not one for flow models.
         """
         if steps < 1:
             raise ValueError(f"steps must be at least 1; got {steps}")
         scheduler = type(self.pipe.scheduler).from_config(self.pipe.scheduler.config)  # the pipeline's stays untouched
-        config, tokens = scheduler.config, self.shape[1] * self.shape[2] // 4
-        shift = calculate_shift(
-            tokens, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift
-        )
-        retrieve_timesteps(scheduler, steps, "cpu", sigmas=np.linspace(1.0, 1 / steps, steps), mu=shift)
-        return tuple(scheduler.sigmas.tolist())
+        asked = self._ask(torch.zeros(1, *self.shape, device=self.device), steps=steps)[1].asked
+        scheduler.set_timesteps(**asked)
+        return schedules.check(scheduler.sigmas.tolist())
+
+    @property
+    def device(self) -> torch.device:
+        return self.pipe._execution_device
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         """Velocity eps - x0 at latents x (K, C, H, W) and times t (K,), `chunk` rows at a time."""
-        pairs = zip(x.split(self.chunk), t.split(self.chunk), strict=True)
+        groups = [(t == time).nonzero()[:, 0] for time in t.unique()]  # a call of the pipeline has one time
+        chunks = [rows for group in groups for rows in group.split(self.chunk)]
         with torch.set_grad_enabled(torch.is_grad_enabled() and x.requires_grad):
-            return torch.cat([self._forward(rows, times) for rows, times in pairs])
+            parts = [self._velocity(x[rows], float(t[rows[0]])) for rows in chunks]
+            return torch.cat(parts)[torch.cat(chunks).argsort()]
 
-    def _forward(self, x: Tensor, t: Tensor) -> Tensor:
-        pipe, (rows, channels, high, wide), dtype = self.pipe, x.shape, self.embeds.dtype
-        packed = pipe._pack_latents(x, rows, channels, high, wide).to(dtype)
-        guidance = None
-        if pipe.transformer.config.guidance_embeds:
-            guidance = torch.full((rows,), self.guidance, device=x.device, dtype=torch.float32)
-        velocity = pipe.transformer(
-            hidden_states=packed,
-            timestep=t.to(dtype),  # the model multiplies by 1000 itself
-            guidance=guidance,
-            pooled_projections=self.pooled.expand(rows, -1),
-            encoder_hidden_states=self.embeds.expand(rows, -1, -1),
-            txt_ids=self.embeds.new_zeros(self.embeds.shape[1], 3),
-            img_ids=pipe._prepare_latent_image_ids(rows, high // 2, wide // 2, x.device, dtype),
-            return_dict=False,
-        )[0]
-        return pipe._unpack_latents(velocity, self.height, self.width, pipe.vae_scale_factor).to(x.dtype)
+    def _velocity(self, x: Tensor, t: float) -> Tensor:
+        with exact_time(self.pipe, t):
+            v = self._ask(x, t)[1].velocity
+        assert v is not None
+        unpack = self.family.unpack
+        return (v if unpack is None else unpack(self.pipe, v, x.shape)).to(x.dtype)
 
-    def decode(self, x: Tensor, chunk: int | None = None) -> Tensor:
+    def decode(self, x: Tensor, chunk: int | None = None, *, preview: bool = False) -> Tensor:
         """Latents (K, C, H, W) -> pictures (K, 3, height, width) in [0, 1], `chunk` rows at a time."""
-        vae = self.pipe.vae
-        z = (x / vae.config.scaling_factor + vae.config.shift_factor).to(vae.dtype)
-        z = z.contiguous(memory_format=torch.channels_last)
+        vae = self.preview if preview else self.pipe.vae
         with torch.set_grad_enabled(torch.is_grad_enabled() and x.requires_grad):
-            pictures = [vae.decode(rows, return_dict=False)[0] for rows in z.split(chunk or self.chunk)]
-        return torch.cat(pictures).float().add(1).div(2).clamp(0, 1)
+            return torch.cat([self._ask(rows, vae=vae)[0].float() for rows in x.split(chunk or self.chunk)])
+
+    def leaders(self, result: Result, reward: Reward, number: int = 4) -> tuple[Tensor, Tensor]:
+        """The finished particles that previews rank highest, judged again by the full autoencoder, best first.
+
+        Returns pictures (number, 3, height, width) and their rewards (number,); fewer if the search kept fewer.
+        """
+        p = result.particles
+        pictures = self.decode(p.x[p.reward.argsort(descending=True)[:number]])
+        rewards = reward(pictures)
+        order = rewards.argsort(descending=True)
+        return pictures[order], rewards[order]
+
+    @functools.cached_property
+    def _listening(self) -> Any:
+        """A copy of the pipeline that does not search all modules for its device at every call, shows no progress, and
+        moves no models about at the end."""
+        pipe, cls = copy.copy(self.pipe), type(self.pipe)
+        still = {"_execution_device": self.device, "maybe_free_model_hooks": lambda pipe: None}
+        pipe.__class__ = type(cls.__name__, (cls,), still)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def _ask(self, x: Tensor, t: float | None = None, *, steps: int = 1, vae: Any = None) -> tuple[Tensor, _Listener]:
+        """The pipeline's `__call__` on latents x, at one time or at none; decoded if an autoencoder is given."""
+        pipe, listener = copy.copy(self._listening), _Listener(self.pipe.scheduler, t)
+        pipe.__dict__["scheduler"] = listener  # past the pipeline's own bookkeeping, which tells of its parts
+        encoded = self.encoded
+        if vae is not None:
+            pipe.__dict__["vae"], encoded = vae, _cast(encoded, vae.dtype)  # the call casts latents as the encoding is
+        call = inspect.unwrap(type(pipe).__call__)  # without its no_grad: a gradient may be wanted
+        output = call(
+            pipe,
+            height=self.height,
+            width=self.width,
+            num_inference_steps=steps,
+            latents=x if self.family.pack is None else self.family.pack(pipe, x),
+            output_type="latent" if vae is None else "pt",
+            return_dict=False,
+            **self.family.call(pipe, self.guidance),
+            **_repeated(encoded, len(x)),
+        )[0]
+        return output, listener
 
     def problem(
         self,
@@ -194,19 +359,32 @@ class Prompt:
         times: tuple[float, ...] | None = None,
         decode_chunk: int | None = None,
     ) -> Problem:
-        """The search problem: `reward` judges pictures (K, 3, height, width); `times` overrides the pipeline's grid."""
-        decode: Callable[[Tensor], Tensor] = self.decode
+        """The search problem: `reward` judges pictures (K, 3, height, width), the preview's where there is a preview.
+
+        Args:
+            times: overrides the pipeline's grid of `steps`.
+            decode_chunk: rows decoded and judged at a time.
+        """
         return Problem(
             velocity=self,
-            reward=Decoded(decode, reward, chunk=decode_chunk or self.chunk),
+            reward=Decoded(
+                functools.partial(self.decode, preview=self.preview is not None),
+                reward,
+                chunk=decode_chunk or self.chunk,
+            ),
             path=LINEAR,
             kernel=kernel,
             times=self.times(steps) if times is None else times,
             shape=self.shape,
-            device=self.embeds.device,
+            device=self.device,
+            cost=self.cost,
         )
 
 
-def native_size(pipe: FluxPipeline) -> int:
-    """Side of the pictures a model was made for, in pixels: that of the most tokens its resolution shift knows."""
-    return math.isqrt(pipe.scheduler.config.max_image_seq_len) * 2 * pipe.vae_scale_factor
+def native_size(pipe: Any) -> int:
+    """Side of the pictures a model was made for, in pixels: the default of its `__call__`, and for FLUX.1 that of the
+    most tokens its resolution shift knows, so that a small FLUX draws small pictures."""
+    if type(pipe).__name__ == "FluxPipeline":
+        return math.isqrt(pipe.scheduler.config.max_image_seq_len) * 2 * pipe.vae_scale_factor
+    sites = getattr(pipe, "default_sample_size", None) or getattr(pipe.transformer.config, "sample_size", None)
+    return sites * pipe.vae_scale_factor if sites else 1024

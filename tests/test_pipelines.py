@@ -60,14 +60,19 @@ def test_same_seed_same_picture_whatever_the_chunks(pipe):
     assert (other.best - first.best).abs().max() > 0.1
 
 
-def test_the_text_is_encoded_once_and_the_pipeline_left_as_it_was(pipe):
-    config = dict(pipe.scheduler.config)
+def test_a_text_is_encoded_once_and_the_pipeline_left_as_it_was(pipe):
+    config, parts, noise = dict(pipe.config), dict(pipe.components), torch.get_rng_state()
     calls = []
     hook = pipe.text_encoder_2.register_forward_hook(lambda *_: calls.append(1))
-    problem = Prompt.encode(pipe, TEXT).problem(REWARD, ode, 5)
-    search(problem, BestOfN(2), max_nfe=10, generator=seeded())
+    for guidance in (2.0, 3.0):
+        problem = Prompt.encode(pipe, "a green triangle", guidance=guidance).problem(REWARD, ode, 5)
+        search(problem, BestOfN(2), max_nfe=10, generator=seeded())
+    assert len(calls) == 1
+    Prompt.encode(pipe, "a green triangle", max_tokens=8)
+    assert len(calls) == 2, "another token limit, another encoding"
     hook.remove()
-    assert len(calls) == 1 and dict(pipe.scheduler.config) == config
+    assert dict(pipe.config) == config and torch.equal(torch.get_rng_state(), noise)
+    assert all(pipe.components[name] is part for name, part in parts.items())
 
 
 def test_the_look_ahead_is_the_decoded_posterior_mean(pipe):
@@ -84,7 +89,7 @@ def test_bad_input_is_refused_with_a_reason(pipe, tmp_path):
         pipelines.load(tmp_path)
     with pytest.raises(ValueError, match="multiples of 16"):
         Prompt.encode(pipe, TEXT, height=70)
-    with pytest.raises(ValueError, match="chunk at least 1"):
+    with pytest.raises(ValueError, match="chunk must be at least 1"):
         Prompt.encode(pipe, TEXT, chunk=0)
     with pytest.raises(ValueError, match="steps must be at least 1"):
         Prompt.encode(pipe, TEXT).times(0)
