@@ -38,26 +38,18 @@ from itertools import pairwise
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from tqdm import tqdm
+from IPython.display import Markdown, display
+from tqdm.auto import tqdm
 
-from flowscale_lite import (
-    COSINE,
-    LINEAR,
-    VP,
-    GaussianMixture,
-    assets,
-    gaussian,
-    natural,
-    ode,
-    plots,
-    quadratic,
-    renoise,
-    sde,
-    shapes,
-    uniform,
-)
+from flowscale_lite import COSINE, LINEAR, VP, GaussianMixture, assets, experiments, kernels, plots, shapes, uniform
 from flowscale_lite.experiments import clustered_mean
 from flowscale_lite.pipelines import Prompt, load
+
+
+def table(lines):
+    """Show a table, a dict a line."""
+    display(Markdown(experiments.markdown(lines)))
+
 
 # %% [markdown]
 # Symbols are those of notebook 01. Data $x_0$ sit at $t = 0$, noise $\varepsilon \sim N(0, I)$ at $t = 1$, and $x_t = \alpha_t x_0 + \sigma_t \varepsilon$ between them; $\alpha_t = 1 - t$,
@@ -189,13 +181,17 @@ def fokker_planck(x, t, g, c):
 
 
 t, wanted = 0.5, -slope(lambda t: density(x, t), 0.5)
+lines = []
 for name, c in {"right, c = 1/2": 0.5, "wrong sign, c = -1/2": -0.5, "without the half, c = 1": 1.0}.items():
-    gaps = [(fokker_planck(x, t, g, c) - wanted).abs().max() / wanted.abs().max() for g in (0.0, 0.5, 1.0, 2.0)]
-    print(f"{name:23}: largest error, relative, for g = 0, 0.5, 1, 2: " + ", ".join(f"{gap:.3f}" for gap in gaps))
-    assert (max(gaps) < 2e-3) == (c == 0.5)
+    gaps = {
+        g: float((fokker_planck(x, t, g, c) - wanted).abs().max() / wanted.abs().max()) for g in (0.0, 0.5, 1.0, 2.0)
+    }
+    assert (max(gaps.values()) < 2e-3) == (c == 0.5)
+    lines.append({"drift": name} | {f"g = {g:g}": f"{gap:.3f}" for g, gap in gaps.items()})
+table(lines)
 
 # %% [markdown]
-# Only the first line vanishes for every $g$; and at $g = 0$ all three do, for then there is nothing to pay for.
+# These are the largest errors relative to the largest $|\partial_t p|$. Only the first line vanishes for every $g$; and at $g = 0$ all three do, for then there is nothing to pay for.
 #
 # ## The score is in the velocity
 #
@@ -257,7 +253,7 @@ def three_t_squared(t):
 
 for t, s in ((1.0, 0.9), (0.5, 0.3), (0.1, 0.0)):
     mean, std = euler_maruyama(three_t_squared)(LINEAR, x, velocity_at(x, t), t, s)
-    mean_, std_ = sde(quadratic())(LINEAR, x, velocity_at(x, t), t, s)
+    mean_, std_ = kernels.sde(kernels.quadratic())(LINEAR, x, velocity_at(x, t), t, s)
     assert torch.equal(mean, mean_) and std == std_, "bit for bit the package's"
 
 # %% [markdown]
@@ -285,7 +281,7 @@ diffusions = {
     "$g = 0$, the ODE": lambda t: 0.0,
     "$g = 1$": lambda t: 1.0,
     "$g = 3t^2$": three_t_squared,
-    "$g$ natural": natural(LINEAR),
+    "$g$ natural": kernels.natural(LINEAR),
 }
 clouds = {}
 for seed, (name, g) in enumerate(tqdm(diffusions.items())):
@@ -338,6 +334,7 @@ def w1(sample, law=data, batches=BATCHES):
     return clustered_mean(distance.tolist(), range(batches))
 
 
+# %%
 generator = torch.Generator().manual_seed(100)
 floor = w1(data.sample(BATCHES * SIZE, generator))
 print(f"{'exact draws':17} {floor.mean:.3f} [{floor.low:.3f}, {floor.high:.3f}]")
@@ -427,7 +424,7 @@ def natural_g(path, t):
 
 for t in (0.1, 0.5, 0.9):
     for path in (LINEAR, COSINE, VP):
-        assert math.isclose(natural_g(path, t), natural(path)(t), rel_tol=1e-9)
+        assert math.isclose(natural_g(path, t), kernels.natural(path)(t), rel_tol=1e-9)
     assert math.isclose(natural_g(LINEAR, t) ** 2, 2 * t / (1 - t))
     assert math.isclose(natural_g(VP, t) ** 2, 0.1 + 19.9 * t)  # beta of the VP-SDE
     v = velocity_at(x, t)
@@ -446,7 +443,7 @@ for k in range(n):
     factor = 1 - h / (1 - now)
     scale, variance = factor * scale, factor**2 * variance + h * natural_g(LINEAR, now) ** 2
 one = torch.ones(1, 1)
-mean, std = renoise(LINEAR, one, one, s, t)
+mean, std = kernels.renoise(LINEAR, one, one, s, t)
 print(f"{n} small steps: mean {scale:.4f} x, standard deviation {math.sqrt(variance):.4f}")
 print(f"renoise:          mean {mean.item():.4f} x, standard deviation {std:.4f}")
 assert abs(scale - mean.item()) < 1e-3 and abs(math.sqrt(variance) - std) < 1e-3
@@ -457,20 +454,22 @@ assert abs(scale - mean.item()) < 1e-3 and abs(math.sqrt(variance) - std) < 1e-3
 # **The sign, and the half.** Both mistakes are easily made, and both still give samples. Here with $g = 1$ and 100 steps, beside the right step.
 
 # %%
-kernels = {"right": 0.5, "wrong sign": -0.5, "without the half": 1.0}
+constants = {"right": 0.5, "wrong sign": -0.5, "without the half": 1.0}
+lines = []
 fig, axes = plt.subplots(1, 3, figsize=(10, 2.8), sharey=True)
-for ax, (name, c) in zip(axes, kernels.items(), strict=True):
+for ax, (name, c) in zip(axes, constants.items(), strict=True):
     generator = torch.Generator().manual_seed(7)
     start = torch.randn(BATCHES * SIZE, 1, generator=generator)
     last = simulate(euler_maruyama(lambda t: 1.0, c), start, uniform(100), generator)[-1]
     found = w1(last)
     left = [float(batch[batch < -0.7].std()) for batch in last.view(BATCHES, SIZE)]
     width = clustered_mean(left, range(BATCHES))
-    print(f"{name:17} W1 {found}, standard deviation of the particles below -0.7: {width}")
+    lines.append({"drift": name, "$W_1$": found, "standard deviation of the particles below $-0.7$": width})
     ax.hist(last[:, 0].numpy(), bins=90, range=(-5, 5), density=True, color="0.75")
     ax.plot(ticks, density(ticks, 0.0), color="black")
     ax.set(title=name, yticks=[])
     assert (found.low > floor.high) == (c != 0.5)
+table(lines)
 plots.show(
     fig,
     alt="Three histograms against the exact density. Right: it fills the density. Wrong sign: particles spread over "
@@ -496,11 +495,13 @@ def diffusers_sample(steps, n, generator):
     return x
 
 
+lines = []
 for steps in (4, 10, 40, 200):
     noisy = w1(diffusers_sample(steps, BATCHES * SIZE, torch.Generator().manual_seed(8)))
     start = torch.randn(BATCHES * SIZE, 1, generator=torch.Generator().manual_seed(8))
-    flow = w1(simulate(ode, start, uniform(steps), torch.Generator())[-1])
-    print(f"{steps:3} steps: W1 {noisy.mean:.3f} [{noisy.low:.3f}, {noisy.high:.3f}], ODE {flow.mean:.3f}")
+    flow = w1(simulate(kernels.ode, start, uniform(steps), torch.Generator())[-1])
+    lines.append({"steps": steps, "$W_1$, stochastic sampling": noisy, "$W_1$, ODE": flow})
+table(lines)
 assert noisy.low > floor.high, "not the law of the data, however many steps"
 
 # %%
@@ -533,9 +534,10 @@ theirs = scheduler.step(v, scheduler.timesteps[0], state, generator=torch.Genera
 mean, std = fresh_noise(LINEAR, state, v, 0.75, 0.5)
 z = torch.randn(state.shape, generator=torch.Generator().manual_seed(0))
 assert torch.allclose(theirs, mean + std * z, atol=1e-6), "(4.13) is diffusers' step"
-shares = [exact_moments(fresh_noise, uniform(n))[-1, 1] / STD**2 for n in (4, 10, 40, 1000)]
-print("final variance over true variance at 4, 10, 40, 1000 steps: " + ", ".join(f"{share:.3f}" for share in shares))
-assert abs(shares[-1] - 0.5) < 0.01, "in the limit exactly half of the variance is lost"
+for n in (4, 10, 40, 1000):
+    share = exact_moments(fresh_noise, uniform(n))[-1, 1] / STD**2
+    print(f"{n:4} steps: final variance {share:.3f} of the true")
+assert abs(share - 0.5) < 0.01, "in the limit exactly half of the variance is lost"
 
 # %% [markdown]
 # ## Larger steps: the exact Gaussian transition
@@ -571,7 +573,7 @@ def exact_transition(eta=1.0):
 for eta in (0.0, 0.5, 1.0):
     for t, s in ((1.0, 0.9), (0.5, 0.3), (0.1, 0.0)):
         mean, std = exact_transition(eta)(LINEAR, x, velocity_at(x, t), t, s)
-        mean_, std_ = gaussian(eta)(LINEAR, x, velocity_at(x, t), t, s)
+        mean_, std_ = kernels.gaussian(eta)(LINEAR, x, velocity_at(x, t), t, s)
         assert torch.equal(mean, mean_) and std == std_, "bit for bit the package's"
     _, std = exact_transition(eta)(LINEAR, x, velocity_at(x, 0.5), 0.5, 0.5 - 1e-5)
     assert math.isclose(std / math.sqrt(1e-5), eta * natural_g(LINEAR, 0.5), rel_tol=1e-3, abs_tol=1e-9)
@@ -588,30 +590,35 @@ for eta in (0.0, 0.5, 1.0):
 # So (4.16) gives too little variance, never too much. What Euler-Maruyama does is less tidy: it freezes $g$ at the loud end of the step and the score where the step began. The exact moments (4.10) say how much each is off, and the mixture agrees.
 
 # %%
-samplers = {"ODE": ode, "SDE, $3t^2$": sde(quadratic()), "exact transition": gaussian(1.0)}
-print("Gaussian data, variance over true variance: final (worst on the way)\n")
-print(f"{'steps':17}" + "".join(f"{n:>16}" for n in (4, 10, 40, 1000)))
+samplers = {
+    "ODE": kernels.ode,
+    "SDE, $3t^2$": kernels.sde(kernels.quadratic()),
+    "exact transition": kernels.gaussian(1.0),
+}
+lines = []
 for name, kernel in samplers.items():
-    cells = []
+    line = {"Gaussian data": name}
     for n in (4, 10, 40, 1000):
         grid = uniform(n)
         ratio = exact_moments(kernel, grid)[:, 1] / [true_variance(t) for t in grid]
-        cells.append(f"{ratio[-1]:.3f} ({max(ratio, key=lambda r: abs(math.log(r))):.3f})")
-    print(f"{plain(name):17}" + "".join(f"{cell:>16}" for cell in cells))
+        line[f"{n} steps"] = f"{ratio[-1]:.3f} ({max(ratio, key=lambda r: abs(math.log(r))):.3f})"
+    lines.append(line)
+table(lines)
+
+# %% [markdown]
+# Variance over true variance at the end, and in brackets the worst on the way. And on the mixture, $W_1$ of the final samples:
 
 # %%
-final = {}
-print("Mixture, W1 of 20 batches of 600; exact draws have " + f"{floor.mean:.3f} [{floor.low:.3f}, {floor.high:.3f}]\n")
-print(f"{'steps':17}" + "".join(f"{n:>21}" for n in (4, 10, 40)))
+final, lines = {}, [{"mixture": "exact draws"} | {f"{n} steps": floor for n in (4, 10, 40)}]
 for name, kernel in samplers.items():
-    line = f"{plain(name):17}"
+    line = {"mixture": name}
     for n in (4, 10, 40):
         generator = torch.Generator().manual_seed(9)
         start = torch.randn(BATCHES * SIZE, 1, generator=generator)
         final[name, n] = simulate(kernel, start, uniform(n), generator)[-1, :, 0]
-        found = w1(final[name, n])
-        line += f"{found.mean:.3f} [{found.low:.3f}, {found.high:.3f}]".rjust(21)
-    print(line)
+        line[f"{n} steps"] = w1(final[name, n])
+    lines.append(line)
+table(lines)
 
 # %%
 fig, axes = plt.subplots(3, 3, figsize=(9, 5), sharex=True, sharey=True)
@@ -666,7 +673,8 @@ for name in ("$g = 0$, the ODE", "$g = 3t^2$", "$g$ natural"):
 
 # %%
 least = w1(law.sample(children, torch.Generator().manual_seed(4)), law)
-print(f"{'exact draws':17} W1 from the posterior {least.mean:.3f} [{least.low:.3f}, {least.high:.3f}]")
+print("W1 from the posterior")
+print(f"{'exact draws':17} {least.mean:.3f} [{least.low:.3f}, {least.high:.3f}]")
 fig, axes = plt.subplots(2, 3, figsize=(10, 4.6), sharex=True, sharey="row", height_ratios=(1.4, 1))
 for (above, below), (name, states) in zip(axes.T, families.items(), strict=True):
     above.plot(states[:, :40, 0].numpy(), [t * k for k in uniform(200)], color="0.3", linewidth=0.5, linestyle="-")
@@ -675,7 +683,7 @@ for (above, below), (name, states) in zip(axes.T, families.items(), strict=True)
     below.plot(ticks, law.log_prob(ticks).exp(), color="black")
     below.set(ylim=(0, 1.2), yticks=[], xlabel="$x_0$")
     found = w1(states[-1], law)
-    print(f"{plain(name):17} W1 from the posterior {found.mean:.3f} [{found.low:.3f}, {found.high:.3f}]")
+    print(f"{plain(name):17} {found.mean:.3f} [{found.low:.3f}, {found.high:.3f}]")
 axes[0, 0].set_ylabel("$t$")
 assert found.low < least.high, "the natural SDE draws from the posterior"
 plots.show(
@@ -707,8 +715,9 @@ def onwards(kernel, x, times, generator):
     return x
 
 
+# %%
 first = torch.randn(20, *prompt.shape, generator=torch.Generator().manual_seed(0))
-parents = {k: onwards(ode, first, times[: k + 1], torch.Generator()) for k in (0, 4, 6)}
+parents = {k: onwards(kernels.ode, first, times[: k + 1], torch.Generator()) for k in (0, 4, 6)}
 fig, axes = plt.subplots(3, 6, figsize=(9, 4.9))
 for row, (name, kernel) in zip(axes, samplers.items(), strict=True):
     generator = torch.Generator().manual_seed(1)
@@ -718,8 +727,8 @@ for row, (name, kernel) in zip(axes, samplers.items(), strict=True):
     row[0].set_ylabel(name)
 plots.show(
     fig,
-    alt="Six continuations of one state at time 0.75 under three samplers. ODE: the same picture six times. The SDE and "
-    "the exact transition: six pictures alike in layout, with different objects here and there, and different rewards.",
+    alt="Six continuations of one state at time 0.75 under three samplers. ODE: the same picture six times. The SDE "
+    "and the exact transition: six pictures alike in layout, with different objects here and there and rewards.",
 )
 
 # %% [markdown]
@@ -729,7 +738,7 @@ plots.show(
 # %%
 def siblings(kernel, states, times, generator):
     """Distance of four siblings and gain of the best of them over the ODE's child, each with its interval."""
-    only = reward(prompt.decode(onwards(ode, states, times, generator)))
+    only = reward(prompt.decode(onwards(kernels.ode, states, times, generator)))
     born = prompt.decode(onwards(kernel, states.repeat_interleave(4, 0), times, generator))
     families = born.reshape(len(states), 4, -1)
     distance = torch.stack([torch.pdist(four).mean() for four in families]) / families.shape[2] ** 0.5
@@ -737,10 +746,15 @@ def siblings(kernel, states, times, generator):
     return [clustered_mean(values.tolist(), range(len(states))) for values in (distance, gain)]
 
 
+# %%
 cases = [(name, k) for name in ("SDE, $3t^2$", "exact transition") for k in parents]
 rows = [siblings(samplers[n], parents[k], times[k:], torch.Generator().manual_seed(2)) for n, k in tqdm(cases)]
-for (name, k), (distance, gain) in zip(cases, rows, strict=True):
-    print(f"{plain(name):17} from t = {times[k]:.2f}: distance of siblings {distance}, gain of the best of four {gain}")
+table(
+    [
+        {"kernel": name, "from $t$": times[k], "distance of siblings": distance, "gain of the best of four": gain}
+        for (name, k), (distance, gain) in zip(cases, rows, strict=True)
+    ]
+)
 
 # %% [markdown]
 # Early states have children that differ in nearly everything; late ones only touch up details, and their best child gains less. So *when* noise is spent matters, which is the subject of notebook 05.
@@ -771,7 +785,7 @@ def sde_step(x, v, z, t, s, g):
 probe = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
 z_ = probe.flip(0) / 2
 for t_, s_, g_ in ((1.0, 0.8, 3.0), (0.5, 0.45, 0.75), (0.3, 0.1, 0.0)):
-    mean_, std_ = sde(lambda _, g_=g_: g_)(LINEAR, probe, velocity_at(probe, t_), t_, s_)
+    mean_, std_ = kernels.sde(lambda _, g_=g_: g_)(LINEAR, probe, velocity_at(probe, t_), t_, s_)
     got = sde_step(probe, velocity_at(probe, t_), z_, t_, s_, g_)
     assert torch.allclose(got - sde_step(probe, velocity_at(probe, t_), 0 * z_, t_, s_, g_), std_ * z_), (
         "the noise is off"
@@ -876,7 +890,7 @@ def complete_std(t, s, var):
 # %% tags=["exercise-test"]
 def completed(path, x, v, t, s):
     """The mean of (4.16) with the reader's standard deviation."""
-    return gaussian(1.0)(path, x, v, t, s)[0], complete_std(t, s, STD**2)
+    return kernels.gaussian(1.0)(path, x, v, t, s)[0], complete_std(t, s, STD**2)
 
 
 for steps_ in (1, 2, 10):
