@@ -34,8 +34,10 @@ test: $(VENV)/.dev  ## everything that must hold: ruff, mypy, built notebooks, p
 mutants: $(VENV)/.dev  ## plant mistakes in a copy; which test catches which (ONLY="SMC" picks some)
 	@$(PY) -m tools.mutants --jobs $(JOBS) $(if $(ONLY),--only "$(ONLY)")
 
+# Whoever is root here, in a container, means it.
 lab: $(VENV)/.notebooks  ## open JupyterLab on the notebooks
-	@unset HF_HUB_OFFLINE OMP_NUM_THREADS MKL_NUM_THREADS; $(PY) -m jupyterlab --ServerApp.root_dir=notebooks
+	@unset HF_HUB_OFFLINE OMP_NUM_THREADS MKL_NUM_THREADS; \
+		$(PY) -m jupyterlab --ServerApp.root_dir=notebooks $(if $(filter 0,$(shell id -u)),--allow-root)
 
 notebooks: $(VENV)/.notebooks  ## rebuild notebooks whose source changed (ONLY="03 05", FORCE=1)
 	@$(PY) -m tools.notebooks $(if $(FORCE),--force) $(ONLY)

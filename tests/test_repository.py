@@ -173,6 +173,27 @@ def test_make_targets_are_documented():
         assert target == "help" or f"`make {target}`" in guide, f"CONTRIBUTING.md does not tell of make {target}"
 
 
+def test_readme_examples_run(monkeypatch):
+    """The blocks of Python in the README, in their order; with a toy for your model, and tiny-flux for FLUX.1."""
+    from flowscale_lite import assets, pipelines, shapes
+
+    load = pipelines.load
+    monkeypatch.setattr(pipelines, "load", lambda *args, **kwargs: load(assets.data("tiny-flux/schnell")))
+    text = "three red circles and two blue squares"
+    names = {
+        "model": lambda x, t: x / (1 + t).view(-1, 1, 1, 1),
+        "judge": lambda x0: -x0.square().mean((1, 2, 3)),
+        "text": text,
+        "reward": shapes.CountReward(shapes.parse(text)),
+        "Prompt": pipelines.Prompt,
+        "load": pipelines.load,
+    }
+    blocks = re.findall(r"^```python\n(.+?)^```$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+    assert len(blocks) >= 2 and names["result"].nfe <= 250 and isinstance(names["prompt"], pipelines.Prompt)
+
+
 def test_environment_file_installs_the_project():
     text = (ROOT / "environment.yml").read_text(encoding="utf-8")
     assert "-c constraints.txt" in text and "-e .[notebooks,dev]" in text
