@@ -248,7 +248,7 @@ def any_method(draw):
     )
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=200, deadline=None, derandomize=True)
 @given(
     method=any_method(),
     steps=st.integers(1, 8),

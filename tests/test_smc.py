@@ -146,14 +146,14 @@ def test_the_normalising_constant_is_unbiased_with_three_particles(method):
 
 
 def test_the_error_falls_like_one_over_the_root_of_the_number_of_particles():
-    reward, repeats = REWARDS[1]["linear"], 100
+    reward, repeats = REWARDS[1]["linear"], 64
     setup = problem(LINE, reward, steps=4)
     few, many = (
         (estimates(setup, SMC(k, threshold=0.9), repeats) - truth(LINE, reward)).square().mean(0).sqrt()
         for k in (30, 480)
     )
     # 16 times the particles, a quarter of the error. A ratio of two root mean squares from N repeats has a relative
-    # standard error of about 1/sqrt(N) = 10 %; four of them.
+    # standard error of about 1/sqrt(N) = 12 %; four of them.
     torch.testing.assert_close(few / many, torch.full_like(few, 4.0), rtol=4 / math.sqrt(repeats), atol=0)
 
 
@@ -170,7 +170,7 @@ def test_with_an_inexact_kernel_the_target_is_the_samplers_own_law_tilted(kernel
 def test_small_steps_of_the_papers_sde_are_as_good(kind):
     """100 steps; 0.025 is allowed for their own error, which was 0.02 with 25 steps and falls with their number."""
     setup = problem(LINE, REWARDS[1][kind], sde(quadratic()), steps=100)
-    assert_right(estimates(setup, SMC(500), 8), truth(LINE, REWARDS[1][kind]), extra=0.025)
+    assert_right(estimates(setup, SMC(500), 5), truth(LINE, REWARDS[1][kind]), extra=0.025)
 
 
 # Guidance
