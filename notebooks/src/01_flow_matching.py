@@ -948,8 +948,8 @@ for ax, points, title in zip(axes, (true_samples, net_samples), ("exact field", 
     ax.set_title(f"{title}: shares " + ", ".join(f"{p:.2f}" for p in share), fontsize=10)
 plots.show(
     fig,
-    alt="Samples of the exact and of the learned field from the same noise: three clouds that look alike, but for a few "
-    "strays between them in the learned one.",
+    alt="Samples of the exact and of the learned field from the same noise: three clouds that look alike, but for a "
+    "few strays between them in the learned one.",
 )
 print(f"median distance between the two samples of one noise {apart.median():.2f}; data scale {SCALES[0]:.2f}")
 
