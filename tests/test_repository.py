@@ -17,7 +17,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 # A module may import those before it, never those after it.
 ORDER = (
     *("interpolants", "kernels", "schedules", "resampling", "rewards", "search", "methods", "toys", "shapes"),
-    *("assets", "tiny_flux", "held_out", "families", "memory", "pipelines", "scheduler", "judges", "planner"),
+    *("assets", "tiny_flux", "held_out", "families", "hub", "pipelines", "scheduler", "judges", "planner", "memory"),
     *("experiments", "plots", "widgets", "cli"),
 )
 READERS = {"plots", "widgets"}  # they read results; nothing but the command line, and each other, imports them
