@@ -41,7 +41,7 @@ import numpy as np
 import torch
 from scipy.stats import binomtest
 from torch import nn
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from flowscale_lite import LINEAR, GaussianMixture, assets, plots, shapes, uniform
 from flowscale_lite.experiments import clustered_mean
@@ -114,8 +114,8 @@ for k in range(8):
 plots.picture(axes[9], back[0], "decoded")
 plots.show(
     fig,
-    alt="A drawing, its eight latent channels of 8 x 8 numbers in grey, and the decoded picture, which looks the same. "
-    "Objects are visible as lighter or darker spots in most channels.",
+    alt="A drawing, its eight latent channels of 8 x 8 numbers in grey, and the decoded picture, which looks the "
+    "same. Objects are visible as lighter or darker spots in most channels.",
 )
 
 # %% [markdown]
@@ -156,8 +156,9 @@ for ax, image, title in zip(
         ax.axvline(place - 0.5, color="0.7", linewidth=0.7)
 plots.show(
     fig,
-    alt="Left the decoded picture with its 4 x 4 grid of cells, right the same with tokens 5 and 10 swapped: the triangle has "
-    "moved from cell 10 to the empty cell 5, but turned from blue to green, and the circle beside its old place is a little darker.",
+    alt="Left the decoded picture with its 4 x 4 grid of cells, right the same with tokens 5 and 10 swapped: the "
+    "triangle has moved from cell 10 to the empty cell 5, but turned from blue to green, and the circle beside "
+    "its old place is a little darker.",
 )
 
 # %% [markdown]
@@ -243,8 +244,8 @@ for ax, token in zip(axes, (0, 5, 14), strict=True):
 fig.colorbar(image, ax=axes, label="inner product / 32")
 plots.show(
     fig,
-    alt="Inner products of one and the same vector at the 16 positions, seen from three tokens: largest at the token's own "
-    "place, falling with the distance in rows and columns, the same pattern moved along.",
+    alt="Inner products of one and the same vector at the 16 positions, seen from three tokens: largest at the "
+    "token's own place, falling with the distance in rows and columns, the same pattern moved along.",
 )
 
 # %% [markdown]
@@ -305,8 +306,8 @@ ax.set(xlabel="time t (1 is noise)", ylabel="mean |gate|")
 fig.legend(loc="outside right center", fontsize=8)
 plots.show(
     fig,
-    alt="Mean absolute gate of the six blocks against time. The double-stream block's gate more than doubles from t = 0 to "
-    "t = 1; those of the five single-stream blocks change by a tenth or so, some up, some down.",
+    alt="Mean absolute gate of the six blocks against time. The double-stream block's gate more than doubles from t ="
+    " 0 to t = 1; those of the five single-stream blocks change by a tenth or so, some up, some down.",
 )
 
 # %% [markdown]
@@ -368,9 +369,9 @@ for line, (name, (states, _)) in zip(axes, rows.items(), strict=True):
     line[0].set_ylabel(name, rotation=0, ha="right", va="center")
 plots.show(
     fig,
-    alt="Five rows of five pictures. All of A: two or three red circles. All of B: about five blue squares, one of them red. T5 of A with "
-    "CLIP of B: two to four red circles. T5 of B with CLIP of A: squares in the number of B, but their colours are mixed up. "
-    "A told t = 0.5 throughout: yellow circles, two to four of them.",
+    alt="Five rows of five pictures. All of A: two or three red circles. All of B: about five blue squares, one of "
+    "them red. T5 of A with CLIP of B: two to four red circles. T5 of B with CLIP of A: squares in the number of "
+    "B, but their colours are mixed up. A told t = 0.5 throughout: yellow circles, two to four of them.",
 )
 
 # %% [markdown]
@@ -459,7 +460,8 @@ for ax, (g, final) in zip(axes, finals.items(), strict=True):
 fig.suptitle(scenes[shown].caption(), fontsize=11)
 plots.show(
     fig,
-    alt="One prompt and one noise at guidance 1, 2, 4 and 8: a mistake at 1 is mended at 2 and 4. The layout stays the same.",
+    alt="One prompt and one noise at guidance 1, 2, 4 and 8: a mistake at 1 is mended at 2 and 4. The layout stays "
+    "the same.",
 )
 
 # %% [markdown]
@@ -531,8 +533,9 @@ axes[2].plot([entry["step"] for entry in log], [entry["exact"] for entry in log]
 axes[2].set(title="stored run", xlabel="step", ylabel="exact counts (96 prompts)", ylim=(0, 1))
 plots.show(
     fig,
-    alt="Left, the loss of the live run falls from 2 to below 1 in 40 steps. Middle, the stored run's loss falls from 0.9 to "
-    "0.33 and is nearly flat from step 3000. Right, its share of exact counts keeps rising to the last step, 7000.",
+    alt="Left, the loss of the live run falls from 2 to below 1 in 40 steps. Middle, the stored run's loss falls from"
+    " 0.9 to 0.33 and is nearly flat from step 3000. Right, its share of exact counts keeps rising to the last "
+    "step, 7000.",
 )
 
 # %% [markdown]
@@ -559,8 +562,9 @@ for line, (name, (states, guesses)) in zip(axes, runs.items(), strict=True):
     line[0].set_ylabel(name)
 plots.show(
     fig,
-    alt="Posterior means over time, one noise. dev, upper row: a faint blob in every cell at t = 1, shapes and colours appear one "
-    "after the other and are settled near t = 0.5. schnell, lower row: the right shapes at t = 1, hardly a change after.",
+    alt="Posterior means over time, one noise. dev, upper row: a faint blob in every cell at t = 1, shapes and "
+    "colours appear one after the other and are settled near t = 0.5. schnell, lower row: the right shapes at t ="
+    " 1, hardly a change after.",
 )
 
 # %% [markdown]
@@ -611,9 +615,9 @@ for ax, (title, line) in zip(axes, lines.items(), strict=True):
 axes[0].legend(fontsize=8, loc="lower left")
 plots.show(
     fig,
-    alt="Three panels with 60 noise points in the middle and three clusters of data. Left, straight lines between independent "
-    "partners cross everywhere. Middle, the flow's paths bend and do not cross. Right, straight lines between the flow's ends: "
-    "shorter, and almost none cross.",
+    alt="Three panels with 60 noise points in the middle and three clusters of data. Left, straight lines between "
+    "independent partners cross everywhere. Middle, the flow's paths bend and do not cross. Right, straight lines"
+    " between the flow's ends: shorter, and almost none cross.",
 )
 
 # %% [markdown]
@@ -644,8 +648,8 @@ ax.set(xlabel="time t (1 is noise)", ylabel="loss (2.7) at this time")
 ax.legend()
 plots.show(
     fig,
-    alt="The loss against time, on a logarithmic axis. dev on independent pairs: 0.1 in the middle, 0.6 or more at both ends. "
-    "schnell on dev's pairs: ten to a hundred times less at every time.",
+    alt="The loss against time, on a logarithmic axis. dev on independent pairs: 0.1 in the middle, 0.6 or more at "
+    "both ends. schnell on dev's pairs: ten to a hundred times less at every time.",
 )
 
 # %% [markdown]
@@ -695,8 +699,9 @@ for line, name in zip(axes, ("dev", "schnell"), strict=True):
 fig.suptitle(scenes[shown].caption(), fontsize=11)
 plots.show(
     fig,
-    alt="One prompt and noise with 1, 2, 4 and 10 steps, and the share of exact pictures over 48 prompts. dev: a smear at 1 step, "
-    "wrong colours at 2 and 4, right at 10. schnell: clear shapes from the first step, with wrong colours there.",
+    alt="One prompt and noise with 1, 2, 4 and 10 steps, and the share of exact pictures over 48 prompts. dev: a "
+    "smear at 1 step, wrong colours at 2 and 4, right at 10. schnell: clear shapes from the first step, with "
+    "wrong colours there.",
 )
 
 # %% [markdown]
@@ -714,9 +719,7 @@ for size in SIZES:
     pictures = prompt.decode(sample(dev, eps, times, text_)[0][-1])
     error = shapes.count(pictures) - np.stack([scene.target for scene in group])
     results.append(((error == 0).all(1), error.sum(1)))
-    print(
-        f"{size[0]:2} to {size[1]:2} objects: exact {share(results[-1][0])}   objects too many {error.sum(1).mean():+.2f}"
-    )
+    print(f"{size[0]:2} to {size[1]:2} objects: exact {share(results[-1][0])}   too many {error.sum(1).mean():+.2f}")
 
 # %%
 means = np.array([right.mean() for right, _ in results])
@@ -728,7 +731,8 @@ ax.set(xticks=range(5), xticklabels=[f"{a} to {b}" for a, b in SIZES], ylim=(0, 
 ax.set(xlabel="objects asked for", ylabel="share of exact pictures")
 plots.show(
     fig,
-    alt="Share of exact pictures by number of objects asked for, with 95 % intervals: high for few objects, falling towards ten.",
+    alt="Share of exact pictures by number of objects asked for, with 95 % intervals: high for few objects, falling "
+    "towards ten.",
 )
 
 # %% [markdown]
@@ -749,9 +753,7 @@ for other, group in pairs.items():
     right = (shapes.count(pictures) == target).all(1)
     total = (shapes.count(pictures).sum(1) == target.sum(1)).mean()
     second = (judge.counts(pictures) == target).all(1)
-    print(
-        f"circles and {other + 's':9} exact {share(right)} (second judge {second.mean():.2f}), right in total {total:.2f}"
-    )
+    print(f"circles and {other + 's':9} exact {share(right)} (judge {second.mean():.2f}), right in total {total:.2f}")
 
 # %% [markdown]
 # Circles *and* squares are the hard ones. The number of things is mostly right, and shapes are taken one for the other. Hard prompts of both kinds, many objects and confusable ones, await you in `data/prompts/hard.txt`.
@@ -778,8 +780,8 @@ for k, caption in enumerate(odd):
         plots.picture(ax, image, caption if len(caption) < 20 else "a long prompt")
 plots.show(
     fig,
-    alt="Two pictures each for 'three purple stars', 'three red cats' and a prompt of 18 words: known shapes in place of stars and "
-    "cats; the long prompt's squares are missing or wrong, for their word was cut off.",
+    alt="Two pictures each for 'three purple stars', 'three red cats' and a prompt of 18 words: known shapes in place"
+    " of stars and cats; the long prompt's squares are missing or wrong, for their word was cut off.",
 )
 assert "squares" not in dev.tokenizer_2.decode(dev.tokenizer_2(LONG, truncation=True, max_length=16).input_ids)
 

@@ -98,8 +98,9 @@ axes[3].set(xlabel="opacity of the sixth object", ylabel="reward")
 axes[3].legend(fontsize=8)
 plots.show(
     fig,
-    alt="Three pictures with one circle faint, half drawn and full. Beside them the rewards against its opacity: the exact counter "
-    "jumps from -1 to 0 near 0.7, the held-out judge near 0.5; the smooth reward climbs from -1 to 0 between 0.6 and 0.9.",
+    alt="Three pictures with one circle faint, half drawn and full. Beside them the rewards against its opacity: the "
+    "exact counter jumps from -1 to 0 near 0.7, the held-out judge near 0.5; the smooth reward climbs from -1 to "
+    "0 between 0.6 and 0.9.",
 )
 
 # %% [markdown]
@@ -158,7 +159,8 @@ ties = {
     name: (r[:, pairs[:, 0]] == r[:, pairs[:, 1]]).mean() for name, r in (("exact", whole), ("smooth", rewards.numpy()))
 }
 print(
-    f"of two samples of one prompt the exact reward calls {ties['exact']:.0%} equal, the smooth one {ties['smooth']:.0%}"
+    f"of all pairs of samples of one prompt the exact reward calls {ties['exact']:.0%} equal, "
+    f"the smooth one {ties['smooth']:.0%}"
 )
 print(f"counter and held-out judge agree on {(counter == second).mean():.1%} of the {counter.size} pictures")
 assert ties["smooth"] < 0.1 < ties["exact"]
@@ -184,14 +186,12 @@ quadratic = QuadraticReward((1.0, 0.5), curvature=2.0)
 x0 = mixture.sample(400_000, torch.Generator().manual_seed(0))
 state = torch.tensor([[0.3, 0.2]])
 for t in (0.9, 0.7, 0.5, 0.2):
-    mean = mixture.posterior(state, torch.tensor([t]), LINEAR)[0]
+    look = float(quadratic(mixture.posterior(state, torch.tensor([t]), LINEAR)[0]))
     w = (-(state - (1 - t) * x0).square().sum(1) / (2 * t**2)).softmax(0)
     spread = (w[:, None] * (x0 - w @ x0).square()).sum()  # trace of the posterior covariance
     expected, gap = float(w @ quadratic(x0)), float(-2.0 / 2 * spread)  # H = -curvature I
-    print(
-        f"t = {t}: look-ahead {float(quadratic(mean)):6.3f}   expected reward {expected:6.3f}   by (3.4) {quadratic(mean).item() + gap:6.3f}"
-    )
-    assert abs(expected - float(quadratic(mean)) - gap) < 0.03, "(3.4) should hold"
+    print(f"t = {t}: look-ahead {look:6.3f}   expected reward {expected:6.3f}   by (3.4) {look + gap:6.3f}")
+    assert abs(expected - look - gap) < 0.03, "(3.4) should hold"
 
 # %% [markdown]
 # Between the two modes, at $t = 0.7$ say, the mean is a point where there is no data at all, and its reward is far too kind. That is the picture of a posterior mean that is a blur of several pictures.
@@ -245,8 +245,8 @@ ax.set(xlabel="time t (1 is noise)", ylabel="rank correlation with the final rew
 ax.legend()
 plots.show(
     fig,
-    alt="Rank correlation of look-ahead and final reward, against time from noise to data. dev starts near 0 at t = 1 and rises "
-    "towards 1; schnell starts high at t = 1. The bars are 95 % intervals.",
+    alt="Rank correlation of look-ahead and final reward, against time from noise to data. dev starts near 0 at t = 1"
+    " and rises towards 1; schnell starts high at t = 1. The bars are 95 % intervals.",
 )
 
 # %% [markdown]
@@ -359,8 +359,9 @@ axes[0].set_ylabel("expected best reward")
 axes[0].legend(fontsize=8, loc="lower right")
 plots.show(
     fig,
-    alt="Expected best reward against N for three prompts. The dots, measured on half of the pool, lie near the curve predicted from "
-    "the other half's quantile function. The normal formula rises above 0, the highest reward there is.",
+    alt="Expected best reward against N for three prompts. The dots, measured on half of the pool, lie near the curve"
+    " predicted from the other half's quantile function. The normal formula rises above 0, the highest reward "
+    "there is.",
 )
 
 # %% [markdown]
@@ -406,8 +407,9 @@ ax.set(
 ax.legend(fontsize=8)
 plots.show(
     fig,
-    alt="Share of exact pictures against N: the counter's and the held-out judge's curves rise together and flatten; the theory that "
-    "treats each prompt by itself lies on the counter's curve, the theory with the mean p lies far above for large N.",
+    alt="Share of exact pictures against N: the counter's and the held-out judge's curves rise together and flatten; "
+    "the theory that treats each prompt by itself lies on the counter's curve, the theory with the mean p lies "
+    "far above for large N.",
 )
 
 # %% [markdown]
@@ -439,9 +441,7 @@ F[order] = (np.cumsum(p_x[order]) - p_x[order] / 2) * dx  # probability that a s
 for n in (2, 8, 32, 128):
     q = n * F ** (n - 1) * p_x
     kl = np.sum(q * np.log(np.where(q > 0, q / p_x, 1))) * dx
-    print(
-        f"N = {n:3}: mass of q {q.sum() * dx:.4f}   KL by quadrature {kl:.4f}   by (3.8) {math.log(n) - (n - 1) / n:.4f}"
-    )
+    print(f"N = {n:3}: mass {q.sum() * dx:.4f}   KL by quadrature {kl:.4f}   by (3.8) {math.log(n) - (n - 1) / n:.4f}")
     assert abs(kl - (math.log(n) - (n - 1) / n)) < 2e-3, "(3.8) should hold"
 
 # %% [markdown]
@@ -470,8 +470,9 @@ axes[0].legend(fontsize=8, loc="upper left")
 axes[1].legend(fontsize=8, loc="lower right")
 plots.show(
     fig,
-    alt="Left, the density of a mixture and of its best of 2 and of 8: mass moves to where the reward is highest, and a histogram of "
-    "simulated winners fits the formula for 8. Right, mean reward against KL: best-of-N lies on or just below the exponential tilt's curve.",
+    alt="Left, the density of a mixture and of its best of 2 and of 8: mass moves to where the reward is highest, and"
+    " a histogram of simulated winners fits the formula for 8. Right, mean reward against KL: best-of-N lies on "
+    "or just below the exponential tilt's curve.",
 )
 
 # %% [markdown]
@@ -525,22 +526,22 @@ axes[1].set_ylim(0, 1)
 axes[0].legend(fontsize=8)
 plots.show(
     fig,
-    alt="Left, the reward that is optimised rises with N for all three rewards. Right, the held-out judge's share of exact pictures "
-    "rises for 'counts', rises less for 'total only', and falls for 'more ink'.",
+    alt="Left, the reward that is optimised rises with N for all three rewards. Right, the held-out judge's share of "
+    "exact pictures rises for 'counts', rises less for 'total only', and falls for 'more ink'.",
 )
 
 # %%
 shown = 5
 best = {name: int(proxy[shown].argmax()) for name, proxy in proxies.items()}
-fig, axes = plt.subplots(1, 3, figsize=(7.2, 2.9))
+fig, axes = plt.subplots(1, 3, figsize=(7.2, 3.2))
 for ax, (name, k) in zip(axes, best.items(), strict=True):
     verdict = "right" if second[shown, k] else "wrong"
     plots.picture(ax, pool[shown][k], f"best of 64 by {name}\nheld-out judge: {verdict}")
-fig.suptitle(PROMPTS[shown], fontsize=11)
+fig.suptitle(PROMPTS[shown] + "\n", fontsize=11)
 plots.show(
     fig,
-    alt="The best of 64 pictures of one prompt by each of the three rewards: by counts a right one; by total the right number of "
-    "objects but wrong kinds; by ink too many objects.",
+    alt="The best of 64 pictures of one prompt by each of the three rewards: by counts a right one; by total the "
+    "right number of objects but wrong kinds; by ink too many objects.",
 )
 assert table["more ink"][-1, 1] <= table["more ink"][0, 1] < table["counts"][-1, 1], "ink should not help to count"
 
