@@ -345,7 +345,8 @@ def test_progress_bars_and_live_widgets_are_not_kept():
     def output(**data):
         return nbformat.v4.new_output("display_data", data=data)
 
-    assert not notebooks.lasting(nbformat.v4.new_output("stream", name="stderr", text=" 50%|##   | 1/2 [00:00]"))
+    for text, lasts in ((" 50%|##   | 1/2 [00:00]", False), ("\r      \r", False), ("old: a warning", True)):
+        assert notebooks.lasting(nbformat.v4.new_output("stream", name="stderr", text=text)) is lasts
     assert not notebooks.lasting(output(**{"text/plain": " 0%|   |", "application/vnd.jupyter.widget-view+json": {}}))
     assert notebooks.lasting(output(**{"text/plain": "50% of all"}))
 

@@ -187,7 +187,7 @@ def _output(output: NotebookNode) -> Iterator[str]:
     data = output.get("data", {})
     if output.output_type == "error":
         yield f"raises {output.ename}"
-    if output.get("name") == "stderr":
+    if output.get("name") == "stderr" and output.text.strip():
         yield f"writes to stderr (a warning?): {output.text.strip().splitlines()[-1]}"
     if any(kind.startswith("image/") for kind in data):
         yield "shows an image without alt text: use flowscale_lite.plots.show(fig, alt=...)"

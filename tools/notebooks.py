@@ -169,9 +169,9 @@ async def usage(client: NotebookClient) -> Usage:
 
 
 def is_progress(output: NotebookNode) -> bool:
-    """Whether an output is a progress bar, printed or a widget's."""
+    """Whether an output is a progress bar, printed or a widget's, or the blanks that wipe a printed one out."""
     text = "".join(output.get("text", "")) + "".join(output.get("data", {}).get("text/plain", ""))
-    return bool(PROGRESS.search(text))
+    return bool(PROGRESS.search(text)) or (output.get("name") == "stderr" and not text.strip())
 
 
 def lasting(output: NotebookNode) -> bool:
