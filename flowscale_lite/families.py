@@ -22,6 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 Arguments = dict[str, Any]
@@ -42,6 +43,7 @@ class Family:
     Attributes:
         encode: (pipe, text, negative text or None if guidance needs none, token limit or None) -> the arguments of
             `__call__` that stand for one prompt.
+        blank: config of the transformer -> the same without content, as long as `__call__` allows by default.
         guided: (pipe, guidance) -> whether the model runs twice a row.
         scale: the name of `__call__`'s argument for the guidance scale.
         options: further arguments of `__call__`.
@@ -54,6 +56,7 @@ class Family:
     """
 
     encode: Callable[[Any, str, str | None, int | None], Arguments]
+    blank: Callable[[Any], Arguments]
     guided: Callable[[Any, float], bool] = lambda pipe, guidance: guidance > 1
     scale: str = "guidance_scale"
     options: Callable[[], Arguments] = dict
@@ -175,9 +178,17 @@ def _sana(pipe: Any, text: str, negative: str | None, tokens: int | None) -> Arg
     return {name: value for name, value in zip(names, encoded, strict=True) if value is not None}
 
 
+def _empty(*shape: int) -> Tensor:
+    return torch.empty((1, *shape), device="meta", dtype=torch.bfloat16)
+
+
 FAMILIES = {
     "FluxPipeline": Family(
         _flux,
+        blank=lambda c: {
+            "prompt_embeds": _empty(512, c.joint_attention_dim),
+            "pooled_prompt_embeds": _empty(c.pooled_projection_dim),
+        },
         guided=lambda pipe, guidance: False,
         fold=4,
         pack=_pack,
@@ -186,20 +197,40 @@ FAMILIES = {
     ),
     "Flux2KleinPipeline": Family(
         _flux2_klein,
+        blank=lambda c: {"prompt_embeds": _empty(512, c.joint_attention_dim)},
         guided=lambda pipe, guidance: guidance > 1 and not pipe.config.is_distilled,
         down=2,
         unpack=_tokens_last,
         clock=Clock("time_guidance_embed.time_proj", 1000.0),
     ),
-    "StableDiffusion3Pipeline": Family(_stable_diffusion_3),
+    "StableDiffusion3Pipeline": Family(
+        _stable_diffusion_3,
+        blank=lambda c: {
+            "prompt_embeds": _empty(77 + 256, c.joint_attention_dim),
+            "pooled_prompt_embeds": _empty(c.pooled_projection_dim),
+        },
+    ),
     "QwenImagePipeline": Family(
         _qwen_image,
+        blank=lambda c: {"prompt_embeds": _empty(512, c.joint_attention_dim)},
         scale="true_cfg_scale",
         fold=4,
         pack=_pack,
         unpack=_unpack,
         clock=Clock("time_text_embed.time_proj", 1.0),
     ),
-    "ZImagePipeline": Family(_z_image, guided=lambda pipe, guidance: guidance > 0),
-    "SanaPipeline": Family(_sana, patch=1, options=lambda: {"use_resolution_binning": False, "negative_prompt": None}),
+    "ZImagePipeline": Family(
+        _z_image,
+        blank=lambda c: {"prompt_embeds": [_empty(512, c.cap_feat_dim)[0]]},
+        guided=lambda pipe, guidance: guidance > 0,
+    ),
+    "SanaPipeline": Family(
+        _sana,
+        blank=lambda c: {
+            "prompt_embeds": _empty(300, c.caption_channels),
+            "prompt_attention_mask": _empty(300).long(),
+        },
+        options=lambda: {"use_resolution_binning": False, "negative_prompt": None},
+        patch=1,
+    ),
 }

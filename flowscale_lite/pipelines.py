@@ -9,76 +9,23 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-import logging
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import families, schedules
+from .hub import load
 from .interpolants import LINEAR
 from .kernels import Kernel
 from .rewards import Decoded, Reward
 from .search import Problem, Result
 
-_logger = logging.getLogger("transformers.utils.import_utils")
-_level = _logger.level
-_logger.setLevel(logging.ERROR)  # it would warn that torchvision is missing, which nothing here needs
-from diffusers import DiffusionPipeline  # noqa: E402
-from diffusers.utils import logging as diffusers_logging  # noqa: E402
-from transformers.utils import logging as transformers_logging  # noqa: E402
-
-_logger.setLevel(_level)
-
-
-def load(model: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
-    """A pipeline from a folder or a hub id, ready for inference on one device.
-
-    Raises:
-        FileNotFoundError: `model` is a path that holds no pipeline.
-        ValueError: there is no such device, or the model's pipeline is not supported.
-    """
-    try:
-        torch.device(device)
-    except RuntimeError:
-        raise ValueError(f"no such device: {device!r}; use 'cpu' or 'cuda'") from None
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device {device!r} asked for, but torch sees no CUDA GPU; use 'cpu'")
-    folder = Path(model)
-    if (folder.exists() or folder.is_absolute() or str(model).startswith(".")) and not (
-        folder / "model_index.json"
-    ).exists():
-        raise FileNotFoundError(f"no model at {folder}: expected a diffusers folder with a model_index.json")
-    wanted = {} if dtype == torch.float32 else {"torch_dtype": dtype}
-    with _quiet() if folder.exists() else nullcontext():  # a download shows its progress, a folder is read at once
-        pipe = DiffusionPipeline.from_pretrained(str(model), **wanted)
-    pipe.set_progress_bar_config(disable=True)
-    for part in pipe.components.values():
-        if isinstance(part, torch.nn.Module):
-            part.eval().requires_grad_(False)
-    pipe.vae.to(memory_format=torch.channels_last)  # the layout in which CPU convolutions are fast
-    return pipe.to(device)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the libraries' loading bars and their surprise at a small autoencoder."""
-    logs = (diffusers_logging, transformers_logging)
-    levels = [log.get_verbosity() for log in logs]
-    for log in logs:
-        log.set_verbosity_error()
-        log.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for log, level in zip(logs, levels, strict=True):
-            log.set_verbosity(level)
-            log.enable_progress_bar()
+__all__ = ["Prompt", "encode_text", "exact_time", "known_texts", "load", "native_size"]
 
 
 def encode_text(pipe: Any, text: str, negative: str | None = None, tokens: int | None = None) -> families.Arguments:
@@ -87,14 +34,22 @@ def encode_text(pipe: Any, text: str, negative: str | None = None, tokens: int |
     Raises:
         ValueError: the text is new, and the pipeline holds no text encoder.
     """
-    known = pipe.__dict__.setdefault("_encoded_texts", {})
-    key = (text, negative, tokens)
+    known, key = known_texts(pipe), (text, negative, tokens)
     if key not in known:
         if all(part is None for name, part in pipe.components.items() if name.startswith("text_encoder")):
-            raise ValueError(f"this pipeline was loaded without text encoders and has not encoded {text!r}")
+            raise ValueError(
+                f"this pipeline was loaded without text encoders, and had not been given {text!r} to encode"
+            )
+        pipe.maybe_free_model_hooks()  # makes room where models change places
         with torch.no_grad():
             known[key] = families.family(pipe).encode(pipe, text, negative, tokens)
-    return _cast(known[key], pipe.transformer.dtype, pipe._execution_device)
+    model = pipe.transformer
+    return known[key] if model is None else _cast(known[key], model.dtype, pipe._execution_device)
+
+
+def known_texts(pipe: Any) -> dict[tuple[str, str | None, int | None], families.Arguments]:
+    """What a pipeline has encoded: by text, negative text and token limit."""
+    return pipe.__dict__.setdefault("_known_texts", {})
 
 
 def _cast(arguments: families.Arguments, dtype: torch.dtype, device: Any = None) -> families.Arguments:
@@ -293,10 +248,11 @@ class Prompt:
         groups = [(t == time).nonzero()[:, 0] for time in t.unique()]  # a call of the pipeline has one time
         chunks = [rows for group in groups for rows in group.split(self.chunk)]
         with torch.set_grad_enabled(torch.is_grad_enabled() and x.requires_grad):
-            parts = [self._velocity(x[rows], float(t[rows[0]])) for rows in chunks]
+            parts = [self.velocity(x[rows], float(t[rows[0]])) for rows in chunks]
             return torch.cat(parts)[torch.cat(chunks).argsort()]
 
-    def _velocity(self, x: Tensor, t: float) -> Tensor:
+    def velocity(self, x: Tensor, t: float) -> Tensor:
+        """The same at one time for all rows, in one forward pass."""
         with exact_time(self.pipe, t):
             v = self._ask(x, t)[1].velocity
         assert v is not None

@@ -1,0 +1,337 @@
+"""Models of real size without a GPU: sizes recounted, plans added up by hand, loading by every kind of plan that a CPU
+can carry out, and what the hub may answer."""
+
+import sys
+import types
+
+import httpx
+import huggingface_hub
+import pytest
+import torch
+from conftest import seeded
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+from tiny_families import BUILDERS, build
+
+from flowscale_lite import RBF, assets, gaussian, hub, memory, pipelines, search, shapes
+from flowscale_lite.memory import CARDS, SIZES, plan
+from flowscale_lite.pipelines import Prompt
+from tools import memory as tool
+
+TINY = assets.data("tiny-flux/dev")
+TEXT = "three red circles"
+GIB = 2**30
+
+
+# -------------------------------------------------------------------------------------------------------------- sizes
+@pytest.mark.parametrize("name", SIZES)
+def test_stored_weights_are_those_of_the_configs(name):
+    pipe = tool.build(name)
+    texts = [part for key, part in pipe.components.items() if key.startswith("text_encoder") and part is not None]
+    weights = [memory.Weights.of(*modules) for modules in ([pipe.transformer], texts, [pipe.vae])]
+    assert weights == [SIZES[name].transformer, SIZES[name].text, SIZES[name].vae]
+
+
+@pytest.mark.parametrize("name", ["Sana_1600M_1024px_diffusers", "FLUX.2-klein-4B"])
+def test_stored_activations_are_counted_again(name):
+    counted, stored = tool.count(name), SIZES[name]
+    for field in ("row", "decode", "tile"):
+        assert getattr(counted, field) == pytest.approx(getattr(stored, field), abs=0.006)
+
+
+def test_parameters_are_the_published_ones():
+    """Billions, from the model cards: transformer and text encoders."""
+    published = {
+        "FLUX.1-dev": (11.9, 4.9),
+        "FLUX.2-klein-4B": (3.9, 4.0),
+        "FLUX.2-klein-9B": (9.1, 8.2),
+        "stable-diffusion-3.5-medium": (2.2, 5.6),
+        "stable-diffusion-3.5-large": (8.1, 5.6),
+        "Qwen-Image": (20.4, 8.3),
+        "Z-Image-Turbo": (6.2, 4.0),
+        "Sana_1600M_1024px_diffusers": (1.6, 2.6),
+    }
+    for name, (transformer, text) in published.items():
+        for weights, billions in ((SIZES[name].transformer, transformer), (SIZES[name].text, text)):
+            assert (weights.linear + weights.other) / 1e9 == pytest.approx(billions, abs=0.06)
+
+
+def test_a_folder_is_counted_from_its_configs_as_its_models_are():
+    pipe = hub.load(TINY)
+    skeleton, sizes = hub.skeleton(TINY), memory.sizes(TINY, 64, 64)
+    for name in ("transformer", "text_encoder_2", "vae"):
+        real, bare = getattr(pipe, name), getattr(skeleton, name)
+        assert all(p.is_meta for p in bare.parameters())
+        assert [p.shape for p in bare.parameters()] == [p.shape for p in real.parameters()]
+    assert sizes.transformer.linear + sizes.transformer.other == sum(p.numel() for p in pipe.transformer.parameters())
+    assert 0 < sizes.row < 0.05 and 0 < sizes.decode < 0.05
+
+
+# -------------------------------------------------------------------------------------------------------------- plans
+def added_up(name, one) -> dict[str, float]:
+    """The stages of a plan, from parameters and bytes alone."""
+    sizes, bytes_ = SIZES[name], {"full": 2.0, "int8": 1.0, "fp8": 1.0, "nf4": 0.5625}
+
+    def gib(weights, kind, size=2):
+        linear = weights.linear * (size if kind == "full" else bytes_[kind])
+        return (linear + size * weights.other) / GIB
+
+    fine = 2 if one.dtype == "float16" else 1
+    transformer = 0.5 if one.group_offload else gib(sizes.transformer, one.weights)
+    text, vae = gib(sizes.text, one.text_weights), gib(sizes.vae, "full", 2 * fine)
+    beside = text if one.text == "resident" else 0
+    picture = (sizes.tile if one.tiling else sizes.decode) * fine
+    return {
+        "prompts": 0.5 + text + {"resident": transformer + vae, "offloaded": vae, "dropped": 0}[one.text],
+        "velocities": transformer + vae + beside + one.chunk * sizes.row,
+        "pictures": transformer + vae + beside + one.decode_chunk * picture,
+    }
+
+
+@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("card", CARDS)
+def test_every_model_has_a_plan_that_fits_on_every_card(name, card):
+    gib, dtype = CARDS[card].gib, CARDS[card].dtype
+    one = plan(name, gib, dtype=dtype)
+    by_hand = added_up(name, one)
+    for stage, takes in one.stages.items():
+        assert takes == pytest.approx(by_hand[stage], rel=0.005)
+        assert takes <= gib - one.keep
+    more = added_up(name, memory.replace(one, chunk=one.chunk + 1))
+    assert one.chunk == 16 or more["velocities"] > gib - one.keep - 0.05, "one more row would have fitted"
+    assert all(f"{takes:.1f} GiB" in str(one) for takes in one.stages.values()) and name in str(one)
+
+
+def test_what_is_chosen_for_flux():
+    """Sixteen bits where they fit; text encoders leave before the transformer is quantised."""
+    chosen = {card: plan("black-forest-labs/FLUX.1-dev", CARDS[card].gib, dtype=CARDS[card].dtype) for card in CARDS}
+    fields = [(p.weights, p.text, p.tiling, p.chunk) for p in chosen.values()]
+    assert fields == [
+        ("int8", "dropped", True, 4),
+        ("int8", "dropped", False, 16),
+        ("full", "resident", False, 15),
+        ("full", "resident", False, 16),
+    ]
+
+
+def test_a_plan_gets_no_worse_with_more_memory_and_less_keeps_it_within():
+    order = list(memory.WEIGHTS)
+    for name in ("FLUX.1-dev", "Qwen-Image", "FLUX.2-klein-9B"):
+        before = None
+        for free in (6, 8, 12, 16, 20, 24, 32, 40, 48, 64, 80):
+            try:
+                one = plan(name, free)
+            except ValueError:
+                assert before is None
+                continue
+            assert one.peak <= free - 1
+            rank = (one.group_offload, order.index(one.weights), one.tiling, memory.TEXT.index(one.text))
+            assert before is None or rank <= before
+            before = rank
+        assert before == (False, 0, False, 0)
+
+
+def test_what_waits_in_host_memory_must_fit_there():
+    wide = plan("FLUX.1-dev", 26.0)
+    assert (wide.weights, wide.text) == ("full", "offloaded") and wide.host == pytest.approx(22.2 + 9.1, abs=0.1)
+    assert plan("FLUX.1-dev", 26.0, host=12.0).text == "dropped"
+    tight = plan("FLUX.1-dev", 6.5)
+    assert tight.group_offload and tight.text_weights == "nf4" and tight.host == pytest.approx(22.2, abs=0.1)
+    with pytest.raises(ValueError, match=r"does not fit into 6\.5 GiB with 1\.0 kept free and 8\.0 of host memory"):
+        plan("FLUX.1-dev", 6.5, host=8.0)
+
+
+def test_size_and_judges_and_guidance_count():
+    small, large = (plan("FLUX.1-dev", 79.1, width=w, height=w, rows=1000) for w in (512, 1024))
+    assert small.parts["a row"] == pytest.approx(large.parts["a row"] / 4) and small.chunk > large.chunk
+    assert plan("FLUX.1-dev", 40.0, keep=8.0).text != "resident" and plan("FLUX.1-dev", 40.0).text == "resident"
+    once, twice = (memory.sizes(TINY, 64, 64, guidance=g).row for g in (1.0, 3.0))
+    assert once == twice, "FLUX's guidance is distilled"
+    with torch.device("meta"):
+        guided = BUILDERS["StableDiffusion3Pipeline"]()
+    assert memory.count(guided, 64, 64, 4.0).row == pytest.approx(2 * memory.count(guided, 64, 64, 1.0).row, rel=0.2)
+
+
+def test_plans_can_be_overridden_and_nonsense_is_refused():
+    one = plan("FLUX.1-dev", 79.1, weights="nf4", text="dropped", text_weights="nf4", chunk=3, tiling=True)
+    assert (one.weights, one.text, one.text_weights, one.chunk, one.tiling) == ("nf4", "dropped", "nf4", 3, True)
+    assert plan("FLUX.1-dev", 22.0, weights="fp8").weights == "fp8"
+    assert plan("FLUX.1-dev", 79.1, group_offload=True).group_offload
+    with pytest.raises(ValueError, match="does not fit"):
+        plan("FLUX.1-dev", 22.0, weights="full", group_offload=False)
+    with pytest.raises(ValueError, match="does not fit"):
+        plan("FLUX.1-dev", 22.0, chunk=64)
+    for bad, message in (
+        ({"weights": "int3"}, "weights is one of"),
+        ({"text": "gone"}, "text is one of"),
+        ({"chunk": 0}, "no such choice: chunk=0"),
+        ({"colour": "red"}, "no such choice: colour"),
+        ({"dtype": "float64"}, "dtype is one of"),
+        ({"rows": 0}, "rows must be at least 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            plan("FLUX.1-dev", 79.1, **bad)
+
+
+# ------------------------------------------------------------------------------------------------------------- loading
+def tiny_plan(**fields):
+    return plan(TINY, 4.0, height=64, width=64, **{"dtype": "float32", **fields})
+
+
+def found(pipe, chunk):
+    """A short search by counting, and its picture."""
+    prompt = Prompt.encode(pipe, TEXT, guidance=2.0, chunk=chunk)
+    problem = prompt.problem(shapes.CountReward(shapes.parse(TEXT)), gaussian(), 3)
+    result = search(problem, RBF(init=2, batch=2), max_nfe=8, generator=seeded())
+    return prompt, prompt.decode(result.best[None])
+
+
+@pytest.fixture(scope="module")
+def usual():
+    return found(hub.load(TINY), 2)
+
+
+def bytes_of(module) -> int:
+    total = 0
+    for tensor in (*module.parameters(), *module.buffers()):
+        inner = tensor.__tensor_flatten__()[0] if hasattr(tensor, "__tensor_flatten__") else []
+        total += sum(getattr(tensor, name).nbytes for name in inner) if inner else tensor.nbytes
+    return total
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"text": "dropped"}, {"text": "offloaded"}, {"group_offload": True, "text": "resident"}],
+    ids=["resident", "dropped", "offloaded", "streamed"],
+)
+def test_each_place_for_the_models_gives_the_same_picture(usual, fields):
+    one = tiny_plan(**fields, chunk=2)
+    pipe = memory.load(TINY, one, "cpu", prompts=[TEXT])
+    prompt, picture = found(pipe, one.chunk)
+    torch.testing.assert_close(picture, usual[1], atol=1e-4, rtol=0)
+    encoders = [pipe.text_encoder, pipe.text_encoder_2]
+    assert all((part is None) == (one.text == "dropped") for part in encoders)
+    if one.text == "dropped":
+        with pytest.raises(ValueError, match="loaded without text encoders"):
+            Prompt.encode(pipe, "a blue square")
+    else:
+        other = Prompt.encode(pipe, "a blue square")
+        torch.testing.assert_close(other.embeds, Prompt.encode(usual[0].pipe, "a blue square").embeds)
+    if one.text == "offloaded":
+        assert len(pipe._all_hooks) == 3 and not hasattr(pipe.vae, "_hf_hook"), "all but the autoencoder change places"
+    assert type(pipe.transformer.dtype) is torch.dtype and prompt.device.type == "cpu"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_sixteen_bits_by_plan(usual, dtype):
+    """float16 keeps the autoencoder in float32, and its text encoders in bfloat16."""
+    one = tiny_plan(dtype=dtype, text="dropped", chunk=2)
+    pipe = memory.load(TINY, one, "cpu", prompts=[TEXT])
+    assert pipe.transformer.dtype == getattr(torch, dtype)
+    assert pipe.vae.dtype == (torch.float32 if dtype == "float16" else torch.bfloat16)
+    prompt, picture = found(pipe, one.chunk)
+    assert prompt.embeds.dtype == getattr(torch, dtype) and picture.isfinite().all()
+    assert bytes_of(pipe.transformer) == pytest.approx(one.parts["transformer"] * GIB, rel=1e-3)
+    x, t = torch.randn(2, *prompt.shape, generator=seeded()), torch.full((2,), 0.8)
+    torch.testing.assert_close(prompt(x, t), usual[0](x, t), atol=0.15, rtol=0.05)
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_eight_bits_by_torchao(usual, kind):
+    pytest.importorskip("torchao")
+    one = tiny_plan(dtype="bfloat16", weights=kind, chunk=2)
+    pipe = memory.load(TINY, one, "cpu", prompts=[TEXT])
+    prompt, picture = found(pipe, one.chunk)
+    assert bytes_of(pipe.transformer) == pytest.approx(one.parts["transformer"] * GIB, rel=0.01)
+    assert bytes_of(pipe.transformer) < 0.55 * bytes_of(hub.load(TINY, dtype=torch.bfloat16).transformer)
+    x, t = torch.randn(2, *prompt.shape, generator=seeded()), torch.full((2,), 0.8)
+    v, expected = prompt(x, t), usual[0](x, t)
+    assert (v - expected).norm() < 0.1 * expected.norm() and picture.isfinite().all()
+
+
+def test_tiles_have_half_the_side():
+    pipe = build("StableDiffusion3Pipeline")
+    prompt = Prompt.encode(pipe, TEXT, height=64, width=64, max_tokens=16)
+    x = torch.randn(1, *prompt.shape, generator=seeded())
+    whole, sizes = prompt.decode(x), []
+    memory._place(pipe, memory.replace(tiny_plan(), tiling=True), "cpu")
+    pipe.vae.decoder.register_forward_hook(lambda module, args, out: sizes.append(out.shape[-1]))
+    tiled = prompt.decode(x)
+    assert tiled.shape == whole.shape and len(sizes) > 1 and max(sizes) == 32 and tiled.isfinite().all()
+
+
+def test_loading_refuses_before_anything_is_read(monkeypatch):
+    monkeypatch.setattr(hub, "fetch", lambda *_, **__: pytest.fail("read"))
+    with pytest.raises(ValueError, match="give `prompts`"):
+        memory.load(TINY, tiny_plan(text="dropped"), "cpu")
+    monkeypatch.setattr(memory.importlib.util, "find_spec", lambda name: None)
+    for kind, library in (("int8", "torchao"), ("nf4", "bitsandbytes")):
+        with pytest.raises(ValueError, match=f"pip install {library}"):
+            memory.load(TINY, tiny_plan(weights=kind), "cpu", prompts=[TEXT])
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="no CUDA GPU"):
+            memory.load(TINY, tiny_plan())
+
+
+def test_free_memory_and_precision_of_a_cpu():
+    assert 0.1 < memory.free_gib("cpu") < 10_000 and memory.best_dtype("cpu") == "float32"
+
+
+# ----------------------------------------------------------------------------------------------------------- the hub
+def answer(error, status=403):
+    def download(*args, **kwargs):
+        if error in (GatedRepoError, RepositoryNotFoundError):
+            raise error("no", response=httpx.Response(status, request=httpx.Request("GET", "https://example.org")))
+        raise error("no")
+
+    return download
+
+
+@pytest.fixture
+def no_token(monkeypatch):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (GatedRepoError, PermissionError, "accept its licence: log in at https://huggingface.co/a/flux"),
+        (RepositoryNotFoundError, FileNotFoundError, "the hub has no model a/flux"),
+        (LocalEntryNotFoundError, ConnectionError, "cannot be reached"),
+        (ConnectionError, ConnectionError, "cannot be reached"),
+    ],
+)
+def test_what_the_hub_refuses_is_said_in_plain_words(monkeypatch, no_token, error, kind, message):
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", answer(error))
+    for call in (hub.load, hub.skeleton, lambda name: plan(name, 40.0)):
+        with pytest.raises(kind, match=message) as told:
+            call("a/flux")
+    if error is GatedRepoError:
+        assert "No token was found" in str(told.value) and "never put it in a cell" in str(told.value)
+        monkeypatch.setenv("HF_TOKEN", "hf_secret")
+        with pytest.raises(PermissionError) as told:
+            hub.load("a/flux")
+        assert "No token" not in str(told.value) and "hf_secret" not in str(told.value)
+
+
+def test_the_token_comes_from_the_environment_then_from_colab(monkeypatch, no_token):
+    assert hub.token() is None
+    secrets = types.ModuleType("google.colab.userdata")
+    secrets.get = lambda name: {"HF_TOKEN": "from colab"}[name]
+    colab = types.ModuleType("google.colab")
+    colab.userdata = secrets
+    monkeypatch.setitem(sys.modules, "google", types.ModuleType("google"))
+    monkeypatch.setitem(sys.modules, "google.colab", colab)
+    assert hub.token() == "from colab"
+    monkeypatch.setenv("HF_TOKEN", "from the environment")
+    assert hub.token() == "from the environment"
+    monkeypatch.delenv("HF_TOKEN")
+    secrets.get = lambda name: {}[name]  # the secret is missing: Colab raises
+    assert hub.token() is None
+
+
+def test_unsupported_pipelines_are_refused(tmp_path):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    with pytest.raises(ValueError, match="StableDiffusionPipeline is not supported"):
+        hub.load(tmp_path)
+    assert pipelines.load is hub.load
