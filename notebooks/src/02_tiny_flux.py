@@ -47,7 +47,6 @@ from flowscale_lite import LINEAR, GaussianMixture, assets, plots, shapes, unifo
 from flowscale_lite.experiments import clustered_mean
 from flowscale_lite.held_out import HeldOutJudge
 from flowscale_lite.pipelines import Prompt, load
-from flowscale_lite.tiny_flux import Denoiser, sample_times
 
 # %% [markdown]
 # ## The parts
@@ -477,6 +476,9 @@ plots.show(
 
 
 # %%
+from flowscale_lite.tiny_flux import Denoiser, sample_times
+
+
 def fresh(generator):
     """A Denoiser with random weights: matrices scaled to keep variances; biases and the last layer zero."""
     model = Denoiser()
