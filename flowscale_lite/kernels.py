@@ -67,8 +67,9 @@ def sde(g: Diffusion) -> Kernel:
     def moments(path: Interpolant, x: Tensor, v: Tensor, t: float, s: float) -> tuple[Tensor, float]:
         if s == 0:
             return _euler(path, x, v, t, s)
-        drift = v - 0.5 * g(t) ** 2 * path.score(x, v, _times(t, x))
-        return x - (t - s) * drift, g(t) * math.sqrt(t - s)
+        noise = g(t)
+        drift = v - 0.5 * noise**2 * path.score(x, v, _times(t, x))
+        return x - (t - s) * drift, noise * math.sqrt(t - s)
 
     return Kernel("sde", moments)
 
