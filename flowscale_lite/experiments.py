@@ -334,16 +334,17 @@ def _cluster(number: int, resources: Mapping[str, float] | None) -> Iterator[Non
 
 
 def _wait_for_room(number: int, asked: Mapping[str, float], patience: float = 10.0) -> None:
-    """Ray would wait for ever; what others have just given back it counts after a moment."""
+    """Ray itself would wait for ever; what others have just given back it counts after a moment."""
     names = {"num_cpus": "CPU", "num_gpus": "GPU"}
     wanted = {names.get(name, name): number * amount for name, amount in asked.items()}
+
+    def lacking(have: Mapping[str, float]) -> bool:
+        return any(have.get(name, 0) < amount for name, amount in wanted.items())
+
     deadline = time.monotonic() + patience
-    while True:
-        free = _ray().available_resources()
-        free = {name: free.get(name, 0) for name in wanted}
-        if all(free[name] >= wanted[name] for name in wanted):
-            return
-        if time.monotonic() > deadline:
+    while lacking(free := _ray().available_resources()):
+        if lacking(_ray().cluster_resources()) or time.monotonic() > deadline:
+            free = {name: free.get(name, 0) for name in wanted}
             raise ValueError(f"{number} workers ask for {wanted} of the cluster, which has {free} to give")
         time.sleep(0.2)
 

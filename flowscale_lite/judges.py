@@ -536,7 +536,8 @@ class Finder:
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> Finder:
-        """From folders or hub ids.
+        """From folders or hub ids. `dtype` is SAM's; the detector, which is small, stays in float32: its deformable
+        attention fails in half precision in some versions of transformers.
 
         Raises:
             FileNotFoundError, PermissionError: no such model in reach, or its licence is not accepted.
@@ -550,7 +551,7 @@ class Finder:
         )
 
         return cls(
-            _model(GroundingDinoForObjectDetection, detector, device, dtype),
+            _model(GroundingDinoForObjectDetection, detector, device, torch.float32),
             _pretrained(AutoTokenizer, detector),
             _pretrained(GroundingDinoImageProcessorPil, detector),
             _model(SamModel, segmenter, device, dtype),
@@ -596,7 +597,7 @@ class Finder:
         seen = self.pictures(pictures, return_tensors="pt").to(self.detector.device)
         ids = ids.expand(len(pictures), -1)
         answer = self.detector(
-            pixel_values=seen["pixel_values"].to(self.detector.dtype),
+            pixel_values=seen["pixel_values"],
             pixel_mask=seen["pixel_mask"],
             input_ids=ids,
             attention_mask=torch.ones_like(ids),

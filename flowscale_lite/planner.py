@@ -319,8 +319,8 @@ def plan(
             judges every candidate that it evaluates. The picture itself is decoded once more.
         judge: of one reward call, for a judge on the same GPU; none by default.
         batch: rows a forward pass, for the memory; time does not depend on it as long as the GPU is kept busy.
-        utilisation: share of the peak that is reached. Large 16-bit matrix products reach 0.4 to 0.7; memory-bound
-            work, offloading and quantised weights far less.
+        utilisation: share of the peak that is reached; 0.4 is assumed, for large 16-bit matrix products. Memory-bound
+            work, offloading and quantised weights reach far less: measure, where it matters.
 
     Raises:
         ValueError: a number out of range.
