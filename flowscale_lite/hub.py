@@ -113,6 +113,22 @@ def fetch(model: str | Path, dtype: torch.dtype | dict[str, torch.dtype] = torch
     return pipe
 
 
+def preview(
+    model: str | Path = "madebyollin/taef1", device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> nn.Module:
+    """A small autoencoder for `Prompt.encode(..., preview=...)`; the default is that of FLUX.1 by O. Bohan.
+
+    Raises:
+        FileNotFoundError, PermissionError, ConnectionError, ValueError: see `load`.
+    """
+    check_device(device)
+    here = Path(model).exists()
+    arguments = {_DTYPE: dtype} | ({} if here else {"token": token()})
+    with _explained(model), quiet(here):
+        vae = diffusers.AutoencoderTiny.from_pretrained(str(model), **arguments)
+    return vae.eval().requires_grad_(False).to(device)
+
+
 def skeleton(model: str | Path) -> Any:
     """The pipeline without weights, on the meta device, and without tokenizers: built from its configs alone.
 

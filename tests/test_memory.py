@@ -330,6 +330,13 @@ def test_the_token_comes_from_the_environment_then_from_colab(monkeypatch, no_to
     assert hub.token() is None
 
 
+def test_a_preview_is_a_small_autoencoder(usual):
+    vae = hub.preview(TINY / "vae")
+    prompt = Prompt.encode(usual[0].pipe, TEXT, preview=vae)
+    x = torch.randn(1, *prompt.shape, generator=seeded())
+    torch.testing.assert_close(prompt.decode(x, preview=True), prompt.decode(x), atol=1e-5, rtol=0)
+
+
 def test_unsupported_pipelines_are_refused(tmp_path):
     (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
     with pytest.raises(ValueError, match="StableDiffusionPipeline is not supported"):
