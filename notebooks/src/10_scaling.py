@@ -165,7 +165,7 @@ assert check[0]["counter"].low > 0 and check[0]["held-out"].low > 0, "the gain s
 # Now everybody, on schnell with the paper's VP-SDE (methods that use the ODE alone: best-of-N, search over paths, zero-order).
 
 # %%
-methods = sorted({r["method"] for r in hard if r["budget"] == 250}, key=lambda m: -accuracy("exact", m, 250).mean)
+methods = sorted({r["method"] for r in hard if r["budget"] == 250}, key=lambda m: (-accuracy("exact", m, 250).mean, m))
 table = experiments.table([r for m in methods for r in cell(m, 250)], ["method"], ["exact", "held_out", "rss"])
 costs = experiments.table([r for m in methods for r in cell(m, 250)], ["method"], ["nfe", "reward_calls", "seconds"])
 for line, cost in zip(table, costs, strict=True):
