@@ -45,6 +45,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from IPython.display import Markdown, display
+from matplotlib.ticker import LogLocator, NullLocator
 
 from flowscale_lite import RBF, BestOfN, assets, experiments, gaussian, ode, planner, plots, search, shapes
 from flowscale_lite.pipelines import Prompt, load
@@ -197,6 +198,10 @@ for (name, nfe, measured, _), guess in zip(timed, foretold, strict=True):
     ax.plot(guess, measured, "o" if name == "RBF" else "s", color="C1" if name == "RBF" else "C0", linestyle="none")
     ax.annotate(f"{name}, {nfe}", (guess, measured), xytext=(7, -9), textcoords="offset points", fontsize=8)
 ax.set(xscale="log", yscale="log", xlim=reach, ylim=reach, xlabel="seconds foretold", ylabel="CPU seconds measured")
+for axis in (ax.xaxis, ax.yaxis):
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_locator(NullLocator())
 ax.legend(loc="upper left", fontsize=8)
 plots.show(
     fig,
@@ -206,13 +211,13 @@ plots.show(
 
 # %% [markdown]
 # One number is enough here, for two methods that mix evaluations and decodes in very different proportion. Two warnings. The number belongs to this *kind* of work: with
-# batches of one the same CPU is much slower, as printed above, since most of its time goes into starting operations. And (12.2) knows nothing of memory: a GPU that has to
+# batches of one the same CPU is much slower, as printed above: small matrix products do not keep it busy. And (12.2) knows nothing of memory: a GPU that has to
 # fetch its weights from the host for every evaluation waits for them, whatever its peak.
 #
 # ## The planner
 #
-# On a GPU the peak is on the data sheet and the utilisation is assumed; large 16-bit matrix products reach 0.4 to 0.7 of the peak. `planner.plan` takes 0.4, and prices
-# an hour of each GPU with round numbers that stand for what clouds ask. They are assumptions with a date, not facts: put in your own.
+# On a GPU the peak is on the data sheet and the utilisation is assumed: `planner.plan` takes 0.4, and prices an hour of each GPU with round numbers. Both are
+# assumptions, the prices with a date: put in your own, and measure the utilisation as above once you have a GPU.
 
 
 # %%
