@@ -498,12 +498,11 @@ def loss_of(model, x0, eps, t, ids):
     return (v - (eps - x0)).square().mean()
 
 
+# %%
 lessons = [shapes.random_scene(draws) for _ in range(384)]
 x0 = pack(to_latents(shapes.to_tensor(shapes.render(lessons, draws))))
 model = fresh(torch.Generator().manual_seed(0))
 word_ids = model.tokenize([scene.wording(draws) for scene in lessons])
-
-# %%
 optimizer, g = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.98)), torch.Generator().manual_seed(1)
 losses = []
 for _ in tqdm(range(40)):
