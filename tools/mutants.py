@@ -106,7 +106,7 @@ MUTANTS = (
       "p.parent[rows]", "p.parent[rows.flip(0)]"),
     M("one noise for all children", "search.py", "search",
       "x + std * self._noise(x.shape)", "x + std * self._noise(x.shape[1:])"),
-    M("posterior mean returned as the sample", "search.py", "search",
+    M("posterior mean returned as the sample", "search.py", "search_methods",
       "best=top.x[0]", "best=run.seen[0]"),
     M("look-ahead at the wrong time", "search.py", "search",
       "self.problem.path.endpoints(x, v, tt)[0]", "self.problem.path.endpoints(x, v, 0.9 * tt)[0]"),
@@ -197,7 +197,7 @@ def try_out(mutant: Mutant | None, tests: Sequence[str]) -> Outcome:
             capture_output=True, text=True, timeout=LIMIT,
         )  # fmt: skip
     seconds = time.perf_counter() - start
-    failed = re.search(r"^FAILED tests/(\S+)", done.stdout, re.M)
+    failed = re.search(r"^FAILED tests/(.+?)(?: - |$)", done.stdout, re.M)
     if done.returncode not in (0, 1) or (done.returncode == 1) != bool(failed):
         raise RuntimeError(f"the tests did not run: {done.stdout[-2000:]}{done.stderr[-2000:]}")
     return Outcome(bool(failed), failed[1] if failed else "", seconds)
