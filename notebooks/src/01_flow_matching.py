@@ -857,13 +857,13 @@ def show_fields(ax, k):
     ax.set(title=f"t = {times[k]:.1f}", aspect="equal", xlim=(-3.2, 3.2), ylim=(-3.2, 3.2))
 
 
-fig, axes = plt.subplots(1, 3, figsize=(7.5, 2.8), sharey=True)
-for ax, k in zip(axes, (9, 5, 2), strict=True):
+fig, axes = plt.subplots(2, 2, figsize=(6.4, 6.4), sharex=True, sharey=True)
+for ax, k in zip(axes.flat, (9, 6, 4, 2), strict=True):
     show_fields(ax, k)
 plots.show(
     fig,
-    alt="Minus the velocity on a grid at times 0.9, 0.5 and 0.2: broad grey arrows for the exact field, thin black "
-    "ones for the learned one, which lie on top of the grey except far from the data.",
+    alt="Minus the velocity on a grid at times 0.9, 0.6, 0.4 and 0.2: broad grey arrows for the exact field, thin "
+    "black ones for the learned one, which lie on top of the grey except far from the data.",
 )
 
 # %% [markdown]
@@ -879,7 +879,7 @@ try:
         show_fields(ax, k)
         plots.show(fig, alt=f"Exact and learned field at time {times[k]:.1f}.")
 except ImportError:
-    print("ipywidgets is not installed; the figure above shows three of the times")
+    print("ipywidgets is not installed; the figure above shows four of the times")
 
 # %% [markdown]
 # Now by numbers: the root mean square (rms) error over the points that really occur at time $t$, relative to the rms velocity there.
