@@ -21,13 +21,12 @@ _logger.setLevel(logging.ERROR)  # it would warn that torchvision is missing, wh
 import diffusers  # noqa: E402
 import huggingface_hub  # noqa: E402
 import transformers  # noqa: E402
-from diffusers import DiffusionPipeline  # noqa: E402
+from diffusers import DiffusionPipeline, FluxPipeline  # noqa: E402, F401  the latter's import is what would warn
 from diffusers.utils import logging as diffusers_logging  # noqa: E402
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError  # noqa: E402
 from packaging.version import Version  # noqa: E402
 from transformers.utils import logging as transformers_logging  # noqa: E402
 
-DiffusionPipeline.from_pretrained  # noqa: B018  diffusers imports lazily, and this is the import that warns
 _logger.setLevel(_level)
 
 _DTYPE = "torch_dtype" if Version(diffusers.__version__) < Version("0.42") else "dtype"
@@ -116,7 +115,7 @@ def fetch(model: str | Path, dtype: torch.dtype | dict[str, torch.dtype] = torch
 def preview(
     model: str | Path = "madebyollin/taef1", device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> nn.Module:
-    """A small autoencoder for `Prompt.encode(..., preview=...)`; the default is that of FLUX.1 by O. Bohan.
+    """A small autoencoder for `Prompt.encode(..., preview=...)`; the default is TAEF1, made for FLUX.1.
 
     Raises:
         FileNotFoundError, PermissionError, ConnectionError, ValueError: see `load`.
