@@ -35,6 +35,7 @@
 # %%
 import heapq
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -399,7 +400,9 @@ print(f"{len(alone)} rows, by hand and by the package the same")
 # with two workers, wait until some rows are there, and kill it with SIGKILL, the signal that no program can catch and that a machine taken away resembles.
 
 # %% tags=["nbval-ignore-output"]
-process = subprocess.Popen([sys.executable, str(script), str(stored)], stderr=subprocess.DEVNULL)
+command = [sys.executable, str(script), str(stored)]
+paths = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}  # the package is found where we found it
+process = subprocess.Popen(command, env=paths, stderr=subprocess.DEVNULL)
 while len(experiments.read(stored)) < 12:
     assert process.poll() is None, "the job ended before it could be killed"
     time.sleep(0.02)
@@ -409,7 +412,7 @@ before = experiments.read(stored)
 print(f"killed with {len(before)} of {len(job.TASKS)} rows written")
 
 # %%
-subprocess.run([sys.executable, str(script), str(stored)], check=True)
+subprocess.run(command, env=paths, check=True)
 lines = [json.loads(text) for text in stored.read_text().splitlines()]
 assert lines[: len(before)] == before, "what was written is not touched"
 assert len(lines) == len(job.TASKS) and ordered(lines) == ordered(alone), (
