@@ -72,12 +72,21 @@ def _repeated(arguments: families.Arguments, rows: int) -> families.Arguments:
 
 
 @contextmanager
-def exact_time(pipe: Any, t: float) -> Iterator[None]:
-    """Within it, the transformer knows the time t to the last digit of float32.
+def exact_time(pipe: Any, t: float | None = None) -> Iterator[None]:
+    """Within it, the transformer is told the time t, or if None that of the scheduler's next step, in float32.
 
     FLUX, FLUX.2 and Qwen-Image round time to the model's precision before they take its sinusoid. bfloat16 has 8 bits,
-    so that near t = 1 there is one time in every 0.004, and neighbours on a fine grid become one.
+    so that near t = 1 there is one time in every 0.004, and neighbours on a fine grid become one. `Prompt` uses this;
+    so can you, around a call of a pipeline in half precision.
     """
+
+    def now() -> float:
+        if t is not None:
+            return t
+        scheduler = pipe.scheduler
+        index = scheduler.begin_index if scheduler.step_index is None else scheduler.step_index
+        return float(scheduler.sigmas[index or 0])
+
     clock, transformer = families.family(pipe).clock, pipe.transformer
     if clock is None:
         yield
@@ -91,7 +100,7 @@ def exact_time(pipe: Any, t: float) -> Iterator[None]:
         if not fresh[0]:
             return None
         fresh[0] = False
-        return (torch.full_like(args[0], t, dtype=torch.float32) * clock.unit, *args[1:])
+        return (torch.full_like(args[0], now(), dtype=torch.float32) * clock.unit, *args[1:])
 
     hooks = [
         transformer.register_forward_pre_hook(begin),

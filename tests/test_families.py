@@ -207,16 +207,37 @@ def test_in_half_precision_distinct_times_stay_distinct(named):
         assert any(float(s[0]) == float(torch.tensor(times[3], dtype=torch.float32) * unit) for s in seen)
 
 
-def test_exact_time_leaves_no_hooks_and_touches_time_only():
+def test_exact_time_touches_time_only():
     pipe = build("FluxPipeline")
     sinusoid = pipe.transformer.time_text_embed.time_proj
     seen = []
-    hook = sinusoid.register_forward_hook(lambda module, args, out: seen.append(float(args[0][0])))
-    before = len(pipe.transformer._forward_pre_hooks)
+    sinusoid.register_forward_hook(lambda module, args, out: seen.append(float(args[0][0])))
     with exact_time(pipe, 0.25):
         theirs(pipe, "FluxPipeline", 1, num_inference_steps=2)
-    hook.remove()
     assert seen == [250.0, 2000.0] * 2, "time at both steps, guidance 2 untouched"
+
+
+def test_exact_time_follows_the_scheduler_through_a_pipelines_own_call():
+    pipe = build("FluxPipeline").to(torch.bfloat16)
+    pipe.scheduler = FlowSDEScheduler.from_config(pipe.scheduler.config, interpolant="vp", finish=1)
+    seen = []
+    pipe.transformer.time_text_embed.time_proj.register_forward_hook(
+        lambda m, args, out: seen.append(float(args[0][0]))
+    )
+    theirs(pipe, "FluxPipeline", 1, num_inference_steps=10)
+    assert len(set(seen[::2])) < 10, "in bfloat16 steps of the grid fall together"
+    seen.clear()
+    with exact_time(pipe):
+        theirs(pipe, "FluxPipeline", 1, num_inference_steps=10)
+    assert seen[::2] == [float(1000 * sigma) for sigma in pipe.scheduler.sigmas[:-1]]
+
+
+def test_hooks_of_exact_time_are_gone_afterwards():
+    pipe = build("FluxPipeline")
+    sinusoid = pipe.transformer.time_text_embed.time_proj
+    before = len(pipe.transformer._forward_pre_hooks)
+    with exact_time(pipe, 0.25):
+        assert sinusoid._forward_pre_hooks
     assert len(pipe.transformer._forward_pre_hooks) == before and not sinusoid._forward_pre_hooks
 
 

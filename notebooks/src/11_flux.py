@@ -66,12 +66,6 @@ from flowscale_lite.held_out import HeldOutJudge
 from flowscale_lite.pipelines import Prompt
 from flowscale_lite.scheduler import FlowSDEScheduler
 
-
-def table(lines):
-    """A table, a dict a line."""
-    display(Markdown(experiments.markdown(lines)))
-
-
 # %%
 real = torch.cuda.is_available()
 if real:  # needs weights: 34 GB, and their licence accepted on the hub
@@ -145,7 +139,13 @@ plots.show(
 #
 # $$n = \left\lfloor \frac{\text{free} - \text{reserve} - W}{a} \right\rfloor. \tag{11.2}$$
 
+
 # %%
+def table(lines):
+    """A table, a dict a line."""
+    display(Markdown(experiments.markdown(lines)))
+
+
 lines = []
 for name in ("FLUX.1-dev", "FLUX.2-klein-4B", "stable-diffusion-3.5-large", "Qwen-Image", "Z-Image-Turbo"):
     plans = {card: memory.plan(name, found.gib, dtype=found.dtype) for card, found in memory.CARDS.items()}
@@ -160,8 +160,8 @@ table(lines)
 
 # %% tags=["nbval-ignore-output"]
 plan = memory.plan(
-    model, memory.free_gib(device), dtype=memory.best_dtype(device), keep=8.0 if real else 1.0, height=side, width=side
-)  # 8 GiB for the judges
+    model, memory.free_gib(device), dtype=memory.best_dtype(device), keep=10.0 if real else 1.0, height=side, width=side
+)  # 10 GiB for three judges and the reserve
 print(plan)
 
 # %%
@@ -212,7 +212,7 @@ assert len(set(mended)) == 10 and np.allclose(mended, grid[:-1], atol=1e-6)
 assert real or len(set(told)) < 10
 
 # %% [markdown]
-# Several steps of the grid are one time to the model. How far off is the velocity? We ask the float32 model at the true time and at the rounded one, at 16 states a time.
+# Several steps of the grid are one time to the model. How far off is the velocity? We ask the model at the true time and at the rounded one, at 16 states a time.
 
 
 # %%
@@ -243,7 +243,7 @@ print(f"largest error of the velocity: {max(errors):.4f}")
 
 # %% [markdown]
 # The error is small on this model, and it is systematic: the same at every candidate. What is lost is the *difference* between neighbouring steps, which is all that a fine grid is for. `Prompt` passes the exact time on: a hook
-# puts float32 in place of the rounded number, right before the sinusoid (`pipelines.exact_time`; it works around your own `pipe(...)` too), and states stay in float32 throughout.
+# puts float32 in place of the rounded number, right before the sinusoid, and states stay in float32 throughout. Around a call of your own, `with pipelines.exact_time(pipe):` does the same.
 #
 # **A question before you read on.** The sampler's own arithmetic uses the exact $t$ in both cases. Which of the two, sampler or model, would you rather have wrong?
 #
@@ -262,12 +262,15 @@ print(f"largest error of the velocity: {max(errors):.4f}")
 # %%
 def draw(rows, seed, noise_seed=0, **kind):
     """Pictures from one initial noise, drawn by the pipeline's own call with our scheduler."""
-    own = pipe.scheduler
+    own, latents = pipe.scheduler, []
     pipe.scheduler = FlowSDEScheduler.from_config(own.config, seed=seed, **kind)
-    first = [torch.Generator().manual_seed(noise_seed) for _ in range(rows)]
-    latents = pipe(**prompt.encoded, generator=first, num_images_per_prompt=rows, num_inference_steps=10, **call).images
+    for k in range(0, rows, plan.chunk):
+        first = [torch.Generator().manual_seed(noise_seed) for _ in range(min(plan.chunk, rows - k))]
+        wanted = {"generator": first, "num_images_per_prompt": len(first), "num_inference_steps": 10}
+        latents.append(pipe(**prompt.encoded, **wanted, **call).images)
     pipe.scheduler = own
-    return prompt.decode(prompt.family.unpack(pipe, latents, (rows, *prompt.shape)).float()).cpu()
+    states = prompt.family.unpack(pipe, torch.cat(latents).float(), (rows, *prompt.shape))
+    return prompt.decode(states, plan.decode_chunk).cpu()
 
 
 kinds = {
@@ -361,7 +364,7 @@ def network(judge, target):
     return lambda pictures: -(judge(pictures.cpu()).softmax(1)[:, :-1].sum((2, 3)) - target).square().sum(1)
 
 
-if real:  # needs weights: 8 GB
+if real:  # needs weights: 10 GB
     from flowscale_lite import judges
 
     eyes = judges.GroundedCounts(judges.Finder.load(device=device), target)
