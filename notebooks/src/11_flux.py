@@ -171,6 +171,8 @@ prompt = Prompt.encode(pipe, text, chunk=plan.chunk, preview=tiny_decoder)
 print(f"{type(pipe).__name__}, states of shape {tuple(prompt.shape)}, {prompt.cost} NFE a row")
 
 # %% [markdown]
+# The models that judge want room beside FLUX: `keep` says how much. On a GPU of 24 GB or less, take one judge and keep less.
+#
 # The prompt is encoded once, its encoding is kept with the pipeline, and a plan that drops the text encoders has to be told all prompts when it loads. A search decodes many pictures that nobody will look at, so on a GPU a small autoencoder makes the
 # *previews* that rewards are read from; the one returned is decoded in full (`prompt.leaders` does it for the best few).
 #
