@@ -415,7 +415,7 @@ for name, many in found.items():
 table(lines)
 
 # %% [markdown]
-# Read each row across: the judge named under *reward* was optimised, the others were not asked. A gain that only the first sees is the reward's and not the picture's. This is one prompt; notebook 10 has many, and intervals over prompts. Pictures of seed 0:
+# Read each row across: the judge named in its first column was optimised, the other was not asked. A gain that only the first sees is the reward's and not the picture's. This is one prompt; notebook 10 has many, and intervals over prompts. Pictures of seed 0:
 
 # %%
 fig, axes = plt.subplots(1, 4, figsize=(10, 3.3))
