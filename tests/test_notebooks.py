@@ -392,7 +392,10 @@ def test_an_interrupt_ends_the_tutorial_and_its_kernels(built, tmp_path):
     for name in ("97_a", "98_b", "99_c"):
         wait = f"import os, pathlib, time; pathlib.Path({str(marks)!r}, str(os.getpid())).touch(); time.sleep(600)"
         (series / f"{name}.ipynb").write_text(text.replace("limit = 3.14159", wait), encoding="utf-8")
-    command = [sys.executable, "-m", "tools.tutorial", "--folder", str(series), "--out", str(out)]
+    # a shell's background job, as these tests may be, ignores interrupts and hands that on
+    heed = "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    heed += "runpy.run_module('tools.tutorial', run_name='__main__')"
+    command = [sys.executable, "-c", heed, "--folder", str(series), "--out", str(out)]
     process = subprocess.Popen(command, cwd=notebooks.ROOT, stderr=subprocess.PIPE, text=True)
     try:
         wait_for(lambda: len(list(marks.iterdir())) == 2)
