@@ -297,7 +297,7 @@ print(f"the last step begins at {paper_grid(10)[-2]:.2f}")
 #
 # $$dx = \big[u_t - \tfrac12 g_t^2\,\nabla\log p_t\big]\,dt + g_t\,dw, \qquad g_t^2 = \frac{\bar g_s^2}{c_s^2}\,\frac{ds}{dt}. \tag{5.10}$$
 #
-# So to convert, then sample with $\bar g$ on a grid $s_k$, is to stay on the linear path and take the grid $t_{s_k}$ and the diffusion (5.10). **Conversion is a grid and a diffusion, no more.** Under the ODE it is a grid alone.
+# So to convert, then sample with $\bar g$ on a grid $s_k$, is to stay on the linear path and take the grid $t_{s_k}$ and the diffusion (5.10). **Conversion is a grid and a diffusion, no more.** Under the ODE it is a grid alone. (In continuous time, that is. In ten large steps Euler's method treats two ways of writing one equation differently; we shall meet that.)
 
 
 # %%
@@ -390,7 +390,7 @@ assert all(gaps[2 * n] < 0.7 * gaps[n] for n in (25, 50, 100)), "half the step, 
 # | + grid | the paper's | $3t^2$ |
 # | + diffusion | uniform in $t$ | (5.10) |
 # | VP-SDE | the paper's | (5.10) |
-# | exact transition | uniform in $t$ | natural, without discretisation of the noise |
+# | exact transition | uniform in $t$ | natural; the guess, not $g$, is frozen over a step |
 #
 # ### In theory: Gaussian data
 #
@@ -734,8 +734,11 @@ for nfe, found, n in ((100, at_100, len(mine["VP-SDE"])), (250, at_250, len(side
 assert at_100["reward"].low < 0 < at_100["reward"].high and at_250["exact"].low > 0
 for name in ("+ grid", "+ diffusion", "exact transition", "exact transition + grid", "VP-SDE, on VP itself"):
     assert experiments.paired_difference(mine["VP-SDE"], mine[name], "reward", by=("prompt",)).low > 0
+for name in ("+ grid", "+ diffusion"):
+    assert experiments.paired_difference(mine[name], mine["linear SDE"], "reward", by=("prompt",)).low < 0
 diverse = experiments.paired_difference(mine["exact transition + grid"], mine["linear SDE"], "reward", by=("prompt",))
 assert diverse.high < 0, "much variety, and less reward than the linear SDE"
+assert all(against("schnell", "exact transition + grid", "VP-SDE", f"part at {k}").high > 0 for k in PARTED)
 
 # %% [markdown]
 # What of the paper's ablation shows here, then?
@@ -856,10 +859,10 @@ print(f"the exact last step gains {gained}; what it lacks to linear coordinates 
 assert min(gained.low, lacking.low) > 0
 
 # %% [markdown]
-# Euler's last step on VP leaves more than half of the guessed noise in the latents; look how red objects come out green. An exact last step ($\eta = 0$) lands on the posterior mean on every path, and mends most of it. The rest is what Euler's earlier steps do differently on the two paths.
+# Euler's last step on VP leaves more than half of the guessed noise in the latents; look how red objects come out green. An exact last step ($\eta = 0$) lands on the posterior mean on every path and, by the means, mends most of it. The rest is what Euler's earlier steps do differently on the two paths.
 # In linear coordinates one gets the right last step for nothing, which is why this package runs the VP-SDE there.
 #
-# **Half a conversion.** Three changes make a conversion: the clock $t_s$, the scale $c_s$, and the derivatives of both. Forget one and the ODE still runs:
+# **Half a conversion.** Three things make a conversion: the clock $t_s$, the scale $c_s$, and the derivatives of both, which (5.7) takes care of. Forget one of the others and the ODE still runs:
 
 
 # %%
@@ -1007,7 +1010,7 @@ def moved_from_cosine(g_bar, t):
 
 
 # %% [markdown]
-# ### Exercise 3: a grid for equal shares (difficulty 3 of 5, 15 minutes)
+# ### Exercise 3: a grid by angle (difficulty 3 of 5, 15 minutes)
 #
 # The paper's grid hides a wish: steps small where the state is nearly noise. Make one on purpose. Choose $n + 1$ times from 1 down to 0 on the linear path such that the *angle* $\theta_t = \arctan\frac{\sigma_t}{\alpha_t}$ falls by equal amounts. Which path's uniform grid is that?
 #
@@ -1030,8 +1033,8 @@ def equal_angles(n):
 
 # %% tags=["exercise-test"]
 for n_ in (1, 4, 10):
-    grid_ = schedules.check(equal_angles(n_))
-    assert len(grid_) == n_ + 1 and grid_[0] == 1, "n steps from pure noise"
+    grid_ = equal_angles(n_)
+    assert len(grid_) == n_ + 1 and grid_[0] == 1 and grid_[-1] == 0, "n steps, from pure noise to data"
     angles_ = [math.atan2(t, 1 - t) for t in grid_]
     falls_ = [a - b for a, b in pairwise(angles_)]
     assert all(math.isclose(fall, math.pi / 2 / n_, rel_tol=1e-9) for fall in falls_), "the angles fall unevenly"
