@@ -7,11 +7,23 @@ Importing the package needs torch only.
 """
 
 from .interpolants import COSINE, LINEAR, VP, Interpolant, Velocity, convert, vp
-from .kernels import Diffusion, Kernel, equivalent_sde, gaussian, natural, ode, quadratic, renoise, sde, vp_diffusion
-from .methods import DPS, RBF, SMC, SVDD, BestOfN, Blockwise, Guide, SearchOverPaths, ZeroOrder, log_z
+from .kernels import (
+    Diffusion,
+    Kernel,
+    equivalent_sde,
+    gaussian,
+    natural,
+    ode,
+    quadratic,
+    redraw,
+    renoise,
+    sde,
+    vp_diffusion,
+)
+from .methods import DPS, RBF, SMC, SVDD, BestOfN, Blockwise, Guide, Refine, SearchOverPaths, ZeroOrder, log_z
 from .resampling import ess, multinomial, residual, stratified, systematic
 from .rewards import Decoded, Reward, chunked, rounded
-from .schedules import logit_normal, paper_vp, shifted, uniform
+from .schedules import levels, logit_normal, paper_vp, shifted, uniform
 from .search import BudgetExceeded, Method, Particles, Problem, Result, Run, Step, search
 from .toys import GaussianMixture, LinearReward, QuadraticReward
 
@@ -39,6 +51,7 @@ __all__ = [
     "Particles",
     "Problem",
     "QuadraticReward",
+    "Refine",
     "Result",
     "Reward",
     "Run",
@@ -51,6 +64,7 @@ __all__ = [
     "equivalent_sde",
     "ess",
     "gaussian",
+    "levels",
     "log_z",
     "logit_normal",
     "multinomial",
@@ -58,6 +72,7 @@ __all__ = [
     "ode",
     "paper_vp",
     "quadratic",
+    "redraw",
     "renoise",
     "residual",
     "rounded",

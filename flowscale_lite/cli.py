@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__, kernels, schedules, shapes
-from .methods import RBF, SMC, SVDD, BestOfN, Blockwise, SearchOverPaths, ZeroOrder
+from .methods import RBF, SMC, SVDD, BestOfN, Blockwise, Refine, SearchOverPaths, ZeroOrder
 from .search import Method, Problem, Result, search
 
 if TYPE_CHECKING:
@@ -21,13 +21,14 @@ if TYPE_CHECKING:
 METHODS: dict[str, Callable[[], Method]] = {
     "best-of-n": BestOfN,
     "rbf": RBF,
+    "refine": Refine,
     "svdd": SVDD,
     "smc": SMC,
     "code": Blockwise,
     "search-over-paths": SearchOverPaths,
     "zero-order": ZeroOrder,
 }
-ON_THE_ODE = ("best-of-n", "search-over-paths", "zero-order")
+ON_THE_ODE = ("best-of-n", "refine", "search-over-paths", "zero-order")
 KERNELS = {
     "ode": lambda: kernels.ode,
     "sde": lambda: kernels.sde(kernels.quadratic()),
@@ -98,7 +99,10 @@ def suited(args: argparse.Namespace, prompt: Prompt) -> tuple[Method, str, sched
     method, times = METHODS[args.method](), prompt.times(args.steps)
     if args.method == "rbf":
         method = RBF.multi_step(args.nfe) if prompt.multi_step else RBF.few_step(args.nfe)
-    if kernel == "vp":
+    if args.method == "refine":
+        method = Refine.few_step(args.nfe)
+        times = schedules.levels(args.steps)
+    elif kernel == "vp":
         times = schedules.paper_vp(args.steps, finish=-(-args.steps // 3) if prompt.multi_step else 1)
     elif args.method == "rbf" and prompt.multi_step:
         times = schedules.logit_normal(args.steps)
@@ -107,6 +111,7 @@ def suited(args: argparse.Namespace, prompt: Prompt) -> tuple[Method, str, sched
 
 def run(args: argparse.Namespace, prompt: Prompt, problem: Problem, method: Any, scene: shapes.Scene) -> dict[str, Any]:
     """Draw the plain picture and search for a better one; writes picture and account, returns the account."""
+    import matplotlib.pyplot as plt
     from torch import Generator
     from tqdm import tqdm
 
@@ -126,6 +131,7 @@ def run(args: argparse.Namespace, prompt: Prompt, problem: Problem, method: Any,
     before, after = (prompt.decode(result.best[None]) for result in (plain, found))
     figure = plots.before_after(before[0], after[0], found, title=args.prompt)
     figure.savefig(args.out, dpi=150)
+    plt.close(figure)
     account = {
         "prompt": args.prompt,
         "seed": args.seed,

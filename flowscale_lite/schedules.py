@@ -81,6 +81,17 @@ def logit_normal(steps: int, mean: float = 0.7, std: float = 0.9) -> Times:
     return check([1.0, *torch.tensor(quantiles, dtype=torch.float64).sigmoid().tolist(), 0.0])
 
 
+def levels(steps: int, high: float = 0.95, low: float = 0.7) -> Times:
+    """1, then steps - 1 noise levels evenly from high down to low, then 0; for `Refine`, found on tiny-flux schnell.
+
+    Raises:
+        ValueError: steps < 2; unless 0 < low < high < 1.
+    """
+    if steps < 2 or not 0 < low < high < 1:
+        raise ValueError(f"need steps >= 2 and 0 < low < high < 1; got {steps}, {low} and {high}")
+    return check([1.0, *(high - (high - low) * k / max(1, steps - 2) for k in range(steps - 1)), 0.0])
+
+
 def shifted(times: Iterable[float], shift: float) -> Times:
     """FLUX's and SD3's resolution shift t -> shift t / (1 + (shift - 1) t); shift > 1 spends more steps near the noise.
 

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from flowscale_lite import logit_normal, paper_vp, shifted, uniform
+from flowscale_lite import levels, logit_normal, paper_vp, shifted, uniform
 from flowscale_lite.schedules import check
 
 
@@ -63,7 +63,14 @@ def test_what_is_no_schedule(times, message):
         check(times)
 
 
+def test_levels_by_hand():
+    assert levels(4, 0.9, 0.5) == pytest.approx((1.0, 0.9, 0.7, 0.5, 0.0)) and levels(2) == (1.0, 0.95, 0.0)
+
+
 def test_errors():
+    for wrong in ((1,), (5, 0.5, 0.5), (5, 1.0, 0.5), (5, 0.5, 0.0), (5, math.nan)):
+        with pytest.raises(ValueError, match="low < high"):
+            levels(*wrong)
     with pytest.raises(ValueError, match="std positive"):
         logit_normal(5, std=0.0)
     with pytest.raises(ValueError, match="steps"):

@@ -25,6 +25,7 @@ from flowscale_lite import (
     Guide,
     Kernel,
     Problem,
+    Refine,
     Run,
     SearchOverPaths,
     ZeroOrder,
@@ -34,6 +35,7 @@ from flowscale_lite import (
     search,
     uniform,
 )
+from flowscale_lite.methods.refine import regions
 
 MIXTURE = GaussianMixture([[-1.0, 0.5], [1.0, -0.5], [0.3, 1.4]], [0.3, 0.4, 0.2], [0.5, 0.3, 0.2]).velocity(LINEAR)
 
@@ -162,6 +164,61 @@ def test_zero_order_is_this_loop(init, radius):
         assert result.left == left and drawn(result) == [init, *(4 * n + m for n, m in pairwise([1, *rounds[1:], 0]))]
 
 
+@pytest.mark.parametrize(("init", "batch"), [(1, 1), (3, 2), (5, 4)])
+def test_refine_is_this_loop(init, batch):
+    for seed in range(5):
+        g = seeded(seed)
+        noise = torch.randn(init, 2, generator=g)
+        eps = best_rows(noise, 1.0, 1)
+        x0 = eps - at(eps, 1.0)
+        levels, rows, spent, rounds = uniform(4)[1:-1], 50 - init, 0, [init]
+        for k, s in enumerate(levels):
+            while spent < (k + 1) * rows / len(levels):
+                n = min(batch, math.ceil((k + 1) * rows / len(levels)) - spent)
+                first = torch.rand(n, 2, generator=g).argsort(1)[:, :1] == 0  # which of the two numbers is redrawn
+                where = torch.cat([first, ~first], 1)
+                x = (1 - s) * x0 + s * torch.where(where, torch.randn(n, 2, generator=g), eps)
+                v = at(x, s)
+                i = reward(x - s * v).argmax()
+                if reward(x - s * v)[i] > reward(x0)[0]:
+                    x0, eps = (x - s * v)[i : i + 1], (x + (1 - s) * v)[i : i + 1]
+                spent += n
+                rounds.append(n)
+        result = search(problem(4), Refine(init, 0.5, 4, batch), max_nfe=50, generator=seeded(seed))
+        torch.testing.assert_close(result.best, x0[0], rtol=1e-4, atol=1e-4)
+        assert drawn(result) == [*rounds, 1] and result.left == 0
+
+
+@pytest.mark.parametrize(
+    ("shape", "whole", "part"),
+    [
+        ((3, 8, 8), (1, 8, 8), 4 / 16),
+        ((2, 3), (2, 3), 2 / 6),
+        ((8,), (8,), 2 / 8),
+        ((4, 2, 4, 8), (1, 2, 4, 8), 8 / 32),
+    ],
+)
+def test_regions_are_blocks_of_the_share_asked_for(shape, whole, part):
+    """Every region is chosen equally often: 4,000 choices, the largest deviation of the shares below 4.5 SE."""
+    where = regions(4000, shape, 0.25, 4, seeded())
+    assert where.shape == (4000, *whole) and where.dtype == torch.bool
+    assert (where.float().mean(0) - part).abs().max() < 4.5 * math.sqrt(part * (1 - part) / 4000)
+    assert (where.flatten(1).sum(1) == round(part * math.prod(whole))).all()
+    if shape == (3, 8, 8):
+        blocks = where.view(4000, 4, 2, 4, 2).float().mean((2, 4))
+        assert ((blocks == 0) | (blocks == 1)).all(), "a region is redrawn as a whole"
+
+
+def test_refine_leaves_the_other_regions_alone():
+    """Under a velocity that acts entry by entry, an accepted try changes no more than the share."""
+    seen = []
+    setup = replace(problem(5, lambda x, t: x / 2), shape=(3, 8, 8), reward=lambda x: x.flatten(1).sum(1))
+    search(setup, Refine(share=0.25, batch=1), max_nfe=60, generator=seeded(), on_step=lambda p, _: seen.append(p))
+    holders = [p for p, q in pairwise(seen[1:]) if p.t == q.t]
+    changed = [((b.x - a.x).abs() > 1e-4).any(1).float().mean() for a, b in pairwise(holders) if a.t == b.t]
+    assert len(changed) > 20 and max(changed) <= 0.25 and max(changed) > 0
+
+
 def test_noises_of_neighbours_keep_their_size():
     """In 1,000 dimensions, when every round moves on: |x|^2/1000 is 1, spread 0.045; sums would have grown to 6."""
     calls, last = [], []
@@ -197,6 +254,8 @@ METHODS = [
     DPS(Guide(0.5, normalised=True), 2, 2),
     SVDD(2, guide=Guide(below=0.6)),
     SMC(guide=Guide(), threshold=0.9),
+    Refine(),
+    Refine(3, 1.0, 1, 7),
 ]
 each_method = pytest.mark.parametrize("method", METHODS, ids=repr)
 
@@ -210,6 +269,8 @@ def unit(method, setup: Problem) -> float:
         block = getattr(method, "block", 1)
         rows = method.chains * (paid - (paid - 1) // block * block)  # those of the last block
         rows = rows if paid else math.inf
+    elif isinstance(method, Refine):
+        rows = 1 if paid else math.inf
     elif isinstance(method, SearchOverPaths):
         last = method.down + 1 - (setup.paid() - method.down) % (method.down - method.up)
         rows = method.paths * (last if last > method.up else method.down + 1)
@@ -243,6 +304,7 @@ def any_method(draw):
                 SMC(draw(some), init=draw(few), threshold=draw(st.sampled_from([0.0, 0.5, 1.0])), guide=maybe),
                 ZeroOrder(draw(st.integers(1, 5)), draw(st.sampled_from([0.2, 1.0])), draw(few)),
                 DPS(guide, draw(some), draw(few)),
+                Refine(draw(few), draw(st.sampled_from([0.01, 0.4, 1.0])), draw(st.integers(1, 4)), draw(few)),
             ]
         )
     )
@@ -320,7 +382,9 @@ def test_dtype_of_the_problem(method, dtype):
     assert p.x.dtype == p.reward.dtype == p.logw.dtype == dtype and p.parent.dtype == torch.int64
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if not isinstance(m, SearchOverPaths | ZeroOrder)], ids=repr)
+@pytest.mark.parametrize(
+    "method", [m for m in METHODS if not isinstance(m, SearchOverPaths | ZeroOrder | Refine)], ids=repr
+)
 def test_parents_are_rows_of_the_step_before(method):
     """Under a transition that hardly moves, a particle is where its ancestor one step ago was."""
     still = Kernel("still", lambda path, x, v, t, s: (x, 1e-6))
@@ -370,6 +434,7 @@ def test_methods_are_frozen(method):
     + [(Blockwise, n) for n in ("chains", "init", "block", "copies")]
     + [(SearchOverPaths, n) for n in ("paths", "copies", "init", "up", "down")]
     + [(ZeroOrder, n) for n in ("neighbours", "init", "radius")]
+    + [(Refine, n) for n in ("init", "share", "cells", "batch")]
     + [(DPS, n) for n in ("n", "init")],
 )
 def test_hyperparameters_out_of_range_are_refused(method, name):

@@ -20,7 +20,7 @@ import torch
 from flowscale_lite import assets, experiments, kernels, schedules, shapes
 from flowscale_lite.held_out import HeldOutJudge
 from flowscale_lite.kernels import Kernel
-from flowscale_lite.methods import RBF, SMC, SVDD, BestOfN, Blockwise, SearchOverPaths, ZeroOrder
+from flowscale_lite.methods import RBF, SMC, SVDD, BestOfN, Blockwise, Refine, SearchOverPaths, ZeroOrder
 from flowscale_lite.pipelines import Prompt, load
 from flowscale_lite.schedules import Times
 from flowscale_lite.search import Method, search
@@ -45,6 +45,7 @@ RECIPES: dict[str, dict[str, Recipe]] = {
     "schnell": COMMON
     | {
         "rbf": Recipe(RBF.few_step, *VP),
+        "refine": Recipe(Refine.few_step, kernels.ode, schedules.levels(10)),
         "best-of-n, 4 steps": Recipe(lambda nfe: BestOfN(), kernels.ode, schedules.uniform(4)),
         "svdd": Recipe(lambda nfe: SVDD(init=nfe // 8), *VP),
         "code": Recipe(lambda nfe: Blockwise(init=nfe // 8), *VP),
@@ -66,25 +67,22 @@ RECIPES: dict[str, dict[str, Recipe]] = {
 MAIN = [("plain", 10), *(("best-of-n", n) for n in BUDGETS), *(("rbf", n) for n in BUDGETS)]
 OTHERS = [(method, 250) for method in RECIPES["schnell"] if method not in RECIPES["dev"]]
 OTHERS += [("best-of-n, 4 steps", 100), ("best-of-n, 4 steps", 500), ("svdd", 100)]
-FIFTH = [("rbf, 2 t^2", 100)]  # against best-of-n at 500
-CHECK = [
-    ("plain", 10),
-    ("best-of-n", 250),
-    ("rbf", 250),
-    ("best-of-n", 500),
-    *FIFTH,
-]  # on prompts and a seed that nothing was tuned on
+OTHERS.remove(("refine", 250))
+REFINE = [("refine", n) for n in BUDGETS]
+FIFTH = [("rbf, 2 t^2", 100)]  # against best-of-n at 500, as refine at 100 is
+WIDE = [(method, n) for n in (50, 1000) for method in ("best-of-n", "rbf", "refine")]
+CHECK = [("plain", 10), ("best-of-n", 250), ("rbf", 250), ("best-of-n", 500), *FIFTH, *REFINE[:2]]
+AGAIN = [("best-of-n", 500), ("refine", 100)]  # CHECK is of prompts and a seed that nothing was tuned on, so is this
 
 
 def tasks() -> list[experiments.Task]:
     """Every run, the most telling first, so that an unfinished sweep is of use."""
-    cells = [("schnell", "hard", seed, runs) for runs in (MAIN, FIFTH) for seed in range(SEEDS)]
-    cells += [("schnell", "hard", 0, OTHERS)]
-    cells += [("schnell", "held_out", 7, CHECK), ("schnell", "easy", 0, MAIN)]
+    cells = [("schnell", "hard", seed, runs) for runs in (MAIN, REFINE, FIFTH) for seed in range(SEEDS)]
+    cells += [("schnell", "held_out", 7, CHECK)] + [("schnell", "held_out", seed, AGAIN) for seed in (8, 9)]
+    cells += [("schnell", "hard", 0, OTHERS), ("schnell", "easy", 0, MAIN), ("dev", "easy", 0, MAIN)]
     cells += [("dev", "hard", seed, MAIN) for seed in range(SEEDS)] + [("dev", "held_out", 7, CHECK[:3])]
     cells += [("schnell", "hard", seed, OTHERS) for seed in range(1, SEEDS)]
-    cells += [("schnell", "easy", seed, MAIN) for seed in range(1, SEEDS)]
-    cells += [("dev", "easy", seed, MAIN) for seed in range(SEEDS)]
+    cells += [("schnell", "easy", seed, MAIN) for seed in range(1, SEEDS)] + [("schnell", "hard", 0, WIDE)]
     return [
         {"model": model, "level": level, "prompt": prompt, "seed": seed, "method": method, "budget": budget}
         for model, level, seed, runs in cells
@@ -162,13 +160,13 @@ def main() -> None:
         (m, level, *cell)
         for m in ("schnell", "dev")
         for level in ("easy", "hard", "held_out")
-        for cell in MAIN + FIFTH + OTHERS
+        for cell in MAIN + REFINE + FIFTH + OTHERS + WIDE
     ]
     rows = experiments.read(PATH)
     if not args.print:
         rows = experiments.sweep(tasks(), run, PATH, workers=args.workers, title="runs")
     rows.sort(key=lambda r: order.index((r["model"], r["level"], r["method"], r["budget"])))
-    main_rows = [r for r in rows if (r["method"], r["budget"]) in MAIN]
+    main_rows = [r for r in rows if (r["method"], r["budget"]) in MAIN + REFINE]
     insert(Path("README.md"), "results", f"{PROMPTS} prompts of each level.\n\n{table(main_rows)}")
     print(table(rows))
 
