@@ -29,6 +29,7 @@ test: $(VENV)/.dev  ## everything that must hold: ruff, mypy, built notebooks, p
 	@$(PY) -m mypy --no-error-summary
 	@$(PY) -m tools.notebooks --check
 	@$(PY) -m pytest -q -n $(JOBS) --dist worksteal
+	@PYTHONPATH=$(VENV)/torchao $(PY) -m pytest -q tests/test_memory.py -k torchao
 	@$(PY) -m tools.rehearsal --jobs $(JOBS)
 
 mutants: $(VENV)/.dev  ## plant mistakes in a copy; which test catches which (ONLY="SMC" picks some)
@@ -51,7 +52,8 @@ $(PY):
 	@echo "Creating $(VENV)"
 	@$(PYTHON) -m venv $(VENV)
 
-# The stamps are newer than what they were installed from; dev holds everything notebooks does.
+# The stamps are newer than what they were installed from; dev holds everything notebooks does. torchao stands apart:
+# where it can be imported it warns on every import of diffusers, and notebooks must be free of warnings.
 $(VENV)/.notebooks: pyproject.toml constraints.txt | $(PY)
 	@echo "Installing flowscale-lite and what the notebooks need (minutes, once)"
 	@$(PIP) install -c constraints.txt -e ".[notebooks]"
@@ -60,4 +62,5 @@ $(VENV)/.notebooks: pyproject.toml constraints.txt | $(PY)
 $(VENV)/.dev: pyproject.toml constraints.txt | $(PY)
 	@echo "Installing flowscale-lite and what the tests need (minutes, once)"
 	@$(PIP) install -c constraints.txt -e ".[notebooks,dev]"
+	@$(PIP) install -c constraints.txt --no-deps --upgrade --target $(VENV)/torchao torchao
 	@touch $@ $(VENV)/.notebooks
