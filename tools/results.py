@@ -41,11 +41,18 @@ VP = kernels.sde(kernels.vp_diffusion()), schedules.paper_vp(10, finish=1)
 LINEAR = kernels.sde(kernels.quadratic()), schedules.uniform(10)
 COMMON = {"plain": Recipe(lambda nfe: BestOfN(1), kernels.ode), "best-of-n": Recipe(lambda nfe: BestOfN(), kernels.ode)}
 RECIPES: dict[str, dict[str, Recipe]] = {
-    "dev": COMMON | {"rbf": Recipe(RBF.multi_step, kernels.gaussian(), schedules.logit_normal(10))},
+    "dev": COMMON
+    | {
+        "rbf": Recipe(RBF.multi_step, kernels.gaussian(), schedules.logit_normal(10)),
+        "refine": Recipe(Refine.few_step, kernels.ode, schedules.levels(10)),  # which is not made for it
+    },
     "schnell": COMMON
     | {
         "rbf": Recipe(RBF.few_step, *VP),
         "refine": Recipe(Refine.few_step, kernels.ode, schedules.levels(10)),
+        "refine, all regions": Recipe(lambda nfe: Refine(nfe // 4, share=1.0), kernels.ode, schedules.levels(10)),
+        "refine, one region": Recipe(lambda nfe: Refine(nfe // 4, share=1 / 16), kernels.ode, schedules.levels(10)),
+        "refine, 3 x 3 regions": Recipe(lambda nfe: Refine(nfe // 4, cells=3), kernels.ode, schedules.levels(10)),
         "best-of-n, 4 steps": Recipe(lambda nfe: BestOfN(), kernels.ode, schedules.uniform(4)),
         "svdd": Recipe(lambda nfe: SVDD(init=nfe // 8), *VP),
         "code": Recipe(lambda nfe: Blockwise(init=nfe // 8), *VP),
@@ -65,10 +72,10 @@ RECIPES: dict[str, dict[str, Recipe]] = {
     },
 }
 MAIN = [("plain", 10), *(("best-of-n", n) for n in BUDGETS), *(("rbf", n) for n in BUDGETS)]
-OTHERS = [(method, 250) for method in RECIPES["schnell"] if method not in RECIPES["dev"]]
+OTHERS = [(method, 250) for method in RECIPES["schnell"] if method not in RECIPES["dev"] and "refine" not in method]
 OTHERS += [("best-of-n, 4 steps", 100), ("best-of-n, 4 steps", 500), ("svdd", 100)]
-OTHERS.remove(("refine", 250))
 REFINE = [("refine", n) for n in BUDGETS]
+REGIONS = [(method, 100) for method in RECIPES["schnell"] if method.startswith("refine,")]
 FIFTH = [("rbf, 2 t^2", 100)]  # against best-of-n at 500, as refine at 100 is
 WIDE = [(method, n) for n in (50, 1000) for method in ("best-of-n", "rbf", "refine")]
 CHECK = [("plain", 10), ("best-of-n", 250), ("rbf", 250), ("best-of-n", 500), *FIFTH, *REFINE[:2]]
@@ -79,6 +86,7 @@ def tasks() -> list[experiments.Task]:
     """Every run, the most telling first, so that an unfinished sweep is of use."""
     cells = [("schnell", "hard", seed, runs) for runs in (MAIN, REFINE, FIFTH) for seed in range(SEEDS)]
     cells += [("schnell", "held_out", 7, CHECK)] + [("schnell", "held_out", seed, AGAIN) for seed in (8, 9)]
+    cells += [("schnell", "hard", 0, REGIONS), ("dev", "hard", 0, REFINE[1:2])]
     cells += [("schnell", "hard", 0, OTHERS), ("schnell", "easy", 0, MAIN), ("dev", "easy", 0, MAIN)]
     cells += [("dev", "hard", seed, MAIN) for seed in range(SEEDS)] + [("dev", "held_out", 7, CHECK[:3])]
     cells += [("schnell", "hard", seed, OTHERS) for seed in range(1, SEEDS)]
@@ -160,7 +168,7 @@ def main() -> None:
         (m, level, *cell)
         for m in ("schnell", "dev")
         for level in ("easy", "hard", "held_out")
-        for cell in MAIN + REFINE + FIFTH + OTHERS + WIDE
+        for cell in MAIN + REFINE + REGIONS + FIFTH + OTHERS + WIDE
     ]
     rows = experiments.read(PATH)
     if not args.print:
