@@ -157,6 +157,12 @@ MUTANTS = (
       "q.reward.topk(self.chains)", "q.reward.topk(self.chains, largest=False)"),
     M("zero-order: noises that grow", "methods/zero_order.py", "search_methods",
       "math.sqrt(1 - self.radius**2) * carry", "carry"),
+    M("Refine: the regions kept are those redrawn", "kernels.py", "search_methods",
+      "torch.where(where, z, eps)", "torch.where(where, eps, z)"),
+    M("Refine: the last try kept, better or not", "methods/refine.py", "search_methods",
+      "return q if q.reward > p.reward else p", "return q"),
+    M("Refine: scattered entries for regions", "methods/refine.py", "search_methods",
+      "* parts // side)", "% parts)"),
     # Oracles
     M("mixture with sigma for sigma^2", "toys.py", "toys",
       "(a * self.scales.to(x.device)) ** 2 + s**2", "(a * self.scales.to(x.device)) ** 2 + s"),
