@@ -87,10 +87,10 @@ def tasks() -> list[experiments.Task]:
     cells = [("schnell", "hard", seed, runs) for runs in (MAIN, REFINE, FIFTH) for seed in range(SEEDS)]
     cells += [("schnell", "held_out", 7, CHECK)] + [("schnell", "held_out", seed, AGAIN) for seed in (8, 9)]
     cells += [("schnell", "hard", 0, REGIONS), ("dev", "hard", 0, REFINE[1:2])]
-    cells += [("schnell", "hard", 0, OTHERS), ("schnell", "easy", 0, MAIN), ("dev", "easy", 0, MAIN)]
-    cells += [("dev", "hard", seed, MAIN) for seed in range(SEEDS)] + [("dev", "held_out", 7, CHECK[:3])]
-    cells += [("schnell", "hard", seed, OTHERS) for seed in range(1, SEEDS)]
-    cells += [("schnell", "easy", seed, MAIN) for seed in range(1, SEEDS)] + [("schnell", "hard", 0, WIDE)]
+    cells += [("schnell", "hard", 0, OTHERS)] + [("schnell", "easy", seed, MAIN) for seed in range(SEEDS)]
+    cells += [("dev", "easy", 0, MAIN), ("dev", "hard", 0, MAIN), ("dev", "held_out", 7, CHECK[:3])]
+    cells += [("schnell", "hard", 0, WIDE), ("schnell", "hard", 1, OTHERS)]
+    cells += [("dev", "hard", seed, MAIN) for seed in range(1, SEEDS)] + [("schnell", "hard", 2, OTHERS)]
     return [
         {"model": model, "level": level, "prompt": prompt, "seed": seed, "method": method, "budget": budget}
         for model, level, seed, runs in cells
