@@ -144,6 +144,14 @@ def cell_lines(rows: list[experiments.Row]) -> list[experiments.Row]:
     return sorted(lines, key=lambda line: -line["_mean"])
 
 
+def standing(lines: list[experiments.Row]) -> str:
+    """How RBF's default, with its best kernel, stands against the first of the lines, which are sorted."""
+    place, ours = next((i, line) for i, line in enumerate(lines, 1) if line["method"] == "RBF")
+    gap, error = lines[0]["_mean"] - ours["_mean"], (lines[0]["_error"] ** 2 + ours["_error"] ** 2) ** 0.5
+    behind = f", {gap / error:.1f} standard errors behind the first" if gap > 0 else ""
+    return f"RBF with its default and the kernel {ours['kernel']}: place {place} of {len(lines)}{behind}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--workers", type=int, default=2)
@@ -153,6 +161,7 @@ def main() -> None:
         print(f"\n{world} flow, {reward} reward, {budget} NFE")
         lines = cell_lines([r for r in rows if (r["world"], r["reward"], r["budget"]) == (world, reward, budget)])
         print(experiments.markdown([{k: v for k, v in line.items() if not k.startswith("_")} for line in lines]))
+        print(standing(lines))
 
 
 if __name__ == "__main__":
