@@ -187,11 +187,13 @@ def test_readme_examples_run(monkeypatch):
         "reward": shapes.CountReward(shapes.parse(text)),
         "Prompt": pipelines.Prompt,
         "load": pipelines.load,
+        "pipe": pipelines.load(),
     }
     blocks = re.findall(r"^```python\n(.+?)^```$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
-    assert len(blocks) >= 2 and names["result"].nfe <= 250 and isinstance(names["prompt"], pipelines.Prompt)
+    assert len(blocks) >= 3 and names["result"].nfe <= 250 and isinstance(names["prompt"], pipelines.Prompt)
+    assert type(names["pipe"].scheduler).__name__ == "FlowSDEScheduler"
 
 
 def test_environment_file_installs_the_project():
@@ -200,8 +202,9 @@ def test_environment_file_installs_the_project():
 
 
 def test_direct_dependencies_are_pinned():
-    """Those of the package and of its notebooks and dev extras; other extras are for machines of another kind."""
+    """Those of the package and of its notebooks and dev extras, and torchao, which `make test` installs apart; other
+    extras are for machines of another kind."""
     pins = re.findall(r"^([\w-]+)==", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.M)
     extras = PROJECT["optional-dependencies"]
     wanted = [re.match(r"[\w-]+", line)[0] for line in [*PROJECT["dependencies"], *extras["notebooks"], *extras["dev"]]]
-    assert sorted(pins) == sorted(wanted)
+    assert sorted(pins) == sorted([*wanted, "torchao"])
