@@ -20,7 +20,7 @@ from .kernels import (
     sde,
     vp_diffusion,
 )
-from .methods import DPS, RBF, SMC, SVDD, BestOfN, Blockwise, Guide, Refine, SearchOverPaths, ZeroOrder, log_z
+from .methods import DPS, RBF, SMC, SVDD, BestOfN, Blockwise, Funnel, Guide, Refine, SearchOverPaths, ZeroOrder, log_z
 from .resampling import ess, multinomial, residual, stratified, systematic
 from .rewards import Decoded, Reward, chunked, rounded
 from .schedules import levels, logit_normal, paper_vp, shifted, uniform
@@ -42,6 +42,7 @@ __all__ = [
     "BudgetExceeded",
     "Decoded",
     "Diffusion",
+    "Funnel",
     "GaussianMixture",
     "Guide",
     "Interpolant",

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__, kernels, schedules, shapes
-from .methods import RBF, SMC, SVDD, BestOfN, Blockwise, Refine, SearchOverPaths, ZeroOrder
+from .methods import RBF, SMC, SVDD, BestOfN, Blockwise, Funnel, Refine, SearchOverPaths, ZeroOrder
 from .search import Method, Problem, Result, search
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ METHODS: dict[str, Callable[[], Method]] = {
     "best-of-n": BestOfN,
     "rbf": RBF,
     "refine": Refine,
+    "funnel": Funnel,
     "svdd": SVDD,
     "smc": SMC,
     "code": Blockwise,

@@ -21,6 +21,7 @@ from flowscale_lite import (
     SVDD,
     BestOfN,
     Blockwise,
+    Funnel,
     GaussianMixture,
     Guide,
     Kernel,
@@ -189,6 +190,31 @@ def test_refine_is_this_loop(init, batch):
         assert drawn(result) == [*rounds, 1] and result.left == 0
 
 
+@pytest.mark.parametrize(("init", "states"), [(4, 4), (9, 5), (16, 8)])
+def test_funnel_is_this_loop(init, states):
+    for seed in range(5):
+        g, times, left = seeded(seed), uniform(5), 200 - init
+        x, rounds = torch.randn(init, 2, generator=g), [init]
+        x = x[reward(x - at(x, 1.0)).topk(states).indices]
+        for k, (t, s) in enumerate(pairwise(times)):
+            if s > 0:
+                n = left // ((4 - k) * len(x))
+                x = x.repeat_interleave(n, 0)
+            x = ancestral(x, at(x, t), t, s, g)
+            rounds.append(len(x))
+            if s > 0:
+                left -= len(x)
+                x = x[reward(x - s * at(x, s)).topk(round(states ** (1 - (k + 1) / 4))).indices]
+        result = search(problem(5), Funnel(init, states), max_nfe=200, generator=seeded(seed))
+        torch.testing.assert_close(result.best, x[reward(x).argmax()], rtol=1e-4, atol=1e-4)
+        assert drawn(result) == rounds and result.left == left
+
+
+def test_a_funnel_opens_where_it_was_filled():
+    with pytest.raises(ValueError, match="at least states"):
+        Funnel(3, 4)
+
+
 @pytest.mark.parametrize(
     ("shape", "whole", "part"),
     [
@@ -256,6 +282,8 @@ METHODS = [
     SMC(guide=Guide(), threshold=0.9),
     Refine(),
     Refine(3, 1.0, 1, 7),
+    Funnel(),
+    Funnel(5, 3),
 ]
 each_method = pytest.mark.parametrize("method", METHODS, ids=repr)
 
@@ -269,8 +297,10 @@ def unit(method, setup: Problem) -> float:
         block = getattr(method, "block", 1)
         rows = method.chains * (paid - (paid - 1) // block * block)  # those of the last block
         rows = rows if paid else math.inf
-    elif isinstance(method, Refine):
+    elif isinstance(method, Refine | Funnel):
         rows = 1 if paid else math.inf
+        if isinstance(method, Funnel):  # the last candidates are those of this many states
+            rows *= round(method.states ** (1 / max(1, paid)))
     elif isinstance(method, SearchOverPaths):
         last = method.down + 1 - (setup.paid() - method.down) % (method.down - method.up)
         rows = method.paths * (last if last > method.up else method.down + 1)
@@ -304,6 +334,7 @@ def any_method(draw):
                 SMC(draw(some), init=draw(few), threshold=draw(st.sampled_from([0.0, 0.5, 1.0])), guide=maybe),
                 ZeroOrder(draw(st.integers(1, 5)), draw(st.sampled_from([0.2, 1.0])), draw(few)),
                 DPS(guide, draw(some), draw(few)),
+                Funnel(draw(few) + 2, draw(few)),
                 Refine(draw(few), draw(st.sampled_from([0.01, 0.4, 1.0])), draw(st.integers(1, 4)), draw(few)),
             ]
         )
@@ -434,6 +465,7 @@ def test_methods_are_frozen(method):
     + [(Blockwise, n) for n in ("chains", "init", "block", "copies")]
     + [(SearchOverPaths, n) for n in ("paths", "copies", "init", "up", "down")]
     + [(ZeroOrder, n) for n in ("neighbours", "init", "radius")]
+    + [(Funnel, n) for n in ("init", "states")]
     + [(Refine, n) for n in ("init", "share", "cells", "batch")]
     + [(DPS, n) for n in ("n", "init")],
 )

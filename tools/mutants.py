@@ -163,6 +163,8 @@ MUTANTS = (
       "return q if q.reward > p.reward else p", "return q"),
     M("Refine: scattered entries for regions", "methods/refine.py", "search_methods",
       "* parts // side)", "% parts)"),
+    M("Funnel: never narrower", "methods/funnel.py", "search_methods",
+      "((ahead - 1) / run.paid())", "1"),
     # Oracles
     M("mixture with sigma for sigma^2", "toys.py", "toys",
       "(a * self.scales.to(x.device)) ** 2 + s**2", "(a * self.scales.to(x.device)) ** 2 + s"),

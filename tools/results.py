@@ -20,7 +20,7 @@ import torch
 from flowscale_lite import assets, experiments, kernels, schedules, shapes
 from flowscale_lite.held_out import HeldOutJudge
 from flowscale_lite.kernels import Kernel
-from flowscale_lite.methods import RBF, SMC, SVDD, BestOfN, Blockwise, Refine, SearchOverPaths, ZeroOrder
+from flowscale_lite.methods import RBF, SMC, SVDD, BestOfN, Blockwise, Funnel, Refine, SearchOverPaths, ZeroOrder
 from flowscale_lite.pipelines import Prompt, load
 from flowscale_lite.schedules import Times
 from flowscale_lite.search import Method, search
@@ -55,6 +55,7 @@ RECIPES: dict[str, dict[str, Recipe]] = {
         "refine, 3 x 3 regions": Recipe(lambda nfe: Refine(nfe // 4, cells=3), kernels.ode, schedules.levels(10)),
         "best-of-n, 4 steps": Recipe(lambda nfe: BestOfN(), kernels.ode, schedules.uniform(4)),
         "svdd": Recipe(lambda nfe: SVDD(init=nfe // 8), *VP),
+        "funnel": Recipe(lambda nfe: Funnel(init=nfe // 4), *VP),
         "code": Recipe(lambda nfe: Blockwise(init=nfe // 8), *VP),
         "smc": Recipe(lambda nfe: SMC(tau=0.5), *VP),
         "search over paths": Recipe(lambda nfe: SearchOverPaths(init=nfe // 8), kernels.ode),

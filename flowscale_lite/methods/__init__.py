@@ -2,6 +2,7 @@
 
 from .best_of_n import BestOfN
 from .blockwise import Blockwise
+from .funnel import Funnel
 from .gradient import DPS, Guide
 from .rbf import RBF
 from .refine import Refine
@@ -17,6 +18,7 @@ __all__ = [
     "SVDD",
     "BestOfN",
     "Blockwise",
+    "Funnel",
     "Guide",
     "Refine",
     "SearchOverPaths",
