@@ -75,6 +75,7 @@ RECIPES: dict[str, dict[str, Recipe]] = {
 MAIN = [("plain", 10), *(("best-of-n", n) for n in BUDGETS), *(("rbf", n) for n in BUDGETS)]
 OTHERS = [(method, 250) for method in RECIPES["schnell"] if method not in RECIPES["dev"] and "refine" not in method]
 OTHERS += [("best-of-n, 4 steps", 100), ("best-of-n, 4 steps", 500), ("svdd", 100)]
+CLOSE = [(method, 250) for method in ("smc", "svdd", "code", "funnel")]
 REFINE = [("refine", n) for n in BUDGETS]
 REGIONS = [(method, 100) for method in RECIPES["schnell"] if method.startswith("refine,")]
 FIFTH = [("rbf, 2 t^2", 100)]  # against best-of-n at 500, as refine at 100 is
@@ -90,8 +91,10 @@ def tasks() -> list[experiments.Task]:
     cells += [("schnell", "hard", 0, REGIONS), ("dev", "hard", 0, REFINE[1:2])]
     cells += [("schnell", "hard", 0, OTHERS)] + [("schnell", "easy", seed, MAIN) for seed in range(SEEDS)]
     cells += [("dev", "easy", 0, MAIN), ("dev", "hard", 0, MAIN), ("dev", "held_out", 7, CHECK[:3])]
-    cells += [("schnell", "hard", 0, WIDE), ("schnell", "hard", 1, OTHERS)]
-    cells += [("dev", "hard", seed, MAIN) for seed in range(1, SEEDS)] + [("schnell", "hard", 2, OTHERS)]
+    cells += [("schnell", "hard", 0, WIDE)] + [("schnell", "hard", seed, CLOSE) for seed in range(1, SEEDS)]
+    cells += [("dev", "hard", seed, MAIN) for seed in range(1, SEEDS)]
+    rest = [run for run in OTHERS if run not in CLOSE]
+    cells += [("schnell", "hard", seed, rest) for seed in range(1, SEEDS)]
     return [
         {"model": model, "level": level, "prompt": prompt, "seed": seed, "method": method, "budget": budget}
         for model, level, seed, runs in cells
@@ -147,6 +150,32 @@ def table(rows: list[experiments.Row]) -> str:
     return experiments.markdown(lines)
 
 
+def headlines(rows: list[experiments.Row]) -> str:
+    """Markdown: the differences that matter most, paired by prompt and seed, on schnell."""
+    pairs = [(("rbf", 250), ("best-of-n", 250)), (("refine", 100), ("best-of-n", 500)), (("refine", 250), ("rbf", 250))]
+    lines: list[experiments.Row] = []
+    for level in ("hard", "held_out"):
+        for first, second in pairs:
+            a, b = (
+                {
+                    (r["prompt"], r["seed"]): r
+                    for r in rows
+                    if (r["model"], r["level"], r["method"], r["budget"]) == ("schnell", level, *cell)
+                }
+                for cell in (first, second)
+            )
+            shared = sorted(a.keys() & b.keys())
+            ours, theirs = [a[key] for key in shared], [b[key] for key in shared]
+            if shared:
+                name = "{} at {} minus {} at {}".format(*first, *second)
+                gaps = {
+                    title: experiments.paired_difference(ours, theirs, field)
+                    for title, field in (("exact", "exact"), ("held-out exact", "held_out"))
+                }
+                lines.append({"level": level, "difference": name, "runs": len(shared)} | gaps)
+    return experiments.markdown(lines)
+
+
 def insert(page: Path, name: str, text: str) -> None:
     """Put text between the page's `<!-- name -->` and `<!-- /name -->`.
 
@@ -176,7 +205,7 @@ def main() -> None:
         rows = experiments.sweep(tasks(), run, PATH, workers=args.workers, title="runs")
     rows.sort(key=lambda r: order.index((r["model"], r["level"], r["method"], r["budget"])))
     main_rows = [r for r in rows if (r["method"], r["budget"]) in MAIN + REFINE]
-    insert(Path("README.md"), "results", f"{PROMPTS} prompts of each level.\n\n{table(main_rows)}")
+    insert(Path("README.md"), "results", f"{PROMPTS} prompts of each level.\n\n{headlines(rows)}\n\n{table(main_rows)}")
     print(table(rows))
 
 
