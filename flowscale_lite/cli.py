@@ -133,7 +133,18 @@ def run(args: argparse.Namespace, prompt: Prompt, problem: Problem, method: Any,
     figure = plots.before_after(before[0], after[0], found, title=args.prompt)
     figure.savefig(args.out, dpi=150)
     plt.close(figure)
-    account = {
+    account = told(args, problem, method) | {
+        "plain": summary(plain, before, scene),
+        "found": summary(found, after, scene) | {"seconds": round(seconds, 2)},
+        "trace": [step._asdict() for step in found.trace],
+    }
+    args.out.with_suffix(".json").write_text(json.dumps(account, indent=1) + "\n")
+    return account
+
+
+def told(args: argparse.Namespace, problem: Problem, method: Any) -> dict[str, Any]:
+    """What was asked for, with all that is needed to ask for it again."""
+    return {
         "prompt": args.prompt,
         "seed": args.seed,
         "model": str(args.model or "tiny-flux/schnell"),
@@ -143,12 +154,7 @@ def run(args: argparse.Namespace, prompt: Prompt, problem: Problem, method: Any,
         "method": {"name": args.method, **asdict(method)},
         "budget": args.nfe,
         "version": __version__,
-        "plain": summary(plain, before, scene),
-        "found": summary(found, after, scene) | {"seconds": round(seconds, 2)},
-        "trace": [step._asdict() for step in found.trace],
     }
-    args.out.with_suffix(".json").write_text(json.dumps(account, indent=1) + "\n")
-    return account
 
 
 def plain_sample(problem: Problem, generator: Any) -> Result:

@@ -496,7 +496,7 @@ def _quantisation(plan: Plan) -> Callable[..., dict[str, Any]]:
             raise ValueError(
                 f"a plan with {kind} weights needs {library}: pip install {library}, or choose another kind"
             )
-    dtype = torch.bfloat16 if plan.dtype == "bfloat16" else getattr(torch, plan.dtype)
+    dtype = getattr(torch, plan.dtype)
     four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
 
     def mapping(*parts: str) -> dict[str, Any]:
