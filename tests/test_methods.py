@@ -85,6 +85,7 @@ def test_rbf_books_balance_and_no_budget_is_lost():
             init=dice.randint(1, 6),
             accept=dice.choice(["first", "best", "reserve"]),
             batch=dice.randint(1, 9),
+            enough=dice.randint(1, 30),
             chains=dice.randint(1, 4),
             spend_all=dice.random() < 0.7,
             select_below=dice.choice([1.0, 0.8, 0.5]),
@@ -219,6 +220,18 @@ def test_best_acceptance_takes_the_best_of_the_whole_quota():
     result = search(problem(), RBF(init=3, accept="best", batch=2), max_nfe=63, generator=seeded())
     assert drawn(result) == [3, 15, 15, 15, 15, 1]
     assert all(step.accepted == step.best for step in result.trace)
+
+
+def test_the_best_of_enough_is_taken_and_the_rest_rolls_over_to_the_end():
+    """500 rows for 5 transitions, 100 each: 24 do, but 452 // 16 of the last three's, 424 // 4 of the last two's."""
+    rule = RBF(init=1)
+    assert drawn(search(problem(6), rule, max_nfe=501, generator=seeded())) == [1, 24, 24, 28, 106, 318, 1]
+    equal = search(problem(6), replace(rule, rollover=False), max_nfe=501, generator=seeded())
+    assert drawn(equal) == [1, 100, 100, 100, 100, 100, 1]
+    both = search(problem(6), RBF(init=1, chains=2, compete=True), max_nfe=1002, generator=seeded())
+    assert drawn(both) == [2, 48, 48, 56, 212, 636, 2]
+    few = search(problem(6), replace(rule, enough=7), max_nfe=51, generator=seeded())
+    assert drawn(few) == [1, 7, 7, 7, 7, 22, 1]
 
 
 def test_the_record_is_the_best_accepted_so_far_and_never_falls():

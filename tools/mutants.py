@@ -147,6 +147,8 @@ MUTANTS = (
       "sum(0 < s <= self.select_below", "sum(s <= self.select_below"),
     M("RBF: select_below ignored", "methods/rbf.py", "methods",
       "if run.next_time(p.t) > self.select_below:", "if run.next_time(p.t) > 1:"),
+    M("RBF: never enough", "methods/rbf.py", "methods",
+      "return min(quota, max(", "return max(quota, max("),
     M("RBF: the record falls", "methods/rbf.py", "methods",
       "best.reward.clamp_min(record)", "best.reward"),
     M("RBF: a speculative batch takes its best", "methods/rbf.py", "methods",

@@ -20,20 +20,26 @@ class RBF:
 
     At every transition candidates are drawn from the one accepted state, and judged by their look-ahead reward. The
     paper's rule, `RBF.published`, takes the first that beats the record, the best accepted so far, and if the quota is
-    spent without one the best candidate of the transition. The default spends every quota and takes the best: where the
-    reward is smooth almost any draw beats the record, and the first one is a poor choice. The step to t = 0 needs no
-    velocity and is free, so a schedule of N intervals has N - 1 transitions to pay for; the quotas are the budget after
-    the initial draws divided among those, remainder included.
+    spent without one the best candidate of the transition. Where the reward is smooth almost any draw beats the record,
+    and the first one is a poor choice. So the default takes the best of the quota, and what rolls over is whatever a
+    transition has beyond `enough` candidates: the best of n grows but slowly with n, and the noise of the next
+    transition covers most of what it gains. Nothing covers it after the last one, and little a few before. So of a
+    quota, min(quota, max(enough, left / 4^(a - 1))) are drawn where a transitions are ahead, this one included.
+
+    The step to t = 0 needs no velocity and is free, so a schedule of N intervals has N - 1 transitions to pay for; the
+    quotas are the budget after the initial draws divided among those, remainder included.
 
     Attributes:
         init: initial noises of each chain, of which the best by look-ahead reward is kept.
         accept: "best" of the quota; "first" to beat the record; or "reserve", our own stopping rule: stop as soon as
             the best of this transition's n draws lies so far above their mean that one more promises less than one
-            more later would (see `reservation`). It may overdraw its quota by half of what later ones hold.
+            more later would (see `reached`). It may overdraw its quota by half of what later ones hold.
         batch: candidates drawn and evaluated at a time. The first in order that beats the record is taken, and every
             row evaluated is charged, so up to batch - 1 of them are speculation. 1 wastes none.
+        enough: with accept="best", candidates of one state that do for a transition far from the end; picked on
+            closed-form flows (`tools.toy_table`).
         quantile: with accept="first", the record is this quantile of the rewards seen at the last transition instead.
-        rollover: False drops what a quota leaves (for comparison).
+        rollover: False drops what a quota leaves (for comparison); with accept="best" every quota is then spent.
         chains: searches that share the budget equally; the best finished sample is returned.
         compete: False keeps the chains independent. True (with accept="best") draws alike from the states of all
             chains and keeps the best candidates whosever they are: a beam search, which forgives an early mistake.
@@ -50,6 +56,7 @@ class RBF:
     init: int = 4
     accept: Literal["best", "first", "reserve"] = "best"
     batch: int = 8
+    enough: int = 24
     quantile: float | None = None
     rollover: bool = True
     chains: int = 1
@@ -59,7 +66,7 @@ class RBF:
     guide: Guide | None = None
 
     def __post_init__(self) -> None:
-        require_positive(self, "init", "batch", "chains")
+        require_positive(self, "init", "batch", "enough", "chains")
         if self.accept not in ("best", "first", "reserve"):
             raise ValueError(f'accept must be "best", "first" or "reserve"; got {self.accept!r}')
         if self.compete and (self.accept != "best" or not self.rollover):
@@ -131,12 +138,20 @@ class RBF:
         """What the next transition has to beat: the best of these rewards (..., n), or their quantile."""
         return rewards.amax(-1) if self.quantile is None else rewards.quantile(self.quantile, -1)
 
+    def _needed(self, quota: int, left: int, ahead: int) -> int:
+        """How many of a quota are drawn from one state, with `left` for this transition and those `ahead` of it."""
+        if self.accept != "best" or not self.rollover:
+            return quota
+        return min(quota, max(self.enough, left // 4 ** (ahead - 1)))
+
     def _accept(self, p: Particles, run: Run) -> Particles:
         record, rows, left = float(p.carry["record"]), int(p.carry["rows"]), int(p.carry["left"])
         ahead, total = run.paid(p.t), self._selecting(run.problem)
         kept_back = rows * (ahead - 1) // total  # for the transitions after this one
         quota = (left if self.rollover else rows * ahead // total) - kept_back
-        most = left - max(ahead - 1, kept_back // 2) if self.accept == "reserve" and ahead > 1 else quota
+        most = self._needed(quota, left, ahead)
+        if self.accept == "reserve" and ahead > 1:
+            most = left - max(ahead - 1, kept_back // 2)
         exhaust = self.accept == "best" or (ahead == 1 and (self.spend_all or self.accept == "reserve"))
         drawn: list[Particles] = []
         used = 0
@@ -158,7 +173,8 @@ class RBF:
         """The best candidates of all chains' quotas; what a quota cannot share out alike rolls over."""
         rows, left = int(p.carry["rows"].sum()), int(p.carry["left"].sum())
         ahead, total = run.paid(p.t), self._selecting(run.problem)
-        copies = (left - rows * (ahead - 1) // total) // self.chains
+        quota = left - rows * (ahead - 1) // total
+        copies = self._needed(quota // self.chains, left // self.chains, ahead)
         q = run.score(run.propose(p, copies))
         best = q[q.reward.topk(self.chains).indices]
         after = torch.tensor([(left - len(q) + i) // self.chains for i in range(self.chains)], device=p.x.device)
