@@ -84,6 +84,8 @@ def prepare(args: argparse.Namespace) -> tuple[Prompt, Problem, Any, shapes.Scen
         raise ValueError(f"--nfe and --steps must be at least 1; got {args.nfe} and {args.steps}")
     if args.out.suffix != ".png" or not args.out.resolve().parent.is_dir():
         raise ValueError(f"--out must name a .png file in an existing folder; got {args.out}")
+    if args.method == "refine" and args.kernel:
+        raise ValueError(f"refine redraws noise itself and takes no --kernel; got {args.kernel}")
     from . import assets, pipelines  # diffusers takes seconds to import: only once the words are right
 
     model = args.model or assets.data("tiny-flux/schnell")
@@ -91,6 +93,8 @@ def prepare(args: argparse.Namespace) -> tuple[Prompt, Problem, Any, shapes.Scen
     method, kernel, times = suited(args, prompt)
     problem = prompt.problem(shapes.CountReward(scene), KERNELS[kernel](), times=times)
     method.check(problem, args.nfe)
+    if args.method == "refine" and prompt.multi_step:
+        print("flowscale: refine is made for few-step models; on this one rbf finds more", file=sys.stderr)
     return prompt, problem, method, scene
 
 

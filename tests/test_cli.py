@@ -50,6 +50,7 @@ def test_same_seed_same_account_and_another_seed_another(capsys, tmp_path):
         ([PROMPT, "--nfe", "0"], "at least 1"),
         ([PROMPT, "--nfe", "many"], "invalid int"),
         ([PROMPT, "--kernel", "ode"], "deterministic"),
+        ([PROMPT, "--method", "refine", "--kernel", "vp"], "takes no --kernel"),
         ([PROMPT, "--model", "./nowhere"], "no model at"),
         ([PROMPT, "--device", "cuda:7"], "no CUDA GPU"),
         ([PROMPT, "--device", "abacus"], "abacus"),
@@ -79,7 +80,8 @@ def test_words_are_checked_before_diffusers_is_imported():
 def test_every_method_runs_with_what_suits_the_model(capsys, tmp_path, method, model):
     folder = str(assets.data(f"tiny-flux/{model}"))
     args = ["--method", method, "--model", folder, "--nfe", "64", "--steps", "6", "--out", str(tmp_path / "out.png")]
-    flowscale(capsys, PROMPT, *args)
+    _, err = flowscale(capsys, PROMPT, *args)
+    assert ("made for few-step models" in err) == (method == "refine" and model == "dev")
     account = json.loads((tmp_path / "out.json").read_text())
     expected = {"rbf": "sde" if model == "schnell" else "gaussian(1)", "best-of-n": "ode"}
     assert account["kernel"] == expected.get(method, account["kernel"])
