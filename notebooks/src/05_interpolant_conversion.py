@@ -291,7 +291,9 @@ print(f"the last step begins at {paper_grid(10)[-2]:.2f}")
 #
 # $$dx = \Big[t_s'\, u - \tfrac12\,\tfrac{\bar g^2}{c^2}\,\nabla\log p\Big]\,ds + \tfrac{\bar g}{c}\,d\bar w. \tag{5.9}$$
 #
-# *The clock.* Put $dt = t_s'\,ds$. A Brownian motion on another clock is a Brownian motion times a factor: $d\bar w$ has variance $ds = \frac{ds}{dt}\,dt$, so $d\bar w = \sqrt{ds/dt}\;dw$.
+# *The clock.* Time now has to be counted in $t$ instead of $s$, and $dt = t_s'\,ds$. Count what one short stretch does. The flow carries $x$ by $t_s' u\,ds$, which is $u\,dt$. The noise adds the variance $\tfrac{\bar g^2}{c^2}\,ds$, and a
+# stretch adds the variance that it adds, whichever clock counts it: $\tfrac{\bar g^2}{c^2}\,ds = \tfrac{\bar g^2}{c^2}\tfrac{ds}{dt}\,dt$. Call the rate per unit of $t$ the new $g_t^2$. (If $t$ runs twice as fast as $s$, noise comes at half the rate per unit of $t$.) The
+# pull of the score, $\tfrac12\tfrac{\bar g^2}{c^2}\nabla\log p\,ds$, holds the same factor, so it becomes $\tfrac12 g_t^2\,\nabla\log p\,dt$: noise and pull still balance.
 #
 # *The result* has the form of the linear SDE, with another diffusion coefficient:
 #
@@ -679,7 +681,7 @@ for model in ("dev", "schnell"):
 #
 # ### With a search
 #
-# Rollover Budget Forcing itself is the subject of notebook 08; here it is a black box that gets 100 NFE under each sampler, on schnell, as in the paper, with forty prompts. Its settings are those found with the VP-SDE, which therefore plays at home.
+# Rollover Budget Forcing itself is the subject of notebook 08; all we need of it here is that it draws several candidates for the next state in every step, looks ahead from each, and goes on from one with a high reward; so it lives on candidates that differ. It gets 100 NFE under each sampler, on schnell, as in the paper, with forty prompts. Its settings are those found with the VP-SDE, which therefore plays at home.
 
 
 # %%

@@ -114,8 +114,13 @@ plots.show(
 #
 # ## Why through the posterior mean?
 #
-# One could move $x_{0|t}$ along $\nabla r$ and leave the model alone. (9.3) differentiates *through* it. By the chain rule the gradient is $J^\top \nabla r(x_{0|t})$ with $J = \partial x_{0|t} / \partial x$, and $J$ has a meaning. The posterior is
-# $p(x_0 \mid x) \propto p(x_0)\, \exp\!\big(\tfrac{\alpha}{\sigma^2}\, x^\top x_0 - \tfrac{\alpha^2}{2 \sigma^2} \|x_0\|^2\big)$, an exponential family with natural parameter $\alpha x / \sigma^2$, and the derivative of its mean in the natural parameter is its covariance:
+# One could move $x_{0|t}$ along $\nabla r$ and leave the model alone. (9.3) differentiates *through* it. By the chain rule the gradient is $J^\top \nabla r(x_{0|t})$ with $J = \partial x_{0|t} / \partial x$, and $J$ has a meaning. By Bayes' rule, with
+# $\theta = \tfrac{\alpha}{\sigma^2}\, x$ and what depends on $x$ alone left out, the posterior's density is
+#
+# $$p(x_0 \mid x) \propto w(x_0)\, e^{\theta^\top x_0}, \qquad w(x_0) = p(x_0)\, e^{-\alpha^2 \|x_0\|^2 / (2 \sigma^2)},$$
+#
+# in which $x$ stands in one place only. Its mean is $\int x_0\, w\, e^{\theta^\top x_0} \big/ \int w\, e^{\theta^\top x_0}$, and each derivative in $\theta$ brings down a factor $x_0^\top$: by the quotient rule
+# $\partial\, E[x_0 \mid x] / \partial \theta = E[x_0 x_0^\top \mid x] - E[x_0 \mid x]\, E[x_0 \mid x]^\top$, the covariance. With $\partial \theta / \partial x = \alpha / \sigma^2$
 #
 # $$J = \frac{\partial x_{0|t}}{\partial x} = \frac{\alpha_t}{\sigma_t^2}\, \operatorname{Cov}(x_0 \mid x_t = x). \tag{9.4}$$
 #
