@@ -33,7 +33,7 @@ def test_stored_weights_are_those_of_the_configs(name):
 
 @pytest.mark.parametrize("name", ["Sana_1600M_1024px_diffusers", "FLUX.2-klein-4B"])
 def test_stored_activations_are_counted_again(name):
-    """To the digits stored. Later Pythons than 3.11 drop some temporaries earlier, and count up to 2 % less."""
+    """To the digits stored. Later Pythons than 3.11 drop some temporaries earlier, and count about 2 % less at most."""
     counted, stored = tool.count(name), SIZES[name]
     less = 0.0 if sys.version_info < (3, 12) else 0.025
     for field in ("row", "decode", "tile"):

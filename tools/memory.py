@@ -2,7 +2,7 @@
 
 `python -m tools.memory plans` prints the plan chosen for each model on each card, as Markdown.
 Models are built without weights from the sizes that their makers publish in the configs of their repositories.
-Activations are counted with Python 3.11; later versions drop some temporaries earlier and count up to 2 % less.
+Activations are counted with Python 3.11; later versions drop some temporaries earlier and count about 2 % less at most.
 """
 
 import argparse

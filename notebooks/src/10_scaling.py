@@ -292,7 +292,8 @@ axes[0].invert_yaxis()
 plots.show(
     fig,
     alt="Paired differences of accuracy between RBF and every other method at 250 NFE with 95 percent intervals, for "
-    "both judges: far to the right of zero for best-of-N, around zero for the other searches with the VP-SDE.",
+    "both judges: Refine is left of zero; funnel, SMC and three rules of RBF are near it; best-of-N, CoDe, search over "
+    "paths and RBF with other kernels are far to its right.",
 )
 apart = [m for m in others if versus(("rbf", 250), (m, 250))["held-out"].low > 0]
 print("RBF is better by the held-out judge, the interval excluding 0, than:", ", ".join(apart) or "none")
