@@ -103,7 +103,7 @@ def test_a_batch_costs_the_loop_less_than_a_millisecond_whatever_the_model():
 
 
 def test_where_the_velocity_is_a_formula_no_loop_is_a_tenth_of_the_time():
-    """Drawing, looking ahead and keeping the best with no check and no account, in seven tensor operations, is .15 of it.
+    """Drawing, looking ahead and keeping the best, with no check and no account, is seven tensor operations: .15 of it.
     So the share that the loop may take is bounded where a model takes as long as a small network does."""
     problem, generator = formula(), seeded()
     velocity, reward = Timed(problem.velocity), Timed(problem.reward)
