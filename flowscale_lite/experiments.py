@@ -429,12 +429,18 @@ def clustered_mean(
 ) -> Interval:
     """Mean and 95 % percentile-bootstrap interval, drawing whole clusters: runs of one prompt are not independent.
 
+    Truth values that all agree would leave the bootstrap nothing to vary, and claim certainty: for them the interval is
+    Clopper and Pearson's, of as many trials as there are clusters.
+
     Raises:
         ValueError: lengths differ, or no values.
     """
     if len(values) != len(clusters) or not len(values):
         raise ValueError(f"as many clusters as values, at least one, are needed; got {len(clusters)} and {len(values)}")
     _, index = np.unique(np.asarray(clusters), return_inverse=True)
+    if np.asarray(values).dtype == bool and len(np.unique(values)) == 1:
+        edge = 1 - 0.025 ** (1 / (index.max() + 1))
+        return Interval(1.0, 1 - edge, 1.0) if values[0] else Interval(0.0, 0.0, edge)
     total, number = np.bincount(index, np.asarray(values, dtype=float)), np.bincount(index)
     draws = np.random.default_rng(seed).integers(len(total), size=(resamples, len(total)))
     means = total[draws].sum(1) / number[draws].sum(1)

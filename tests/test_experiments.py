@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 
 from flowscale_lite import (
@@ -330,6 +331,17 @@ def test_clustered_interval_covers_and_is_wider_than_a_naive_one():
     naive = 2 * 1.96 * np.sqrt((1 + 0.09) / 120)
     assert 0.88 <= np.mean(covered) <= 0.99  # binomial, 200 tries of 0.94: standard error 0.017
     assert np.mean(widths) > 1.4 * naive
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_truth_values_that_all_agree_are_not_certain(value):
+    """50 of 50, in 50 clusters or in 10 of five: the interval is the binomial's, of as many trials as clusters."""
+    for n in (50, 10, 1):
+        interval = experiments.clustered_mean([value] * 50, [i % n for i in range(50)])
+        exact = scipy.stats.binomtest(n * value, n).proportion_ci(0.95, "exact")
+        assert interval == pytest.approx((float(value), exact.low, exact.high))
+    assert experiments.clustered_mean([0.0] * 50, range(50)) == (0, 0, 0)  # of numbers nothing is known
+    assert experiments.clustered_mean([True, False] * 25, range(50)).low > 0.3
 
 
 def results(effect, rng_seed=0):

@@ -24,7 +24,7 @@
 # - take large steps: Euler-Maruyama against the exact Gaussian transition, and what each of them leaves out
 # - break it: wrong sign, missing half, and a sampler in common use
 #
-# **Prerequisites.** Notebook 01 (velocity, posterior means); 02 for the pictures at the end.
+# **Prerequisites.** Notebook 01 (velocity, posterior means); 00 and 02 for the pictures at the end.
 #
 # <!-- measured -->
 
@@ -379,7 +379,7 @@ def true_variance(t):
 
 
 # %%
-counts = (10, 20, 40, 80, 160, 320, 640)
+counts = [10 * 2**k for k in range(9)]
 fig, ax = plt.subplots()
 for (name, g), marker in zip(diffusions.items(), "os^D", strict=True):
     errors = []
@@ -387,7 +387,7 @@ for (name, g), marker in zip(diffusions.items(), "os^D", strict=True):
         grid = tuple(FIRST * t for t in uniform(n))
         variance = exact_moments(euler_maruyama(g), grid)[:, 1]
         errors.append(max(abs(var / true_variance(t) - 1) for var, t in zip(variance, grid, strict=True)))
-    assert errors[-1] < 0.6 * errors[-2], "the error should halve when the steps double"
+    assert 0.4 < errors[-1] / errors[-2] < 0.6, "the error should halve when the steps double"
     ax.loglog(counts, errors, marker=marker, label=name)
 ax.loglog(counts, [0.4 / n for n in counts], color="0.6", linestyle="-", label="slope $-1$")
 ax.set(xlabel="steps", ylabel="worst error of the variance, relative")
@@ -395,11 +395,12 @@ ax.legend(fontsize=8)
 plots.show(
     fig,
     alt="The worst relative error of the variance on the way against the number of steps, both logarithmic, for four "
-    "diffusion coefficients: all four fall in parallel to a line of slope minus one.",
+    "diffusion coefficients: three fall in parallel to a line of slope minus one; the natural one starts far above, "
+    "falls faster, and joins them at about a thousand steps.",
 )
 
 # %% [markdown]
-# All lines fall with slope $-1$: every $g$ is right in the limit, with an error of first order in the step. They differ in height. The natural $g$ grows without bound at $t \to 1$, and ten steps of (4.9) cannot follow it.
+# In the end all lines fall with slope $-1$: every $g$ is right in the limit, with an error of first order in the step. They differ in height. The natural $g$ grows without bound at $t \to 1$, and ten steps of (4.9) cannot follow it: its worst error is that of the first step, which falls with slope $-2$ until, beyond a thousand steps, it is small beside the rest.
 #
 # ## Forwards: the one $g$ that needs no score
 #
@@ -626,7 +627,7 @@ for row, name in zip(axes, samplers, strict=True):
     for ax, n in zip(row, (4, 10, 40), strict=True):
         ax.hist(final[name, n].numpy(), bins=80, range=(-3.2, 3.2), density=True, color="0.75")
         ax.plot(ticks, density(ticks, 0.0), color="black")
-        ax.set(ylim=(0, 0.9), yticks=[])
+        ax.set(ylim=(0, 1.5), yticks=[])
     row[0].set_ylabel(name)
 for ax, n in zip(axes[0], (4, 10, 40), strict=True):
     ax.set_title(f"{n} steps")
@@ -638,7 +639,7 @@ plots.show(
 )
 
 # %% [markdown]
-# Read the tables with care. On these two problems Euler-Maruyama with $3t^2$ ends *closer* to the data than the exact transition at equal steps; but on the way its variance is far too high (the number in brackets), and it is on the way that a search
+# Read the tables with care. With few steps Euler-Maruyama with $3t^2$ ends *closer* to the data than the exact transition: at every number of steps on Gaussian data, at 4 and 10 on the mixture, where at 40 they are level. But on the way its variance is far too high (the number in brackets), and it is on the way that a search
 # judges its particles. Which is better for a search is a question for experiments with a search (notebooks 07 and 10), not for a theorem.
 #
 # ## One state, many futures
@@ -681,7 +682,7 @@ for (above, below), (name, states) in zip(axes.T, families.items(), strict=True)
     above.set(title=name, xlim=(-3, 3))
     below.hist(states[-1, :, 0].numpy(), bins=70, range=(-3, 3), density=True, color="0.75")
     below.plot(ticks, law.log_prob(ticks).exp(), color="black")
-    below.set(ylim=(0, 1.2), yticks=[], xlabel="$x_0$")
+    below.set(ylim=(0, 1.6), yticks=[], xlabel="$x_0$")
     found = w1(states[-1], law)
     print(f"{plain(name):17} {found.mean:.3f} [{found.low:.3f}, {found.high:.3f}]")
 axes[0, 0].set_ylabel("$t$")
@@ -694,10 +695,10 @@ plots.show(
 )
 
 # %% [markdown]
-# This is why a search needs noise. Copies of a particle are of no use under the ODE: they all arrive at the same place. Under the SDE the copies are *proposals*; a search keeps the good ones and loses nothing,
-# because each was as legitimate a sample as the other.
+# This is why a search needs noise. Copies of a particle are of no use under the ODE: they all arrive at the same place. Under the SDE the copies are *proposals*, each by itself as legitimate as the other, and a search may keep the good ones.
+# (It changes the law by its choice, on purpose: notebooks 06 and 07.)
 #
-# The same on tiny-flux. We take the ODE to one state at $t = 0.75$ and continue it six times.
+# The same on tiny-flux, with the reward of notebook 00: minus the squared error of the counts, 0 when all are right. We take the ODE to one state at $t = 0.75$ and continue it six times.
 
 # %%
 TEXT = "four red circles and five blue squares"
@@ -737,27 +738,37 @@ plots.show(
 
 # %%
 def siblings(kernel, states, times, generator):
-    """Distance of four siblings and gain of the best of them over the ODE's child, each with its interval."""
+    """Distance of four siblings, and gain of the best of them over the ODE's child, for every state."""
     only = reward(prompt.decode(onwards(kernels.ode, states, times, generator)))
     born = prompt.decode(onwards(kernel, states.repeat_interleave(4, 0), times, generator))
     families = born.reshape(len(states), 4, -1)
     distance = torch.stack([torch.pdist(four).mean() for four in families]) / families.shape[2] ** 0.5
-    gain = reward(born).view(-1, 4).max(1).values - only
-    return [clustered_mean(values.tolist(), range(len(states))) for values in (distance, gain)]
+    return distance, reward(born).view(-1, 4).max(1).values - only
+
+
+def mean(values):
+    """With its interval over the states."""
+    return clustered_mean(values.tolist(), range(len(values)))
 
 
 # %%
 cases = [(name, k) for name in ("SDE, $3t^2$", "exact transition") for k in parents]
-rows = [siblings(samplers[n], parents[k], times[k:], torch.Generator().manual_seed(2)) for n, k in tqdm(cases)]
+family = {
+    (n, k): siblings(samplers[n], parents[k], times[k:], torch.Generator().manual_seed(2)) for n, k in tqdm(cases)
+}
 table(
     [
-        {"kernel": name, "from $t$": times[k], "distance of siblings": distance, "gain of the best of four": gain}
-        for (name, k), (distance, gain) in zip(cases, rows, strict=True)
+        {"kernel": n, "from $t$": times[k], "distance of siblings": mean(far), "gain of the best of four": mean(gain)}
+        for (n, k), (far, gain) in family.items()
     ]
 )
+for name in ("SDE, $3t^2$", "exact transition"):
+    less = mean(family[name, 0][1] - family[name, 6][1])
+    print(f"{plain(name)}: gain from t = 1 minus gain from t = {times[6]:.3f}, paired by state: {less}")
+    assert less.low > 0
 
 # %% [markdown]
-# Early states have children that differ in nearly everything; late ones only touch up details, and their best child gains less. So *when* noise is spent matters, which is the subject of notebook 05.
+# Early states have children that differ in nearly everything; late ones change less, and their best child gains less (both differences exclude 0). So *when* noise is spent matters, which is the subject of notebook 05.
 #
 # ## Exercises
 #

@@ -134,6 +134,8 @@ plots.show(
 #
 # $$\mathbb E_{p_\tau}[f] = \frac{\mathbb E_{p_0}[f\, e^{r/\tau}]}{\mathbb E_{p_0}[e^{r/\tau}]} \approx \sum_k W_k\, f(x^k), \qquad W_k = \frac{w_k}{\sum_j w_j}, \quad w_k = e^{r(x^k)/\tau}. \tag{6.4}$$
 #
+# It is right in the limit of large $K$: a ratio of two estimates is off by about $1/K$ on average, though each of them is not. The same holds for the weighted averages of SMC below.
+#
 # How good is it? If the weights were independent of $f$, the variance of the sum would be $\sum_k W_k^2\, \mathrm{Var} f$: that of a plain mean of
 #
 # $$\mathrm{ESS} = \frac{1}{\sum_k W_k^2} = \frac{(\sum_k w_k)^2}{\sum_k w_k^2} \tag{6.5}$$
@@ -228,7 +230,7 @@ def safe_ess(logw):
 #
 # $$\prod_{j=0}^n G_j = e^{f_0}\, e^{f_1 - f_0} \cdots e^{f_n - f_{n-1}} = e^{f_n} = e^{r(x_0)/\tau}, \tag{6.8}$$
 #
-# *whatever* the potentials on the way. At the end we stand at importance sampling's weights, and $x_0$ follows $p_\tau$. Only, the reward was handed out in instalments, and after any of them we may act on it. The natural instalment is the look-ahead reward,
+# *whatever* the potentials on the way. At the end we stand at importance sampling's weights, and the weighted $x_0$ follows $p_\tau$, as far as $P$ ends in $p_0$. Only, the reward was handed out in instalments, and after any of them we may act on it. The natural instalment is the look-ahead reward,
 #
 # $$f_j(x_{t_j}) = \frac{v(x_{t_j})}{\tau} = \frac{r(x_{0\mid t_j})}{\tau}. \tag{6.9}$$
 #
@@ -481,21 +483,27 @@ axes[0.0].plot(*reward.centre, marker="*", markersize=11, color="black")
 plots.show(
     fig,
     alt="Four hundred particles, as large as their weights, at times 1, 0.8, 0.6, 0.3 and 0, with contours of the "
-    "noised tilted law: a round cloud at first, at the end three clouds that fill the exact density, beside the star.",
+    "noised tilted law: a round cloud at first, at the end three clouds where the exact density has its three, beside "
+    "the star; the lower one holds fewer particles than the upper.",
 )
+nearest = torch.cdist(final[0], target.means.float()).argmin(1)
+shares = torch.zeros(len(target.means)).index_add(0, nearest, final[1].softmax(0))
+for mean, share, exact in zip(target.means, shares, target.weights, strict=True):
+    if exact > 0.01:
+        print(f"cloud at ({mean[0]:4.2f}, {mean[1]:5.2f}): share of the weight {share:.2f}, exact {exact:.2f}")
 
 # %% [markdown]
-# Dots are as large as their weights. At the end they fill the exact density: the rare cloud and its two neighbours, but not the star. On the way, at $t = 0.6$, they run ahead of the contours: the look-ahead is too eager there, and later gains put it right.
+# Dots are as large as their weights. At the end they lie where the exact density does: at the rare cloud and its two neighbours, not at the star. The shares are right only roughly, since 400 particles that share ancestors are far fewer independent draws (more below). On the way, at $t = 0.6$, they run ahead of the contours: the look-ahead is too eager there, and later gains put it right.
 #
 # ## The judge
 #
 # A picture is not a proof. So: 20 runs of 100 particles at each of four temperatures, and for each run two numbers that the exact law allows us to check: the distance of the weighted mean from the mean of $p_\tau$, and $\hat Z/Z$. Beside SMC
-# stand importance sampling; a look-ahead that is believed little at first (the *tempered* potential of the next section); and the *perfect* potential. Which is that? Integrate the future out of $P\,e^{r/\tau}$: the history up to $t_j$ then has, up to a constant, the density
+# stand importance sampling; a look-ahead that is believed little at first (the *tempered* potential of the next section); and a potential that only a known law offers, the *noised target*. Let $p_{\tau, t}$ be the tilted law noised to $t$, the contours above. Whatever $g$, states of the sampler at time $t$ follow $p_t$ (notebook 04); so it takes the weight $p_{\tau,t}/p_t$ to make them follow $p_{\tau,t}$, at every time:
 #
-# $$P(x_{t_0}, \dots, x_{t_j})\; e^{f^*_{t_j}(x_{t_j})}, \qquad f^*_t(x) = \log \mathbb E\big[e^{r(x_0)/\tau} \,\big|\, x_t = x\big] = \log \frac{Z_\tau\; p_{\tau,t}(x)}{p_t(x)}, \tag{6.11}$$
+# $$f^*_t(x) = \log \frac{Z_\tau\; p_{\tau,t}(x)}{p_t(x)} = \log \mathbb E\big[e^{r(x_0)/\tau} \,\big|\, x_t = x\big], \qquad x_t = (1 - t)\, x_0 + t\, \varepsilon, \tag{6.11}$$
 #
-# where $p_{\tau, t}$ is the tilted law noised to $t$, the contours above (Bayes' rule: $\int p_0(x_0)\, e^{r(x_0)/\tau}\, p_t(x \mid x_0)\, \mathrm dx_0$ is $Z_\tau\, p_{\tau,t}(x)$). With $f^*$ the particles follow the target's own histories at every time.
-# The look-ahead (6.9) takes the expectation inside, $r(\mathbb E[x_0])/\tau$ for $\log \mathbb E[e^{r/\tau}]$: right as soon as $x_0$ is known, a guess before. A mixture lets us compare the guess with the truth.
+# by Bayes' rule, for $\int p_0(x_0)\, e^{r(x_0)/\tau}\, p_t(x \mid x_0)\, \mathrm dx_0$ is $Z_\tau\, p_{\tau,t}(x)$. The look-ahead (6.9) takes the expectation inside, $r(\mathbb E[x_0])/\tau$ for $\log \mathbb E[e^{r/\tau}]$: right as soon as $x_0$ is known, a guess before.
+# A mixture lets us compare the two. (Were a sampler's *histories* those of noised data, (6.11) would also be its own expected $e^{r/\tau}$, and no potential could do better. That takes the natural $g$ of notebook 04; with $3t^2$ single times have the right law, but a state's future is another.)
 
 
 # %%
@@ -504,7 +512,7 @@ def tempered(exponent, tau):
     return lambda x, x0, t: (1 - t) ** exponent * reward(x0) / tau
 
 
-def perfect(tau):
+def noised_target(tau):
     """Log potential (6.11)."""
     law, log_constant = ring.tilted(reward, tau)
     return lambda x, x0, t: noised(law, t).log_prob(x) - noised(ring, t).log_prob(x) + log_constant
@@ -523,17 +531,17 @@ def trials(potential, tau, threshold=0.5, seeds=20, K=100):
 
 # %%
 TAUS = (1.0, 0.5, 0.2, 0.1)
-NAMES = ("importance sampling", "look-ahead", "tempered look-ahead", "perfect potential")
+NAMES = ("importance sampling", "look-ahead", "tempered look-ahead", "noised target")
 runs = {}
 for tau in tqdm(TAUS):
-    potentials = (tempered(0, tau), tempered(0, tau), tempered(1, tau), perfect(tau))
+    potentials = (tempered(0, tau), tempered(0, tau), tempered(1, tau), noised_target(tau))
     for name, potential in zip(NAMES, potentials, strict=True):
         runs[name, tau] = trials(potential, tau, threshold=0.0 if name == NAMES[0] else 0.5)
 
 
 def interval(values):
-    """Mean and half its 95 % interval."""
-    return float(values.mean()), 1.96 * float(values.std()) / math.sqrt(len(values))
+    """Mean of 20 runs and half its 95 % interval, by Student's t."""
+    return float(values.mean()), 2.09 * float(values.std()) / math.sqrt(len(values))
 
 
 print(f"{'distance of the mean':22}" + "".join(f"tau {tau:<12g}" for tau in TAUS))
@@ -555,16 +563,17 @@ ax.legend(fontsize=8)
 plots.show(
     fig,
     alt="Error of the weighted mean against falling temperature with 95 percent intervals: highest for importance "
-    "sampling, falling for the tempered look-ahead and the perfect potential, and for the plain one rising again.",
+    "sampling, falling for the tempered look-ahead and the noised target, and for the plain one rising again.",
 )
-coldest = [runs[name, 0.1][:, 0] for name in NAMES]
-for worse, better in ((0, 3), (0, 2), (1, 2)):
-    gap = coldest[worse] - coldest[better]  # the same seeds: a paired comparison
-    assert gap.mean() > 1.96 * gap.std() / math.sqrt(len(gap)), (NAMES[worse], NAMES[better])
+for tau, worse, better in ((0.1, 0, 3), (0.1, 0, 2), (0.1, 1, 2), (0.5, 3, 2)):
+    gap = runs[NAMES[worse], tau][:, 0] - runs[NAMES[better], tau][:, 0]  # the same seeds: a paired comparison
+    mean, half = interval(gap)
+    print(f"tau {tau:g}: {NAMES[worse]} minus {NAMES[better]} {mean:.2f} +- {half:.2f}")
+    assert mean > half
 
 # %% [markdown]
-# Colder targets do not get easier for importance sampling, as its ESS foretold. With the perfect potential they do: the target is narrower, and the particles are led there. The plain look-ahead lies between, and at the coldest temperature it
-# loses part of what it had won, while the tempered one keeps up with the perfect. Something is wrong with trusting it at full strength from the start.
+# Colder targets do not get easier for importance sampling, as its ESS foretold. With the noised target they do: it gets narrower, and the particles are led there. The plain look-ahead lies between, and at the coldest temperature it
+# loses part of what it had won, while the tempered one keeps up with the noised target (at $\tau = 0.5$ it is even ahead). Something is wrong with trusting the look-ahead at full strength from the start.
 #
 # ## Tempering
 #
@@ -581,10 +590,17 @@ known = {0: runs["look-ahead", COLD], 1: runs["tempered look-ahead", COLD]}
 by_exponent = [known[q] if q in known else trials(tempered(q, COLD), COLD) for q in EXPONENTS]
 best = min(range(5), key=lambda j: by_exponent[j][:, 0].mean())
 assert best in (1, 2, 3), "neither none nor much tempering should be best"
-traces = {"b = 0": tempered(0, COLD), "b = 1": tempered(1, COLD), "b = 4": tempered(4, COLD), "perfect": perfect(COLD)}
+traces = {
+    "b = 0": tempered(0, COLD),
+    "b = 1": tempered(1, COLD),
+    "b = 4": tempered(4, COLD),
+    "target": noised_target(COLD),
+}
+order = torch.arange(100)
 for name, potential in traces.items():
-    log = traces[name] = []
-    smc(potential, 100, torch.Generator().manual_seed(0), watch=lambda t, x, logw, _, log=log: log.append(ess(logw)))
+    log = traces[name] = []  # ESS, and whether this step began with a resampling
+    note = lambda t, x, logw, rows, log=log: log.append((ess(logw), not torch.equal(rows, order)))  # noqa: E731
+    smc(potential, 100, torch.Generator().manual_seed(0), watch=note)
 
 # %%
 fig, axes = plt.subplots(1, 2, figsize=(7.5, 3.0))
@@ -593,17 +609,20 @@ axes[0].errorbar(range(5), *zip(*bars, strict=True), marker="o", capsize=3)
 axes[0].set_xticks(range(5), EXPONENTS)
 axes[0].set(xlabel="exponent b", ylabel="distance from exact mean", ylim=(0, None), title=rf"$\tau$ = {COLD:g}")
 for name, trace in traces.items():
-    axes[1].plot(times, trace, label=name)
+    sizes, resampled = zip(*trace, strict=True)
+    axes[1].plot(times, sizes, "-o", markevery=list(np.flatnonzero(resampled)), markersize=4, label=name)
+    first = next((t for t, now in zip(times, resampled, strict=True) if now), 0.0)
+    print(f"{name:7} first resampling on the way to t = {first:.2f}, {sum(resampled)} in all")
 axes[1].set(xlabel="t", ylabel="ESS of 100", xlim=(1, 0), ylim=(0, 105), title="one run each")
 axes[1].legend(fontsize=8, loc="lower right")
 plots.show(
     fig,
     alt="Left: the error at temperature 0.2 is smallest for an exponent near one and larger for 0 and 4. Right: the "
-    "ESS over time; without tempering it falls early, with exponent 4 only near the end.",
+    "ESS over time, dots at resamplings; without tempering they begin early, with exponent 4 half-way.",
 )
 
 # %% [markdown]
-# Each jump upwards is a resampling (sampling runs to the right). Without tempering the first comes while the look-ahead still knows little; with $b = 4$ the weights differ only near the end, when particles can no longer move far.
+# Dots mark the steps that began with a resampling (sampling runs to the right). Without tempering the first comes while the look-ahead still knows little; with $b = 4$ the weights hardly differ in the first third, the first resampling comes half-way, and after it particles can no longer move far.
 #
 # ### Exercise 4: a strength that adapts (difficulty 3 of 5, 12 minutes)
 #
@@ -712,11 +731,11 @@ ax.set_xticks(range(4), [name.replace(" ", "\n") for name in NAMES])
 plots.show(
     fig,
     alt="Estimates of Z of four methods on a log axis: those of the plain look-ahead scatter over a factor of ten and "
-    "more, those of the tempered look-ahead and of the perfect potential stay close to the dashed line.",
+    "more, those of the tempered look-ahead and of the noised target stay close to the dashed line.",
 )
 
 # %% [markdown]
-# Dots are runs, squares their means, the dashed line is the sampler's own $Z$. All four are unbiased. But with the plain look-ahead the mean
+# Dots are runs, squares their means, the dashed line is the sampler's own $Z$. All four are unbiased. Importance sampling has runs that missed the rare mode and are far too low; the others make up for them. But with the plain look-ahead the mean
 # hangs on a few high runs, and most of the others are far too low. An unbiased estimate is worth what its variance is worth.
 #
 # ## What goes wrong
