@@ -206,9 +206,9 @@ lines = []
 for src, dst in ((LINEAR, COSINE), (LINEAR, VP), (COSINE, LINEAR)):
     ours = through_endpoints(data.velocity(src), src, dst)(x, s)
     assert torch.equal(ours, convert(data.velocity(src), src, dst)(x, s)), "bit for bit the package's"
-    assert torch.allclose(ours, data.velocity(dst)(x, s), atol=1e-6, rtol=1e-3), "right, ends included"
+    assert torch.allclose(ours, data.velocity(dst)(x, s), atol=1e-6), "the mixture's own, ends included"
     theirs = chain_rule(data.velocity(src), src, dst, x, s)
-    for how, values in (("chain rule", theirs), ("endpoints", ours), ("exact", data.velocity(dst)(x, s))):
+    for how, values in (("chain rule", theirs), ("endpoints", ours), ("mixture itself", data.velocity(dst)(x, s))):
         cells = {f"s = {now:g}": f"{float(v):.6f}" for now, v in zip(s, values[:, 0], strict=True)}
         lines.append({"from": src.name, "to": dst.name, "how": how} | cells)
 assert theirs[0].isnan() and ours.isfinite().all()
@@ -216,7 +216,7 @@ table(lines)
 
 # %% [markdown]
 # The endpoints avoid the trouble because nothing in them is ever divided by something small. The ratio may be 0 or infinite, the time answers with 0 or 1; the scale is a quotient of lengths $\sqrt{\alpha^2 + \sigma^2}$, which are never 0 (where ratios agree, $\bar\sigma/\sigma$,
-# $\bar\alpha/\alpha$ and the quotient of lengths are the same number); and the 2 x 2 system behind $(x_{0|t}, \varepsilon_{|t})$ has a determinant that stays positive. One wart remains: VP's $\bar\sigma'$ is infinite at $s = 0$, and there the velocity is read at $s = 10^{-6}$.
+# $\bar\alpha/\alpha$ and the quotient of lengths are the same number); and the 2 x 2 system behind $(x_{0|t}, \varepsilon_{|t})$ has a determinant that stays positive. One wart remains: VP's $\bar\sigma'$ is infinite at $s = 0$, so nearer than $s = 10^{-6}$ the velocity on VP is read there, the mixture's own too. That puts it off by a relative 2e-4 (the chain rule's 0.650003 is the better number at $s = 10^{-9}$), and keeps it finite.
 #
 # ## What VP looks like from the linear path
 #
@@ -262,7 +262,7 @@ grids = {
     "uniform in $t$": schedules.uniform(10),
     "uniform in $s$": vp_uniform,
     "the paper's": paper_grid(10),
-    "the paper's, last step cut in three": schedules.paper_vp(10, finish=3),
+    "the paper's of 8, last cut in three": schedules.paper_vp(10, finish=3),
 }
 fig, ax = plt.subplots(figsize=(8, 2.2))
 for row, grid_ in enumerate(grids.values()):
@@ -274,7 +274,7 @@ ax.grid(False)
 plots.show(
     fig,
     alt="Ten-step grids on the linear time axis. Uniform: even. Uniform in s: denser near 1. The paper's: most of its "
-    "times above 0.9, then 0.86, 0.71, and one long step to 0.",
+    "times above 0.9, then 0.86, 0.71, and one long step to 0; of eight steps with the last in three: two stops on it.",
 )
 print(f"the paper's grid: {sum(t > 0.9 for t in paper_grid(10))} of 10 steps begin above 0.9")
 print(f"the last step begins at {paper_grid(10)[-2]:.2f}")
@@ -375,7 +375,7 @@ assert all(gaps[2 * n] < 0.7 * gaps[n] for n in (25, 50, 100)), "half the step, 
 # %% [markdown]
 # ## Grid or diffusion?
 #
-# The paper reports for FLUX.1-schnell at 10 steps the diversity of samples from one $x_t$ (mean LPIPS distance of pairs) and the reward that its search reaches (VQAScore). These numbers are Kim et al.'s (arXiv 2503.19385), not ours:
+# The paper reports for FLUX.1-schnell at 10 steps the diversity of samples from one $x_t$ (mean LPIPS distance of pairs: how differently a network for image recognition sees them) and the reward that its search reaches (VQAScore: how surely a model that answers questions on pictures says that the prompt holds). These numbers are Kim et al.'s (arXiv 2503.19385), not ours:
 #
 # | the paper's | diversity | reward |
 # |---|---|---|
@@ -484,7 +484,7 @@ print(f"the VP diffusion's first uniform step adds variance {first_noise**2:.0f}
 # - the distance (root mean squared difference of pictures) of siblings that part at the noise and after 3, 6 and 8 steps, and that of *strangers*, pictures of one prompt from different noise
 # - the look-ahead reward after five steps, and the reward of the finished pictures.
 #
-# All that takes minutes, so `python -m tools.interpolants` has stored the rows in `data/results/interpolants.jsonl`. The code that makes a row is below, and two rows are made anew and compared. Three samplers are added: the exact transition on the paper's grid, the VP-SDE with its last step cut in three, and the VP-SDE run on VP itself, with the converted velocity.
+# All that takes minutes, so `python -m tools.interpolants` has stored the rows in `data/results/interpolants.jsonl`. The code that makes a row is below, and two rows are made anew and compared. Three samplers are added: the exact transition on the paper's grid, the VP-SDE on the paper's grid of eight steps with the last cut in three (*last step in three*), and the VP-SDE run on VP itself, with the converted velocity.
 
 
 # %%
@@ -546,8 +546,9 @@ def stored(name, run, number, models):
     rows = [row for task in tasks for row in found if task.items() <= row.items()]
     assert len(rows) == len(found) == len(tasks), "a row for every task, and no other"
     for task, row in tqdm([(tasks[0], rows[0]), (tasks[-1], rows[-1])], desc="again"):
-        same = [math.isclose(row[key], value, rel_tol=0.05, abs_tol=0.05) for key, value in run(task).items()]
-        assert all(same), f"recomputed, this row is another: {task}"
+        for key, value in run(task).items():
+            close = 0.003 if key.startswith(("strangers", "part")) else 0.05  # distances; rewards
+            assert abs(row[key] - value) <= close + 0.02 * abs(value), f"recomputed, {key} is another: {task}"
     return rows
 
 
@@ -634,12 +635,13 @@ table(
     [
         {"siblings, as a share of strangers": name}
         | {f"{model}, from step {k}": kept(model, name, k) for model in ("dev", "schnell") for k in (0, 3, 6)}
+        | {"Gaussian data, from step 3": f"{shares[name][3]:.0%}"}
         for name in samplers
     ]
 )
 
 # %% [markdown]
-# As in theory, and for both models. Siblings that part at the noise are nearly strangers, the diffusion alone excepted. After three steps, under the linear SDE, less than half of that is left; on the paper's grid nearly all. So the claim *VP-SDE explores more* shows here, when futures are counted by step. But the cause is the **grid**: with it alone
+# The order is that of the theory, for both models. Siblings that part at the noise are nearly strangers, the diffusion alone excepted. After three steps, under the linear SDE, less than half of that is left; on the paper's grid nearly all. (On uniform steps a picture is decided much earlier than Gaussian data is: compare the last column.) So the claim *VP-SDE explores more* shows here, when futures are counted by step. But the cause is the **grid**: with it alone
 # siblings are nearly as different as under VP-SDE early in the run, and more so late. With the diffusion alone they are alike.
 #
 # In the paper's table it is the other way round: there the diffusion alone brings more variety than the grid alone. Our numbers cannot settle why (another model, another distance, and siblings that part elsewhere). One suspicion they allow: a distance counts clutter as variety. With the diffusion alone even *strangers* are further apart
@@ -659,7 +661,7 @@ for model in ("dev", "schnell"):
 # Is variety worth having? The tables show the reward of what comes out *without* a search, and the look-ahead reward after five steps.
 #
 # - **Diffusion alone** ruins the pictures, on both models. That is the paper's finding as well, and the theory's.
-# - **dev**, a multi-step model: on the paper's grid the pictures are far worse. After five of ten steps the state is still nearly noise, where the look-ahead reward says nothing yet; and the long last step returns a posterior mean. Cutting the last step in three mends most of it, at the price of steps elsewhere.
+# - **dev**, a multi-step model: on the paper's grid the pictures are far worse. After five of ten steps the state is still nearly noise, and the look-ahead reward far from the finished one; and the long last step returns a posterior mean. Cutting the last step in three mends most of it, at the price of steps elsewhere.
 # - **schnell**, a few-step model: its look-ahead at the same time is nearly as good as its finished pictures, and the long last step does it no harm. That answers the question above. VP-SDE is a little better than the linear SDE, the grid alone is not.
 # - **The exact transition** on uniform steps is as good as the linear SDE on dev, and worse on schnell.
 
@@ -697,6 +699,7 @@ def search_run(task):
 
 
 searches = stored("interpolants_search.jsonl", search_run, 40, ("schnell",))
+searches = [row | {"exact": bool(row["exact"])} for row in searches]  # a share, with a share's interval
 mine = {name: [row for row in searches if row["sampler"] == name] for name in everything}
 lines = experiments.table(searches, ["sampler"], ["reward", "exact"])
 for line in lines:
@@ -725,15 +728,15 @@ plots.show(
 )
 
 # %%
-stronger = [row for row in experiments.read(assets.data("results/search.jsonl")) if row["seed"] == 0]
+stronger = experiments.read(assets.data("results/search.jsonl"))
 keep = {"model": "schnell", "level": "hard", "budget": 250}.items()
 sides = [[r for r in stronger if keep <= r.items() and r["method"] == name] for name in ("rbf", "rbf, linear SDE")]
 at_250 = {value: experiments.paired_difference(*sides, value) for value in ("reward", "exact")}
 at_100 = {v: experiments.paired_difference(mine["VP-SDE"], mine["linear SDE"], v, by=("prompt",)) for v in at_250}
 print("VP-SDE minus linear SDE in the search")
 for nfe, found, n in ((100, at_100, len(mine["VP-SDE"])), (250, at_250, len(sides[0]))):
-    print(f"{nfe} NFE, {n} prompts: reward {found['reward']}, exactly right {found['exact']}")
-assert at_100["reward"].low < 0 < at_100["reward"].high and at_250["exact"].low > 0
+    print(f"{nfe} NFE, {n} searches: reward {found['reward']}, exactly right {found['exact']}")
+assert at_100["reward"].low < 0 < at_100["reward"].high and min(v.low for v in at_250.values()) > 0
 for name in ("+ grid", "+ diffusion", "exact transition", "exact transition + grid", "VP-SDE, on VP itself"):
     assert experiments.paired_difference(mine["VP-SDE"], mine[name], "reward", by=("prompt",)).low > 0
 for name in ("+ grid", "+ diffusion"):
@@ -745,8 +748,8 @@ assert all(against("schnell", "exact transition + grid", "VP-SDE", f"part at {k}
 # %% [markdown]
 # What of the paper's ablation shows here, then?
 #
-# - **VP-SDE has the best mean, diffusion alone the worst**, as in the paper. Over the linear SDE its lead is not certain with these forty searches of 100 NFE (the interval holds 0); with 250 NFE, in the runs stored for notebook 10, it finds more pictures that are exactly right.
-# - **The two parts need each other**, also as in the paper: VP-SDE beats either alone, and neither alone beats the linear SDE. The diffusion, ruinous on uniform steps, is of use on small ones.
+# - **VP-SDE has the best mean, diffusion alone the worst**, as in the paper. Over the linear SDE its lead is not certain with these forty searches of 100 NFE (the interval holds 0); with 250 NFE, in the runs stored for notebook 10 (fifty other searches with each of three seeds), it leads by both numbers.
+# - **The two parts need each other**: VP-SDE beats either alone, as in the paper. There the grid alone is slightly better than the linear SDE; here that does not show. The diffusion, ruinous on uniform steps, is of use on small ones.
 # - **Variety alone buys nothing.** With the grid, the exact transition makes siblings at least as different as VP-SDE does, and the search finds less with it than with the plain linear SDE. Eight samplers are few, but look at the figure: the order on the right, what a sampler makes *without* a search, says more than the order on the left.
 #
 # So "more variety, hence more reward" is half of the story at most, on this model. A search needs children that differ *and* are good.
@@ -840,10 +843,11 @@ for row, (name, way) in zip(axes, ways.items(), strict=True):
     for ax, picture, r in zip(row, pictures, reward(pictures), strict=True):
         plots.picture(ax, picture, f"{float(r):.1f}")
     row[0].set_ylabel(name, fontsize=8)
+fig.suptitle(HARD[1], fontsize=10)
 plots.show(
     fig,
-    alt="Six pictures of schnell under the VP-SDE run three ways from the same noise. In linear coordinates, clean; on "
-    "VP with Euler's last step several red objects are green; on VP with an exact last step, they are red again.",
+    alt="Six pictures of schnell under the VP-SDE run three ways from the same noise. In linear coordinates, mostly "
+    "clean; on VP with Euler's last step several red objects are green; with an exact last step red or orange again.",
 )
 
 # %%
@@ -861,7 +865,7 @@ print(f"the exact last step gains {gained}; what it lacks to linear coordinates 
 assert min(gained.low, lacking.low) > 0
 
 # %% [markdown]
-# Euler's last step on VP leaves more than half of the guessed noise in the latents; look how red objects come out green. An exact last step ($\eta = 0$) lands on the posterior mean on every path and, by the means, mends most of it. The rest is what Euler's earlier steps do differently on the two paths.
+# Euler's last step on VP leaves more than half of the guessed noise in the latents; look how red objects come out green (what is left over is drawn as a colour; why this one, nobody has looked). An exact last step ($\eta = 0$) lands on the posterior mean on every path and, by the means, mends most of it. The rest is what Euler's earlier steps do differently on the two paths.
 # In linear coordinates one gets the right last step for nothing, which is why this package runs the VP-SDE there.
 #
 # **Half a conversion.** Three things make a conversion: the clock $t_s$, the scale $c_s$, and the derivatives of both, which (5.7) takes care of. Forget one of the others and the ODE still runs:
@@ -1014,7 +1018,7 @@ def moved_from_cosine(g_bar, t):
 # %% [markdown]
 # ### Exercise 3: a grid by angle (difficulty 3 of 5, 15 minutes)
 #
-# The paper's grid hides a wish: steps small where the state is nearly noise. Make one on purpose. Choose $n + 1$ times from 1 down to 0 on the linear path such that the *angle* $\theta_t = \arctan\frac{\sigma_t}{\alpha_t}$ falls by equal amounts. Which path's uniform grid is that?
+# A grid may be made by what it should do. Choose $n + 1$ times from 1 down to 0 on the linear path such that the *angle* $\theta_t = \arctan\frac{\sigma_t}{\alpha_t}$ falls by equal amounts. Where are the steps in $t$ small, and which path's uniform grid is that?
 #
 # <details><summary>Hint</summary>
 #
@@ -1027,7 +1031,7 @@ def moved_from_cosine(g_bar, t):
 def equal_angles(n):
     """n + 1 floats, from 1.0 to 0.0."""
     ### BEGIN SOLUTION
-    angles = [math.pi / 2 * (n - k) / n for k in range(n + 1)]
+    angles = [math.pi / 2 * (n - k) / n for k in range(n + 1)]  # the cosine path's uniform grid; dt is least half-way
     inner = [math.sin(a) / (math.sin(a) + math.cos(a)) for a in angles[1:-1]]
     return (1.0, *inner, 0.0)
     ### END SOLUTION
@@ -1067,7 +1071,7 @@ def equal_angles(n):
 # - Equal signal-to-noise makes two paths one, up to a clock $t_s$ and a scale $c_s$ (5.4); posterior means, and with them look-ahead rewards, do not see the path.
 # - The chain rule (5.6) and the endpoints (5.7) give the same velocity; only the endpoints survive at both ends in floating point.
 # - In linear coordinates the VP-SDE is a grid and a diffusion coefficient (5.10), no more.
-# - The grid keeps siblings different, step by step; the diffusion alone ruins the pictures; together they serve a few-step model best. Variety by itself does not buy reward.
+# - The grid keeps siblings different, step by step; the diffusion alone ruins the pictures; together they make the best search of a few-step model. Variety by itself does not buy reward.
 # - The exact transition freezes the guess instead of the velocity, so the path makes no difference to it at any step size (5.13).
 #
 # ## Not shown

@@ -486,6 +486,8 @@ plots.show(
     "noised tilted law: a round cloud at first, at the end three clouds where the exact density has its three, beside "
     "the star; the lower one holds fewer particles than the upper.",
 )
+
+# %%
 nearest = torch.cdist(final[0], target.means.float()).argmin(1)
 shares = torch.zeros(len(target.means)).index_add(0, nearest, final[1].softmax(0))
 for mean, share, exact in zip(target.means, shares, target.weights, strict=True):
