@@ -49,14 +49,22 @@ def read(path: str | Path) -> list[Row]:
     path = Path(path)
     if not path.exists():
         return []
-    whole, _, _ = path.read_text().rpartition("\n")
+    whole, _, last = path.read_text().rpartition("\n")
     rows = []
-    for number, line in enumerate(whole.splitlines(), 1):
-        try:
-            rows.append(dict(json.loads(line)))
-        except (TypeError, ValueError):
-            raise ValueError(f"{path}, line {number} is no JSON object: {line[:60]!r}; mend or delete it") from None
+    for number, line in enumerate([*whole.splitlines(), *([last] if _object(last) else [])], 1):
+        row = _object(line)
+        if row is None:
+            raise ValueError(f"{path}, line {number} is no JSON object: {line[:60]!r}; mend or delete it")
+        rows.append(row)
     return rows
+
+
+def _object(line: str) -> Row | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None
 
 
 class SweepFailed(RuntimeError):
@@ -112,6 +120,8 @@ def sweep(
     path.parent.mkdir(parents=True, exist_ok=True)
     failures: list[tuple[Task, str]] = []
     with _appending(path) as file:
+        _known(path, fields)  # refuses a file of other rows before anything in it is touched
+        _mend(path)
         rows = _known(path, fields)
         todo = [task for task in tasks if key(task, fields) not in rows]
         done = len(tasks) - len(todo)
@@ -146,9 +156,15 @@ def _check(
     if resources is not None and engine != "ray":
         raise ValueError('resources are what Ray workers ask for: use engine="ray"')
     main = sys.modules["__main__"]
-    if workers > 1 and engine == "local" and getattr(run, "__module__", "") == "__main__" and not _has_file(main):
+    if workers > 1 and engine == "local" and _home(run) == "__main__" and not _has_file(main):
         raise ValueError("worker processes cannot import a run defined in a notebook: put it in a file and import it")
     return fields
+
+
+def _home(run: Runner) -> str:
+    return str(
+        getattr(getattr(run, "func", run), "__module__", "")
+    )  # a functools.partial lives where its function does
 
 
 def _has_file(module: object) -> bool:
@@ -160,12 +176,31 @@ def _known(path: Path, fields: Sequence[str]) -> dict[str, Row]:
     lacking = next((row for row in rows if not set(fields) <= set(row)), None)
     if lacking is not None:
         raise ValueError(f"{path} holds rows of another sweep: {sorted(lacking)} lacks some of {fields}")
-    return {key(row, fields): row for row in rows}
+    known = {key(row, fields): row for row in rows}
+    if len(known) < len(rows):
+        raise ValueError(f"{path} holds two rows with the same {fields}: rows of another sweep, of more fields")
+    return known
+
+
+def _mend(path: Path) -> None:
+    """Rid a file of rows of a last line that was cut short; one that lacks nothing but its end gets that.
+
+    Raises:
+        ValueError: the last line is no beginning of a row.
+    """
+    whole, _, last = path.read_bytes().rpartition(b"\n")
+    if _object(last.decode(errors="replace")) is not None:
+        with path.open("a") as file:
+            file.write("\n")
+    elif last[:1] in (b"", b"{"):
+        os.truncate(path, len(whole) + bool(whole))  # one call, so that a kill here loses nothing either
+    else:
+        raise ValueError(f"{path} ends in what is no row: {last[-60:]!r}; mend it, or write to another file")
 
 
 @contextmanager
 def _appending(path: Path) -> Iterator[IO[str]]:
-    """The file, locked against a second sweep and rid of a last line that was cut short, open for appending."""
+    """The file, locked against a second sweep, open for appending."""
     new = not path.exists()
     with path.open("a") as file:
         try:
@@ -176,9 +211,6 @@ def _appending(path: Path) -> Iterator[IO[str]]:
             raise ValueError(f"another sweep is writing {path}; wait for it, or write to a file of its own") from None
         except (ImportError, OSError):  # Windows, and some network drives, have no such locks
             pass
-        text = path.read_bytes()
-        if not text.endswith(b"\n"):
-            os.truncate(path, text.rfind(b"\n") + 1)  # one call, so that a kill here loses nothing either
         if new and hasattr(os, "O_DIRECTORY"):
             folder = os.open(path.parent, os.O_DIRECTORY)
             os.fsync(folder)  # the file's name is as durable as its lines
@@ -226,8 +258,8 @@ def _row(task: Task, future: Future[Row]) -> tuple[Row | None, str]:
         found = future.result()
         if set(task) & set(found):
             raise ValueError(f"a run must not use its task's names; it found {sorted(set(task) & set(found))}")
-        json.dumps(found)  # a value that JSON cannot hold is this run's failure, not the sweep's
-        return task | found, ""
+        # As it will be read again; and a value that JSON cannot hold is this run's failure, not the sweep's.
+        return json.loads(json.dumps(task | found)), ""
     except Exception as error:
         return None, "".join(traceback.format_exception(error))
 

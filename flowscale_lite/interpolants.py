@@ -165,8 +165,9 @@ def convert(velocity: Velocity, src: Interpolant, dst: Interpolant) -> Velocity:
     velocity off those means equals the chain rule (c'/c) x + c t' u(x/c) of the paper, with no 0/0 at either end.
 
     Exact, except at two points that no formula reaches: at t = 0 of a VP `dst`, whose velocity holds a score that
-    the source's does not, the limit is read at t_min (relative error 2e-4); and states noisier than a VP `src` ever
-    gets are read at its last time (relative error below 1e-2, only where the linear time exceeds 0.993).
+    the source's does not, the limit is read at t_min (relative error 2e-4 in double precision); and states noisier
+    than a VP `src` ever gets, linear times above 0.993, are read at its last time. That puts the posterior mean off by
+    about 1/152 of the data's spread: about 1 % of the velocity on the linear path, and more where it is small.
     """
 
     def converted(x: Tensor, t: Tensor) -> Tensor:

@@ -66,6 +66,8 @@ def sde(g: Diffusion) -> Kernel:
     """
 
     def moments(path: Interpolant, x: Tensor, v: Tensor, t: float, s: float) -> tuple[Tensor, float]:
+        if not s < t:
+            raise ValueError(f"sde steps towards the data, s < t; got t = {t}, s = {s}")
         if s == 0:
             return _euler(path, x, v, t, s)
         noise = g(t)
@@ -148,10 +150,10 @@ def natural(path: Interpolant) -> Diffusion:
     """
 
     def g(t: float) -> float:
-        a, s, da, ds = path.at(t)
+        a, s, da, ds = path.at(max(t, path.t_min))  # VP's is sqrt(beta_min) at 0, of which sigma' = inf knows nothing
         if a <= 0:
             raise ValueError(f"the natural diffusion of the {path.name} path is infinite at t = {t}; start below it")
-        return math.sqrt(2 * s * (a * ds - da * s) / a) if t > 0 else 0.0
+        return math.sqrt(2 * s * (a * ds - da * s) / a)
 
     return g
 

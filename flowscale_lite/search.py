@@ -293,15 +293,18 @@ class Run:
         return self._at(s, x, p.parent[rows], p.logw[rows], {name: c[rows] for name, c in p.carry.items()})
 
     def score(self, p: Particles) -> Particles:
-        """The particles with their look-ahead rewards r(x0); those that have them are returned as they are.
+        """The particles with their look-ahead rewards r(x0); those that have theirs are not judged again.
 
         Raises:
             ValueError: the reward's answer is not a finite tensor of shape (K,).
         """
-        if not p.reward.isnan().any():
+        new = p.reward.isnan()
+        if not new.any():
             return p
         self._refuse_if_watched()
-        return replace(p, reward=self._judge(p.x0, p.t))
+        if new.all():
+            return replace(p, reward=self._judge(p.x0, p.t))
+        return replace(p, reward=p.reward.masked_scatter(new, self._judge(p.x0[new], p.t)))
 
     def gradient(self, p: Particles) -> Tensor:
         """Gradient in x (K, *D) of the look-ahead reward r(x0(x)), through the velocity, at the particles' states.
@@ -362,6 +365,8 @@ class Run:
             got = tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__
             raise ValueError(f"velocity must return a tensor of its input's shape {tuple(x.shape)}; got {got}")
         v = v.to(x.dtype)
+        if not v.isfinite().all():
+            raise ValueError(f"velocity must be finite; at t = {float(tt[0]):g} it is not in every row")
         return v, self.problem.path.endpoints(x, v, tt)[0]
 
     def _charge(self, evaluations: int) -> None:

@@ -54,6 +54,10 @@ class Group:
     colour: str
     shape: str
 
+    def __post_init__(self) -> None:
+        if not 1 <= self.count <= MAX_OBJECTS or (self.colour, self.shape) not in CLASSES:
+            raise ValueError(f"a group is 1 to {MAX_OBJECTS} objects of a known colour and shape; got {self}")
+
     @property
     def kind(self) -> int:
         """Index into CLASSES."""
@@ -105,14 +109,18 @@ class Scene:
 
 
 _GROUP = re.compile(
-    rf"\b(?P<number>an?|{'|'.join(NUMBERS)}|[1-9]|10)\s+(?P<colour>{'|'.join(COLOURS)})\s+(?P<shape>{'|'.join(SHAPES)})s?\b"
+    rf"(?<![\w.-])(?P<number>an?|{'|'.join(NUMBERS)}|[1-9]|10)\s+(?P<colour>{'|'.join(COLOURS)})\s+(?P<shape>{'|'.join(SHAPES)})s?\b"
 )
+
+
+_FILLER = {*" ".join((*FRAMES, *RELATIONS)).split(), "and", "the", "to", "is", "show", "me", "photo", "exactly"}
 
 
 def parse(prompt: str) -> Scene:
     """Read a prompt back into a Scene.
 
-    Raises ValueError when it names no known object, more than two groups, one kind twice, or too many objects.
+    Raises ValueError when it names no known object, more than two groups, one kind twice, too many objects, or holds a
+    word that it does not understand: what is left out of the scene would be left out of the picture.
     """
     text = prompt.lower()
     found = list(_GROUP.finditer(text))
@@ -122,6 +130,9 @@ def parse(prompt: str) -> Scene:
             f"({', '.join(SHAPES)}), such as 'three red circles and two blue squares'"
         )
     groups = tuple(Group(_number(m["number"]), m["colour"], m["shape"]) for m in found)
+    unknown = [word for word in re.findall(r"[\w.-]*\w", _GROUP.sub(" ", text)) if word not in _FILLER]
+    if unknown:
+        raise ValueError(f"{prompt!r} holds words that are not understood: {', '.join(unknown)}")
     if len(groups) > 2 or len({g.kind for g in groups}) < len(groups):
         raise ValueError(f"{prompt!r} names {len(groups)} groups: expected one or two groups of different kinds")
     between = text[found[0].end() : found[1].start()] if len(groups) == 2 else ""
@@ -299,7 +310,13 @@ _SHARPNESS = 0.02  # overlap difference at which a shape is e times likelier tha
 
 
 def _ink(images: Tensor) -> NDArray[np.float32]:
-    """How much ink of each colour every pixel holds, 0 to 1: (K, 4, H, W). A pixel's ink belongs to its nearest hue."""
+    """How much ink of each colour every pixel holds, 0 to 1: (K, 4, H, W). A pixel's ink belongs to its nearest hue.
+
+    Raises:
+        ValueError: a pixel is not finite; it would pass for paper.
+    """
+    if not images.isfinite().all():
+        raise ValueError("pictures must be finite")
     x = images.detach().to("cpu", torch.float32).clamp(0, 1)
     hue = torch.tensor(RGB - RGB.mean(1, keepdims=True), dtype=torch.float32)  # the grey part says nothing of hue
     chroma = x - x.mean(1, keepdim=True)

@@ -232,8 +232,14 @@ def own_blocks(folder: Path, blocks: int) -> Iterator[tuple[Path, int]]:
 
 
 def read_blocks(folder: Path) -> dict[str, Tensor]:
-    """All blocks of a folder, joined."""
+    """All blocks of a folder, joined.
+
+    Raises:
+        FileNotFoundError: the folder holds none.
+    """
     blocks = [load_file(path) for path in sorted(folder.glob("*.safetensors"))]
+    if not blocks:
+        raise FileNotFoundError(f"{folder} holds no .safetensors: nothing was written, or less than one block")
     return {name: torch.cat([block[name] for block in blocks]) for name in blocks[0]}
 
 

@@ -61,7 +61,10 @@ class GaussianMixture:
         self.scales = self.scales.expand(m) if self.scales.ndim == 0 else self.scales
         raw = torch.ones(m, dtype=torch.float64) if weights is None else torch.as_tensor(weights, dtype=torch.float64)
         if self.scales.shape != (m,) or raw.shape != (m,):
-            raise ValueError(f"{m} means need as many scales and weights; got {len(self.scales)} and {len(raw)}")
+            shapes = f"{tuple(self.scales.shape)} and {tuple(raw.shape)}"
+            raise ValueError(f"{m} means need as many scales and weights; got {shapes}")
+        if not self.means.isfinite().all() or not self.scales.isfinite().all():
+            raise ValueError("means and scales must be finite")
         if (self.scales < 0).any() or (raw < 0).any() or not 0 < float(raw.sum()) < math.inf:
             raise ValueError("scales and weights must not be negative, and the weights must have a finite positive sum")
         self.weights = raw / raw.sum()
@@ -96,9 +99,10 @@ class GaussianMixture:
 
     def sample(self, n: int, generator: Generator) -> Tensor:
         """n draws (n, D) in float32."""
-        rows = torch.multinomial(self.weights, n, replacement=True, generator=generator)
-        z = torch.randn(n, self.means.shape[1], generator=generator, dtype=torch.float64)
-        return (self.means[rows] + self.scales[rows, None] * z).float()
+        device = generator.device
+        rows = torch.multinomial(self.weights.to(device), n, replacement=True, generator=generator)
+        z = torch.randn(n, self.means.shape[1], generator=generator, device=device, dtype=torch.float64)
+        return (self.means.to(device)[rows] + self.scales.to(device)[rows, None] * z).float()
 
     def log_prob(self, x: Tensor) -> Tensor:
         """Log density of the data at x (K, D) -> (K,); needs positive scales."""

@@ -61,7 +61,7 @@ def test_a_line_cut_short_is_done_again(tmp_path, cut):
     whole = path.read_bytes()
     path.write_bytes(whole[:-cut])
     left = len(experiments.read(path))
-    assert left == (1 if cut == 60 else 2)
+    assert left == {1: 3, 9: 2, 60: 1}[cut]  # a line that lacks no more than its end is whole
     calls = []
     rows = experiments.sweep(TASKS[:3], lambda t: calls.append(t) or square(t), path)
     assert rows == [t | square(t) for t in TASKS[:3]]
@@ -86,6 +86,27 @@ def test_a_broken_line_in_the_middle_is_named_and_nothing_is_lost(tmp_path):
     with pytest.raises(ValueError, match="line 2 is no JSON object"):
         experiments.sweep(TASKS[:3], square, path)
     assert path.read_text() == text
+
+
+@pytest.mark.parametrize("text", ['{"made": "elsewhere"}', "notes\nof mine", '{"prompt": "x", "seed": 0}\nnotes'])
+def test_a_file_of_something_else_is_refused_and_left_alone(tmp_path, text):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"another sweep|no JSON object|no row"):
+        experiments.sweep(TASKS[:3], square, path)
+    assert path.read_text().rstrip("\n") == text
+
+
+def test_rows_of_a_sweep_with_more_fields_do_not_pass_for_results(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    experiments.sweep([t | {"budget": b} for t in TASKS[:2] for b in (1, 2)], square, path)
+    with pytest.raises(ValueError, match="of more fields"):
+        experiments.sweep(TASKS[:2], square, path)
+
+
+def test_a_row_is_the_same_when_it_is_read_again(tmp_path):
+    path, found = tmp_path / "rows.jsonl", {"pair": (1, 2), "by": {1: 2}}
+    assert experiments.sweep(TASKS[:1], lambda _: found, path) == experiments.sweep(TASKS[:1], square, path)
 
 
 def test_two_sweeps_do_not_write_one_file(tmp_path):

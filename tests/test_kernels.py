@@ -174,7 +174,7 @@ def test_natural_diffusion_by_hand():
     for t in (0.1, 0.5, 0.9):
         assert natural(VP)(t) == pytest.approx(math.sqrt(0.1 + 19.9 * t))  # the VP-SDE's sqrt(beta)
         assert natural(LINEAR)(t) == pytest.approx(math.sqrt(2 * t / (1 - t)))
-    assert natural(LINEAR)(0.0) == 0
+    assert natural(LINEAR)(0.0) == 0 and natural(VP)(0.0) == pytest.approx(math.sqrt(0.1), rel=2e-4)
     with pytest.raises(ValueError, match="infinite"):
         natural(LINEAR)(1.0)
 
@@ -256,7 +256,8 @@ def test_errors():
     for eta in (-0.1, 1.1, math.nan):
         with pytest.raises(ValueError, match="eta"):
             gaussian(eta)
-    with pytest.raises(ValueError, match="s < t"):
-        gaussian(1.0)(LINEAR, X, X, 0.3, 0.5)
+    for kernel in (gaussian(1.0), sde(quadratic())):
+        with pytest.raises(ValueError, match="s < t"):
+            kernel(LINEAR, X, X, 0.3, 0.5)
     with pytest.raises(ValueError, match="s > t"):
         renoise(LINEAR, X, X, 0.5, 0.5)

@@ -15,6 +15,7 @@ from flowscale_lite import (
     GaussianMixture,
     Guide,
     Problem,
+    Refine,
     gaussian,
     ode,
     quadratic,
@@ -441,3 +442,12 @@ def test_the_published_settings():
 def test_settings_by_name_fit_their_budget(settings, budget):
     result = search(problem(10), settings(budget), max_nfe=budget, generator=seeded())
     assert result.left < settings(budget).chains
+
+
+def test_settings_by_name_know_what_an_evaluation_costs_and_how_many_steps_there_are():
+    for settings in (RBF.few_step, RBF.multi_step, Refine.few_step):
+        assert settings(200, cost=2) == settings(100)
+    for steps, budget, cost in ((40, 250, 1), (50, 500, 1), (20, 250, 2)):
+        method = RBF.multi_step(budget, steps, cost)
+        result = search(problem(steps, cost=cost), method, max_nfe=budget, generator=seeded())
+        assert result.left < method.chains * cost

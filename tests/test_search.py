@@ -231,7 +231,9 @@ def test_a_counting_reward_may_be_of_integers():
     assert result.reward in (0, 1, 2)
 
 
-@pytest.mark.parametrize("velocity", [lambda x, t: x[:, :1], lambda x, t: x[:-1], lambda x, t: (x,)])
+@pytest.mark.parametrize(
+    "velocity", [lambda x, t: x[:, :1], lambda x, t: x[:-1], lambda x, t: (x,), lambda x, t: x / 0]
+)
 def test_a_velocity_that_breaks_its_contract(velocity):
     with pytest.raises(ValueError, match="velocity must"):
         search(make(velocity=velocity), BestOfN(3), max_nfe=60, generator=seeded())
@@ -308,6 +310,9 @@ def test_the_look_ahead_reward_is_that_of_the_posterior_mean_and_is_paid_once():
     scored = run.score(p)
     torch.testing.assert_close(scored.reward, (p.x - p.v)[:, 0])  # on the linear path at t = 1, x0|t = x - v
     assert run.score(scored) is scored and run.reward_calls == 4
+    both = run.score(Particles.cat([scored, run.start(2)]))  # those that have a reward keep theirs
+    assert run.reward_calls == 6 and torch.equal(both.reward[:4], scored.reward)
+    torch.testing.assert_close(both.reward, both.x0[:, 0])
 
 
 def test_a_start_below_one_has_the_noise_of_its_time():

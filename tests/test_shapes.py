@@ -56,11 +56,27 @@ def test_every_wording_is_read_back(seed):
         ("six red circles and five blue squares", "at most 10"),
         ("one red circle and two blue squares and one green square", "one or two groups"),
         ("one red circle and two red circles", "different kinds"),
+        ("three red circles and two purple squares", "not understood: two, purple, squares"),
+        ("eleven red circles and two blue squares", "not understood: eleven, red, circles"),
+        ("three light red circles and one blue square", "not understood: three, light, red, circles"),
+        ("1.5 red circles and a blue square", "not understood: 1.5, red, circles"),
+        ("-3 red circles and a blue square", "not understood: -3, red, circles"),
+        ("twenty one red circles", "not understood: twenty"),
+        ("two red squares not left of two blue circles", "not understood: not"),
     ],
 )
 def test_prompts_that_cannot_be_drawn_are_refused(prompt, message):
     with pytest.raises(ValueError, match=message):
         shapes.parse(prompt)
+
+
+def test_groups_and_pictures_that_cannot_be_are_refused():
+    for group in ((0, "red", "circle"), (11, "red", "circle"), (1, "pink", "circle")):
+        with pytest.raises(ValueError, match="a group is 1 to 10 objects"):
+            Group(*group)
+    for judge in (shapes.count, CountReward(Scene((Group(3, "red", "circle"),)))):
+        with pytest.raises(ValueError, match="pictures must be finite"):
+            judge(torch.full((1, 3, 64, 64), torch.nan))
 
 
 @pytest.mark.parametrize("relation", shapes.RELATIONS)

@@ -306,13 +306,23 @@ def test_resampling_moves_every_field():
             torch.testing.assert_close(after.carry["history"], f)
 
 
+def test_other_particles_know_no_normalising_constant():
+    result = search(problem(BELL, LinearReward([1.0])), BestOfN(5), max_nfe=30, generator=seeded())
+    with pytest.raises(ValueError, match="only particles of SMC"):
+        log_z(result.particles)
+
+
 def test_without_resampling_a_deterministic_kernel_is_welcome():
     setup = problem(BELL, LinearReward([1.0]), ode)
     a = search(setup, SMC(5, threshold=0.0), max_nfe=30, generator=seeded())
     assert torch.equal(a.best, search(setup, BestOfN(5), max_nfe=30, generator=seeded()).best)
 
 
-@pytest.mark.parametrize("method", [SMC(), SMC(threshold=0.0, guide=Guide())], ids=["resampled", "steered"])
+@pytest.mark.parametrize(
+    "method",
+    [SMC(), SMC(threshold=0.0, init=2), SMC(threshold=0.0, guide=Guide())],
+    ids=["resampled", "resampled at the start", "steered"],
+)
 def test_otherwise_it_is_refused_before_any_compute(method):
     setup = replace(problem(BELL, never, ode), velocity=never)
     with pytest.raises(ValueError, match="stochastic"):

@@ -195,6 +195,8 @@ def test_a_point_mass_flows_straight():
         (([[1.0]], [1.0, 2.0]), "as many"),
         (([[1.0], [2.0]], 1.0, [1.0]), "as many"),
         (([[1.0]], -1.0), "negative"),
+        (([[math.nan]],), "finite"),
+        (([[1.0]], math.inf), "finite"),
         (([[1.0]], 1.0, [0.0]), "positive sum"),
         (([[1.0], [2.0]], 1.0, [2.0, -1.0]), "negative"),
     ],

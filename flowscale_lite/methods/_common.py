@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from numbers import Integral
+
 import torch
 
 from ..search import Particles, Problem, Run
 
 
 def require_positive(method: object, *names: str) -> None:
-    """Raises ValueError if a field so named is below 1; None, for a number that the budget decides, will do."""
+    """Raises ValueError if a field so named is no integer of at least 1; None, where it is the default, will do."""
     for name in names:
         value = getattr(method, name)
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1; got {value}")
+        if value is None and getattr(type(method), name, 1) is None:  # a number that the budget decides
+            continue
+        if not isinstance(value, Integral) or value < 1:
+            raise ValueError(f"{name} must be an integer of at least 1; got {value!r}")
 
 
 def require_noise(problem: Problem) -> None:

@@ -35,7 +35,8 @@ class RBF:
             the best of this transition's n draws lies so far above their mean that one more promises less than one
             more later would (see `reached`). It may overdraw its quota by half of what later ones hold.
         batch: candidates drawn and evaluated at a time. The first in order that beats the record is taken, and every
-            row evaluated is charged, so up to batch - 1 of them are speculation. 1 wastes none.
+            row evaluated is charged, so up to batch - 1 of them are speculation. 1 wastes none. Chains that compete are
+            drawn all at once.
         enough: with accept="best", candidates of one state that do for a transition far from the end; picked on
             closed-form flows (`tools.toy_table`).
         quantile: with accept="first", the record is this quantile of the rewards seen at the last transition instead.
@@ -43,8 +44,8 @@ class RBF:
         chains: searches that share the budget equally; the best finished sample is returned.
         compete: False keeps the chains independent. True (with accept="best") draws alike from the states of all
             chains and keeps the best candidates whosever they are: a beam search, which forgives an early mistake.
-        select_below: time from which candidates are selected; above it one a chain is drawn and none refused. The look-
-            ahead of a multi-step model says nothing near t = 1, and selection there wastes the budget.
+        select_below: time from which candidates are selected; above it one a chain is drawn, none refused, and the
+            record stays. Near t = 1 the look-ahead of a multi-step model says nothing, and to select wastes the budget.
         spend_all: at the last paid transition spend all that is left, and keep the best, even with accept="first":
             there is nothing later to save for. False reports it as left.
         guide: steers each accepted state, once for all its candidates, by the gradient of the look-ahead reward.
@@ -84,17 +85,19 @@ class RBF:
         return cls(init=init, accept="first", chains=chains, batch=batch, spend_all=False)
 
     @classmethod
-    def multi_step(cls, max_nfe: int) -> RBF:
-        """Settings for a model that needs many steps, found on tiny-flux dev: chains that compete, one for about every
-        32 NFE, and selection from t = 0.8 on; to be used with `schedules.logit_normal`, which has its steps there."""
-        return cls(init=1, chains=max(2, max_nfe // 32), compete=True, select_below=0.8)
+    def multi_step(cls, max_nfe: int, steps: int = 10, cost: int = 1) -> RBF:
+        """Settings for a model that needs many steps, found on tiny-flux dev in 10 steps: chains that compete, one for
+        about every 32 evaluations (3 a step where steps are more), and selection from t = 0.8 on; to be used with
+        `schedules.logit_normal`, which has its steps there. `cost` is the problem's: NFE of one evaluation."""
+        chains = max_nfe // cost // max(32, 3 * steps)
+        return cls(init=1, chains=max(2, chains), compete=True, select_below=0.8)
 
     @classmethod
-    def few_step(cls, max_nfe: int) -> RBF:
+    def few_step(cls, max_nfe: int, cost: int = 1) -> RBF:
         """Settings for a few-step model, found on tiny-flux schnell: a quarter of the budget on first noises, whose
         look-ahead already tells much, then the first improvement; to be used with the paper's VP-SDE,
-        `sde(vp_diffusion())` on `paper_vp(steps, finish=1)`."""
-        return cls(init=max(1, max_nfe // 4), accept="first")
+        `sde(vp_diffusion())` on `paper_vp(steps, finish=1)`. `cost` is the problem's: NFE of one evaluation."""
+        return cls(init=max(1, max_nfe // cost // 4), accept="first")
 
     def check(self, problem: Problem, max_nfe: int) -> None:
         """Raises ValueError if a chain cannot pay for its draws and every transition, or if all candidates coincide."""

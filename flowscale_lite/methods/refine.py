@@ -47,10 +47,10 @@ class Refine:
             raise ValueError(f"share must lie in (0, 1]; got {self.share}")
 
     @classmethod
-    def few_step(cls, max_nfe: int) -> Refine:
+    def few_step(cls, max_nfe: int, cost: int = 1) -> Refine:
         """Settings for a few-step model, found on tiny-flux schnell: a quarter of the budget on first noises; to be
-        used with `schedules.levels`."""
-        return cls(init=max(1, max_nfe // 4))
+        used with `schedules.levels`. `cost` is the problem's: NFE of one evaluation."""
+        return cls(init=max(1, max_nfe // cost // 4))
 
     def check(self, problem: Problem, max_nfe: int) -> None:
         """Raises ValueError if the budget does not pay for a try at every level."""

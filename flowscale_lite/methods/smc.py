@@ -67,7 +67,7 @@ class SMC:
 
     def check(self, problem: Problem, max_nfe: int) -> None:
         """Raises ValueError if the budget does not pay for the particles, or if resampled particles would coincide."""
-        if self.threshold > 0 or self.guide:
+        if self.threshold > 0 or self.init > 1 or self.guide:
             require_noise(problem)
         k = self.particles or 1
         require_budget(problem, max_nfe, k * self._price(problem), f"{k} particle(s)")
@@ -121,5 +121,10 @@ def log_z(p: Particles) -> float:
     """Log of the estimate of E_p[exp(r/tau)], the normalising constant, from SMC's particles, `Result.particles`.
 
     The estimate itself, not its logarithm, is unbiased.
+
+    Raises:
+        ValueError: the particles are another method's.
     """
+    if "log_z" not in p.carry:
+        raise ValueError("only particles of SMC carry an estimate of the normalising constant")
     return float(p.carry["log_z"][0] + p.logw.logsumexp(0)) - math.log(len(p))

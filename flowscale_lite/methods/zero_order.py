@@ -61,4 +61,7 @@ class ZeroOrder:
             return replace(q, x=carry["sample"], x0=carry["sample"], reward=carry["record"])
         near = math.sqrt(1 - self.radius**2) * carry["pivot"] + self.radius * run.noise(n)
         q = run.start(n, near)
-        return replace(q, carry={name: value.expand(n, *value.shape[1:]) for name, value in carry.items()})
+        carry = {name: value.expand(n, *value.shape[1:]) for name, value in carry.items()}
+        return replace(
+            q, carry=carry, parent=torch.zeros_like(q.parent)
+        )  # all of the one pivot, which every row carries
