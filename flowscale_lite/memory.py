@@ -163,6 +163,17 @@ SIZES: Mapping[str, Sizes] = MappingProxyType(
     }
 )
 """At 1024 x 1024, with the guidance that the makers recommend; printed by `python -m tools.memory`."""
+GUIDED: Mapping[str, tuple[float, float, float]] = MappingProxyType(
+    {
+        "stable-diffusion-3.5-medium": (1.0, 0.170, 0.346),
+        "stable-diffusion-3.5-large": (1.0, 0.249, 0.503),
+        "Qwen-Image": (1.0, 0.377, 0.384),
+        "Z-Image-Turbo": (0.0, 0.521, 1.043),
+        "Sana_1600M_1024px_diffusers": (1.0, 0.064, 0.135),
+    }
+)
+"""Of the models in SIZES that guidance runs twice: the scale above which it does, and a row's GiB up to it and above.
+Most take both forwards as one batch; Qwen-Image one after the other. By default all their pipelines' calls do."""
 
 
 @dataclass(frozen=True)
@@ -185,13 +196,15 @@ def count(pipe: Any, height: int, width: int, guidance: float) -> Sizes:
     for module in (pipe.transformer, pipe.vae):
         nn.Module.to(module.eval(), torch.bfloat16)  # past diffusers' warning on precision, void without weights
     family = families.family(pipe)
-    encoded = family.blank(pipe.transformer.config)
+    encoded, rows = family.blank(pipe.transformer.config), 1
+    if family is families.FAMILIES["ZImagePipeline"] and family.guided(pipe, guidance):
+        rows, guidance = 2, 0.0  # guided, it reads its clock, which is void here; its batch is that of two rows
     if family.guided(pipe, guidance):
         encoded |= {f"negative_{name}": value for name, value in encoded.items()}
     prompt = pipelines.Prompt(pipe, encoded, height, width, guidance, chunk=1)
     small = replace(prompt, height=height // 2, width=width // 2)
     x, y = (torch.empty(1, *p.shape, device="meta") for p in (prompt, small))
-    row = planner.count(pipe.transformer, lambda _: prompt.velocity(x, 0.5))
+    row = planner.count(pipe.transformer, lambda _: prompt.velocity(x.expand(rows, -1, -1, -1), 0.5))
     decode = planner.count(pipe.vae, lambda _: prompt.decode(x))
     tile = planner.count(pipe.vae, lambda _: small.decode(y))
     joined = 4 * 3 * height * width  # the picture that tiles make up
@@ -208,13 +221,18 @@ def count(pipe: Any, height: int, width: int, guidance: float) -> Sizes:
 def sizes(model: str | Path, height: int = 1024, width: int = 1024, guidance: float | None = None) -> Sizes:
     """The sizes of a model: stored for those in SIZES, counted for any other folder or hub id.
 
+    Args:
+        guidance: scale; the default of the pipeline's call if None.
+
     Raises:
         OSError, ValueError: no such model, or its pipeline is not supported.
     """
-    known = SIZES.get(Path(model).name)
-    if known is not None and not Path(model).exists():
-        share = height * width / 2**20
-        return replace(known, row=share * known.row, decode=share * known.decode, tile=share * known.tile)
+    name = Path(model).name
+    if name in SIZES and not Path(model).exists():
+        known, share = SIZES[name], height * width / 2**20
+        above, once, twice = GUIDED.get(name, (0.0, known.row, known.row))
+        row = once if guidance is not None and guidance <= above else twice
+        return replace(known, row=share * row, decode=share * known.decode, tile=share * known.tile)
     pipe = hub.skeleton(model)
     family = families.family(pipe)
     return count(pipe, height, width, family.default(pipe, family.scale) if guidance is None else guidance)
@@ -251,6 +269,11 @@ class Plan:
     tiling: bool = False
     chunk: int = 1
     decode_chunk: int = 1
+
+    @property
+    def text_dtype(self) -> str:
+        """What text encoders compute in, however they are held: T5 and Qwen exceed the range of float16."""
+        return "bfloat16" if self.dtype == "float16" else self.dtype
 
     @property
     def parts(self) -> dict[str, float]:
@@ -296,9 +319,12 @@ class Plan:
     def _filled(self, rows: int, fixed: Mapping[str, Any]) -> Plan:
         """With as many rows at a time as fit, and no more than `rows`."""
         room, alone, part = self.free - self.keep, replace(self, chunk=0, decode_chunk=0).stages, self.parts
-        chunk = fixed.get("chunk", min(rows, int((room - alone["velocities"]) / part["a row"])))
-        decode = fixed.get("decode_chunk", min(chunk, int((room - alone["pictures"]) / part["a decode"])))
-        return replace(self, chunk=chunk, decode_chunk=decode)
+        fit = {  # one does, although rounding may say 0.999...
+            "chunk": max(1, int((room - alone["velocities"]) / part["a row"])),
+            "decode_chunk": max(1, int((room - alone["pictures"]) / part["a decode"])),
+        }
+        chunk = fixed.get("chunk", min(rows, fit["chunk"]))
+        return replace(self, chunk=chunk, decode_chunk=fixed.get("decode_chunk", min(chunk, fit["decode_chunk"])))
 
     def summary(self) -> str:
         """In a few words."""
@@ -346,18 +372,17 @@ def plan(
         fixed: fields of Plan that are not to be chosen, such as weights="nf4", text="dropped", chunk=4.
 
     Raises:
-        ValueError: nothing fits, or a field is unknown or out of range.
+        ValueError: nothing fits, or a field is unknown or out of range, or those fixed exclude one another.
     """
-    choices = {"weights": WEIGHTS, "text": TEXT, "text_weights": ("full", "nf4"), "dtype": DTYPES}
-    for name, value in {"dtype": dtype, **fixed}.items():
-        if name in choices and value not in choices[name]:
-            raise ValueError(f"{name} is one of {choices[name]}; got {value!r}")
-        if name not in (*choices, "group_offload", "tiling") and (name not in ("chunk", "decode_chunk") or value < 1):
-            raise ValueError(f"no such choice: {name}={value!r}")
-    if rows < 1:
-        raise ValueError(f"rows must be at least 1; got {rows}")
+    _check({"dtype": dtype, **fixed}, rows)
+    allowed = [fields for fields in _candidates() if _allows(fixed, fields)]
+    if not allowed:
+        raise ValueError(
+            f"these choices exclude one another: {fixed}; text='offloaded' and group_offload=True each need full "
+            "weights, and not the other"
+        )
     start = Plan(Path(model).name, sizes(model, height, width, guidance), free, keep, dtype)
-    candidates = [replace(start, **{**fields, **fixed}) for fields in _candidates() if _allows(fixed, fields)]
+    candidates = [replace(start, **{**fields, **fixed}) for fields in allowed]
     for one in candidates:
         if one.peak <= free - keep and one.host <= host:
             return one._filled(rows, fixed)
@@ -366,6 +391,21 @@ def plan(
         f"{start.model} does not fit into {free:.1f} GiB with {keep:.1f} kept free and {host:.1f} of host memory; "
         f"the smallest plan takes {least.peak:.1f} and {least.host:.1f}: {least.summary()}"
     )
+
+
+def _check(fixed: Mapping[str, Any], rows: int) -> None:
+    """Raises ValueError if a field of Plan is not to be chosen, or not so, or if `rows` is out of range."""
+    flags = (False, True)
+    choices: dict[str, tuple[Any, ...]] = {"weights": WEIGHTS, "text": TEXT, "text_weights": ("full", "nf4")}
+    choices |= {"dtype": DTYPES, "group_offload": flags, "tiling": flags}
+    for name, value in fixed.items():
+        if name in choices:
+            if value not in choices[name]:
+                raise ValueError(f"{name} is one of {choices[name]}; got {value!r}")
+        elif name not in ("chunk", "decode_chunk") or not isinstance(value, int) or value < 1:
+            raise ValueError(f"no such choice: {name}={value!r}")
+    if not isinstance(rows, int) or rows < 1:
+        raise ValueError(f"rows must be at least 1, a whole number; got {rows}")
 
 
 def _candidates() -> Iterator[dict[str, Any]]:
@@ -433,9 +473,8 @@ def load(
             "the plan drops the text encoders once prompts are encoded: give `prompts`, or text='resident'"
         )
     fine = torch.float32 if plan.dtype == "float16" else getattr(torch, plan.dtype)
-    texts = torch.bfloat16 if plan.dtype == "float16" else getattr(torch, plan.dtype)
     names = [name for name in hub.index(model) if name.startswith(("text_encoder", "tokenizer"))]
-    dtypes = {"transformer": getattr(torch, plan.dtype), "vae": fine, "default": texts}
+    dtypes = {"transformer": getattr(torch, plan.dtype), "vae": fine, "default": getattr(torch, plan.text_dtype)}
 
     def encode(pipe: Any) -> None:
         family = families.family(pipe)
@@ -496,17 +535,17 @@ def _quantisation(plan: Plan) -> Callable[..., dict[str, Any]]:
             raise ValueError(
                 f"a plan with {kind} weights needs {library}: pip install {library}, or choose another kind"
             )
-    dtype = getattr(torch, plan.dtype)
-    four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
+
+    def four(config: Any, dtype: str) -> Any:
+        return config(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=getattr(torch, dtype))
 
     def mapping(*parts: str) -> dict[str, Any]:
         configs: dict[str, Any] = {}
         if "text_encoder" in parts and plan.text_weights == "nf4":
-            configs |= dict.fromkeys(
-                ("text_encoder", "text_encoder_2", "text_encoder_3"), transformers.BitsAndBytesConfig(**four)
-            )
+            text = four(transformers.BitsAndBytesConfig, plan.text_dtype)
+            configs |= dict.fromkeys(("text_encoder", "text_encoder_2", "text_encoder_3"), text)
         if "transformer" in parts and plan.weights == "nf4":
-            configs["transformer"] = diffusers.BitsAndBytesConfig(**four)
+            configs["transformer"] = four(diffusers.BitsAndBytesConfig, plan.dtype)
         elif "transformer" in parts and plan.weights != "full":
             from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
 

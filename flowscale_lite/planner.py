@@ -12,7 +12,7 @@ import functools
 import math
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -219,9 +219,15 @@ def of_pipeline(pipe: Any, height: int, width: int, *, text_tokens: int, name: s
     """The model of a loaded FluxPipeline at a size, counted on copies without weights.
 
     Raises:
-        ValueError: sizes out of range.
+        ValueError: sizes out of range, another pipeline, or one without its text encoder.
     """
     _check(height, width, text_tokens)
+    from diffusers import FluxPipeline
+
+    if not isinstance(pipe, FluxPipeline) or pipe.text_encoder_2 is None:
+        raise ValueError(
+            f"need a FluxPipeline with its text encoders; got {type(pipe).__name__}; see also memory.sizes"
+        )
     transformer, vae, text = (_weightless(m) for m in (pipe.transformer, pipe.vae, pipe.text_encoder_2))
     dtype = pipe.transformer.dtype
     return _counted(name or type(pipe).__name__, transformer, vae, text, height, width, text_tokens, dtype)
@@ -385,4 +391,4 @@ def measured(model: Model, nfe: int, seconds: float, *, reward_calls: int = 0, n
     if seconds <= 0:
         raise ValueError(f"seconds must be positive; got {seconds}")
     unit = plan(model, Gpu(name, 1.0, 1.0, 0.0), nfe, reward_calls=reward_calls, utilisation=1.0)
-    return replace(GPUS["T4"], name=name, tflops=unit.seconds / seconds, memory=math.inf, dollars=0.0)
+    return Gpu(name, unit.seconds / seconds, math.inf, 0.0)

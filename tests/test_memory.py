@@ -1,8 +1,11 @@
 """Models of real size without a GPU: sizes recounted, plans added up by hand, loading by every kind of plan that a CPU
 can carry out, and what the hub may answer."""
 
+import itertools
+import math
 import sys
 import types
+from importlib import metadata
 
 import httpx
 import huggingface_hub
@@ -12,8 +15,8 @@ from conftest import seeded
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from tiny_families import BUILDERS, build
 
-from flowscale_lite import RBF, assets, gaussian, hub, memory, pipelines, search, shapes
-from flowscale_lite.memory import CARDS, SIZES, plan
+from flowscale_lite import RBF, assets, families, gaussian, hub, memory, pipelines, search, shapes
+from flowscale_lite.memory import CARDS, GUIDED, SIZES, plan
 from flowscale_lite.pipelines import Prompt
 from tools import memory as tool
 
@@ -29,6 +32,11 @@ def test_stored_weights_are_those_of_the_configs(name):
     texts = [part for key, part in pipe.components.items() if key.startswith("text_encoder") and part is not None]
     weights = [memory.Weights.of(*modules) for modules in ([pipe.transformer], texts, [pipe.vae])]
     assert weights == [SIZES[name].transformer, SIZES[name].text, SIZES[name].vae]
+    family = families.family(pipe)
+    above, once, twice = GUIDED.get(name, (math.inf, SIZES[name].row, math.nan))
+    assert [family.guided(pipe, scale) for scale in (0, above, above + 0.1)] == [False, False, name in GUIDED]
+    assert SIZES[name].row == (twice if family.guided(pipe, tool.MODELS[name][1]) else once)
+    assert name not in GUIDED or family.guided(pipe, family.default(pipe, family.scale)), "what no guidance means"
 
 
 @pytest.mark.parametrize("name", ["Sana_1600M_1024px_diffusers", "FLUX.2-klein-4B"])
@@ -39,6 +47,15 @@ def test_stored_activations_are_counted_again(name):
     for field in ("row", "decode", "tile"):
         got, known = getattr(counted, field), getattr(stored, field)
         assert (1 - less) * known - 0.006 <= got <= known + 0.006, (field, got, known)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", GUIDED)
+def test_stored_rows_with_the_other_guidance_are_counted_again(name):
+    above, once, twice = GUIDED[name]
+    scale, stored = (above, once) if SIZES[name].row == twice else (above + 1, twice)
+    less = 0.0 if sys.version_info < (3, 12) else 0.025
+    assert (1 - less) * stored - 0.001 <= memory.count(tool.build(name), 1024, 1024, scale).row <= stored + 0.001
 
 
 def test_parameters_are_the_published_ones():
@@ -72,7 +89,7 @@ def test_a_folder_is_counted_from_its_configs_as_its_models_are():
 # -------------------------------------------------------------------------------------------------------------- plans
 def added_up(name, one) -> dict[str, float]:
     """The stages of a plan, from parameters and bytes alone."""
-    sizes, bytes_ = SIZES[name], {"full": 2.0, "int8": 1.0, "fp8": 1.0, "nf4": 0.5625}
+    sizes, bytes_ = memory.sizes(name), {"full": 2.0, "int8": 1.0, "fp8": 1.0, "nf4": 0.5625}
 
     def gib(weights, kind, size=2):
         linear = weights.linear * (size if kind == "full" else bytes_[kind])
@@ -154,6 +171,31 @@ def test_size_and_judges_and_guidance_count():
     assert memory.count(guided, 64, 64, 4.0).row == pytest.approx(2 * memory.count(guided, 64, 64, 1.0).row, rel=0.2)
 
 
+def test_guidance_counts_for_stored_models_too():
+    """By default a pipeline's call is guided wherever it may be; a plan for that is not one for a single forward."""
+    rows = {scale: memory.sizes("stable-diffusion-3.5-large", guidance=scale).row for scale in (None, 1.0, 7.0)}
+    assert rows[7.0] == rows[None] == SIZES["stable-diffusion-3.5-large"].row and rows[1.0] < 0.5 * rows[7.0]
+    once, twice = (plan("Z-Image-Turbo", 22.0, guidance=scale) for scale in (0.0, None))
+    assert once.parts["a row"] == SIZES["Z-Image-Turbo"].row < 0.51 * twice.parts["a row"] and once.chunk > twice.chunk
+    assert memory.sizes("FLUX.1-dev", guidance=1.0) == memory.sizes("FLUX.1-dev", guidance=7.0)
+
+
+def test_a_guided_z_image_is_counted(monkeypatch):
+    """As two rows; to a few copies what its own call takes, told not to read its clock, which it cannot do there."""
+    with torch.device("meta"):
+        pipe = BUILDERS["ZImagePipeline"]()
+    once, twice = (memory.count(pipe, 64, 64, scale).row for scale in (0.0, 5.0))
+    family = families.FAMILIES["ZImagePipeline"]
+    told = memory.replace(family, options=lambda: {"cfg_truncation": None})
+    monkeypatch.setitem(families.FAMILIES, "ZImagePipeline", told)
+    encoded = family.blank(pipe.transformer.config)
+    encoded |= {f"negative_{name}": value for name, value in encoded.items()}
+    prompt = Prompt(pipe, encoded, 64, 64, 5.0, chunk=1)
+    x = torch.empty(1, *prompt.shape, device="meta")
+    own = memory.planner.count(pipe.transformer, lambda _: prompt.velocity(x, 0.5)).activations / GIB
+    assert twice == pytest.approx(own, rel=0.02) and twice > 1.7 * once
+
+
 def test_plans_can_be_overridden_and_nonsense_is_refused():
     one = plan("FLUX.1-dev", 79.1, weights="nf4", text="dropped", text_weights="nf4", chunk=3, tiling=True)
     assert (one.weights, one.text, one.text_weights, one.chunk, one.tiling) == ("nf4", "dropped", "nf4", 3, True)
@@ -167,12 +209,34 @@ def test_plans_can_be_overridden_and_nonsense_is_refused():
         ({"weights": "int3"}, "weights is one of"),
         ({"text": "gone"}, "text is one of"),
         ({"chunk": 0}, "no such choice: chunk=0"),
+        ({"chunk": 2.5}, "no such choice: chunk=2.5"),
+        ({"decode_chunk": "a"}, "no such choice: decode_chunk='a'"),
         ({"colour": "red"}, "no such choice: colour"),
+        ({"tiling": "yes"}, "tiling is one of"),
         ({"dtype": "float64"}, "dtype is one of"),
         ({"rows": 0}, "rows must be at least 1"),
+        ({"rows": 1.5}, "rows must be at least 1"),
+        ({"text": "offloaded", "weights": "int8"}, "exclude one another"),
+        ({"text": "offloaded", "text_weights": "nf4"}, "exclude one another"),
+        ({"text": "offloaded", "group_offload": True}, "exclude one another"),
+        ({"weights": "int8", "group_offload": True}, "exclude one another"),
     ):
         with pytest.raises(ValueError, match=message):
             plan("FLUX.1-dev", 79.1, **bad)
+
+
+@pytest.mark.parametrize("tiling", [False, True])
+def test_a_plan_that_just_fits_has_a_row_and_a_picture_at_a_time(tiling):
+    """Where what is left is one row or picture exactly, rounding may say that none fits."""
+    for name, weights in itertools.product(SIZES, ("full", "int8", "nf4")):
+        fixed = {"weights": weights, "text": "resident", "text_weights": "full", "tiling": tiling}
+        least = plan(name, 100.0, rows=1, **fixed, group_offload=False)
+        for keep in (0.0, 0.3, 1.0):
+            try:
+                one = plan(name, least.peak + keep, keep=keep, **fixed, group_offload=False)
+            except ValueError:  # the sum was rounded down
+                continue
+            assert min(one.chunk, one.decode_chunk) >= 1, (name, weights, keep)
 
 
 # ------------------------------------------------------------------------------------------------------------- loading
@@ -249,6 +313,20 @@ def test_eight_bits_by_torchao(usual, kind):
     x, t = torch.randn(2, *prompt.shape, generator=seeded()), torch.full((2,), 0.8)
     v, expected = prompt(x, t), usual[0](x, t)
     assert (v - expected).norm() < 0.1 * expected.norm() and picture.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", memory.DTYPES)
+def test_four_bits_are_computed_with_as_sixteen_are(monkeypatch, dtype):
+    """Text encoders never in float16, whose range T5 and Qwen exceed."""
+    version = metadata.version
+    monkeypatch.setattr(memory.importlib.util, "find_spec", lambda name: name)  # as if bitsandbytes were there
+    monkeypatch.setattr(metadata, "version", lambda name: "1.0" if name == "bitsandbytes" else version(name))
+    one = tiny_plan(dtype=dtype, weights="nf4", text="dropped", text_weights="nf4")
+    configs = memory._quantisation(one)("transformer", "text_encoder")["quantization_config"].quant_mapping
+    computes = {name: config.bnb_4bit_compute_dtype for name, config in configs.items()}
+    assert computes.pop("transformer") == getattr(torch, dtype)
+    text = torch.float32 if dtype == "float32" else torch.bfloat16
+    assert computes == dict.fromkeys(("text_encoder", "text_encoder_2", "text_encoder_3"), text)
 
 
 def test_tiles_have_half_the_side():

@@ -1,10 +1,12 @@
 """What a picture costs: counts against closed forms, plans against hand arithmetic, both against a CPU's clock."""
 
+import math
 import time
 from dataclasses import replace
 
 import pytest
 import torch
+from tiny_families import build
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -138,6 +140,7 @@ def test_numbers_out_of_range_are_refused():
     for options in ({"tflops": 0}, {"memory": -1}, {"dollars": -1}):
         with pytest.raises(ValueError, match="must be positive"):
             replace(CARD, **options)
+    assert planner.measured(TOY, 10, 3.6, name="here") == Gpu("here", 10.0, math.inf, 0.0)  # 36 TFLOP
     with pytest.raises(ValueError, match="seconds must be positive"):
         planner.measured(TOY, 10, 0.0)
 
@@ -162,6 +165,14 @@ def test_a_pipeline_is_counted_on_copies_without_weights(tiny):
         assert counter.get_total_flops() == rows * model.decode.flops
     assert all(p.device.type == "cpu" for p in prompt.pipe.transformer.parameters())
     assert model.velocity.parameters == sum(p.numel() for p in prompt.pipe.transformer.parameters())
+
+
+def test_only_flux_with_its_text_encoders_is_counted():
+    flux = build("FluxPipeline")
+    flux.text_encoder_2 = None  # as a plan that drops text encoders leaves it
+    for pipe in (flux, build("SanaPipeline")):
+        with pytest.raises(ValueError, match="need a FluxPipeline with its text encoders"):
+            planner.of_pipeline(pipe, 64, 64, text_tokens=16)
 
 
 @pytest.mark.slow
