@@ -640,7 +640,7 @@ plots.show(
 
 # %% [markdown]
 # Read the tables with care. With few steps Euler-Maruyama with $3t^2$ ends *closer* to the data than the exact transition: at every number of steps on Gaussian data, at 4 and 10 on the mixture, where at 40 they are level. But on the way its variance is far too high (the number in brackets), and it is on the way that a search
-# judges its particles. Which is better for a search is a question for experiments with a search (notebooks 07 and 10), not for a theorem.
+# judges its particles. Which is better for a search is a question for experiments with a search (notebooks 05 and 10), not for a theorem.
 #
 # ## One state, many futures
 #
