@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -46,10 +47,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--steps", type=int, default=10, help="steps of the time grid (default: %(default)s)")
     p.add_argument("--kernel", choices=KERNELS, help="transition (default: what suits method and model)")
     p.add_argument(
-        "--guidance", type=float, help="distilled guidance scale, for models that have it (default: 2)", default=2.0
+        "--guidance",
+        type=float,
+        default=2.0,
+        help="scale, for models that have one (default: %(default)s); 0 for models distilled to do without",
     )
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--model", help="folder or hub id of a FluxPipeline (default: the tiny-flux of this project)")
+    p.add_argument("--model", help="folder or hub id of a pipeline (default: the tiny-flux of this project)")
     p.add_argument("--device", default="cpu")
     p.add_argument("--out", type=Path, default=Path("out.png"), help="picture; the account goes beside it as .json")
     p.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
@@ -82,7 +86,10 @@ def prepare(args: argparse.Namespace) -> tuple[Prompt, Problem, Any, shapes.Scen
     scene = shapes.parse(args.prompt)
     if args.nfe < 1 or args.steps < 1:
         raise ValueError(f"--nfe and --steps must be at least 1; got {args.nfe} and {args.steps}")
-    if args.out.suffix != ".png" or not args.out.resolve().parent.is_dir():
+    if not -(2**63) <= args.seed < 2**64:
+        raise ValueError(f"--seed must be an integer of 64 bits; got {args.seed}")
+    written = (args.out, args.out.with_suffix(".json"))
+    if args.out.suffix != ".png" or not args.out.resolve().parent.is_dir() or any(path.is_dir() for path in written):
         raise ValueError(f"--out must name a .png file in an existing folder; got {args.out}")
     if args.method == "refine" and args.kernel:
         raise ValueError(f"refine redraws noise itself and takes no --kernel; got {args.kernel}")
@@ -103,9 +110,11 @@ def suited(args: argparse.Namespace, prompt: Prompt) -> tuple[Method, str, sched
     kernel = args.kernel or ("ode" if args.method in ON_THE_ODE else "gaussian" if prompt.multi_step else "vp")
     method, times = METHODS[args.method](), prompt.times(args.steps)
     if args.method == "rbf":
-        method = RBF.multi_step(args.nfe) if prompt.multi_step else RBF.few_step(args.nfe)
+        method = RBF.few_step(args.nfe, prompt.cost)
+        if prompt.multi_step:
+            method = RBF.multi_step(args.nfe, args.steps, prompt.cost)
     if args.method == "refine":
-        method = Refine.few_step(args.nfe)
+        method = Refine.few_step(args.nfe, prompt.cost)
         times = schedules.levels(args.steps)
     elif kernel == "vp":
         times = schedules.paper_vp(args.steps, finish=-(-args.steps // 3) if prompt.multi_step else 1)
@@ -134,16 +143,26 @@ def run(args: argparse.Namespace, prompt: Prompt, problem: Problem, method: Any,
         )
     seconds = time.perf_counter() - start
     before, after = (prompt.decode(result.best[None]) for result in (plain, found))
-    figure = plots.before_after(before[0], after[0], found, title=args.prompt)
-    figure.savefig(args.out, dpi=150)
-    plt.close(figure)
     account = told(args, problem, method) | {
         "plain": summary(plain, before, scene),
         "found": summary(found, after, scene) | {"seconds": round(seconds, 2)},
         "trace": [step._asdict() for step in found.trace],
     }
-    args.out.with_suffix(".json").write_text(json.dumps(account, indent=1) + "\n")
+    text = json.dumps(finite(account), indent=1, allow_nan=False) + "\n"
+    args.out.with_suffix(".json").write_text(text)  # first: the budget is spent, whatever drawing may meet
+    figure = plots.before_after(before[0], after[0], found, title=args.prompt)
+    figure.savefig(args.out, dpi=150)
+    plt.close(figure)
     return account
+
+
+def finite(value: Any) -> Any:
+    """The same with null for what JSON has no number for, such as the mean of no candidates."""
+    if isinstance(value, dict):
+        return {key: finite(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def told(args: argparse.Namespace, problem: Problem, method: Any) -> dict[str, Any]:

@@ -23,7 +23,14 @@ import huggingface_hub  # noqa: E402
 import transformers  # noqa: E402
 from diffusers import DiffusionPipeline, FluxPipeline  # noqa: E402, F401  the latter's import is what would warn
 from diffusers.utils import logging as diffusers_logging  # noqa: E402
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError  # noqa: E402
+from huggingface_hub.errors import (  # noqa: E402
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from packaging.version import Version  # noqa: E402
 from transformers.utils import logging as transformers_logging  # noqa: E402
 
@@ -34,28 +41,34 @@ TOKEN = "HF_TOKEN"
 """The name of the access token, in the environment and among Colab's secrets."""
 
 
-def load(model: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
+def load(model: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Any:
     """A pipeline ready for inference on one device, whole and in one precision. For models that are large for their GPU
     see `memory.load`.
 
     Raises:
-        FileNotFoundError: `model` is a path that holds no pipeline, or not known to the hub.
+        FileNotFoundError: `model` is a path that holds no pipeline, or not known to the hub; or weights of it are
+            pickles, which are not loaded.
         PermissionError: the hub wants its licence accepted, or a token.
-        ConnectionError: the hub cannot be reached, and the model is not in the cache.
+        ConnectionError: the hub cannot be reached or refuses to answer, and the model is not in the cache.
         ValueError: there is no such device, or the model's pipeline is not supported.
     """
     check_device(device)
     return fetch(model, dtype).to(device)
 
 
-def check_device(device: str) -> None:
-    """Raises ValueError if there is no such device."""
+def check_device(device: str | torch.device) -> None:
+    """Raises ValueError if there is no such device here, or none that holds numbers: a number is put there."""
     try:
-        torch.device(device)
-    except RuntimeError:
-        raise ValueError(f"no such device: {device!r}; use 'cpu' or 'cuda'") from None
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device {device!r} asked for, but torch sees no CUDA GPU; use 'cpu'")
+        torch.zeros(1, device=device).tolist()
+    except (
+        RuntimeError,
+        AssertionError,
+        ImportError,
+    ) as error:  # libraries differ in how they say that they lack a device
+        if str(device).startswith("cuda"):
+            which = "such CUDA GPU" if torch.cuda.is_available() else "CUDA GPU"
+            raise ValueError(f"device '{device}' asked for, but torch sees no {which}; use 'cpu'") from error
+        raise ValueError(f"no such device: '{device}'; use 'cpu' or 'cuda'") from error
 
 
 def token() -> str | None:
@@ -84,8 +97,12 @@ def index(model: str | Path) -> dict[str, Any]:
     else:
         with _explained(model):
             path = Path(huggingface_hub.hf_hub_download(str(model), "model_index.json", token=token()))
-    found = json.loads(path.read_text(encoding="utf-8"))
-    families.family(found["_class_name"])
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        name = found["_class_name"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} does not say which pipeline it is of: {error!r}") from error
+    families.family(name)
     return found
 
 
@@ -100,20 +117,20 @@ def fetch(model: str | Path, dtype: torch.dtype | dict[str, torch.dtype] = torch
     """
     index(model)
     here = Path(model).exists()
-    arguments |= {_DTYPE: dtype} | ({} if here else {"token": token()})
+    arguments |= {_DTYPE: dtype, "use_safetensors": True} | ({} if here else {"token": token()})
     with _explained(model), quiet(here):  # a download shows its progress, a folder is read at once
         pipe = DiffusionPipeline.from_pretrained(str(model), **arguments)
     pipe.set_progress_bar_config(disable=True)
     for part in pipe.components.values():
         if isinstance(part, nn.Module):
             part.eval().requires_grad_(False)
-    if pipe.vae is not None:
+    if pipe.vae is not None and all(p.ndim < 5 for p in pipe.vae.parameters()):  # a video's have a layout of their own
         pipe.vae.to(memory_format=torch.channels_last)  # the layout in which convolutions are fast
     return pipe
 
 
 def preview(
-    model: str | Path = "madebyollin/taef1", device: str = "cpu", dtype: torch.dtype = torch.float32
+    model: str | Path = "madebyollin/taef1", device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> nn.Module:
     """A small autoencoder for `Prompt.encode(..., preview=...)`; the default is TAEF1, made for FLUX.1.
 
@@ -122,7 +139,7 @@ def preview(
     """
     check_device(device)
     here = Path(model).exists()
-    arguments = {_DTYPE: dtype} | ({} if here else {"token": token()})
+    arguments = {_DTYPE: dtype, "use_safetensors": True} | ({} if here else {"token": token()})
     with _explained(model), quiet(here):
         vae = diffusers.AutoencoderTiny.from_pretrained(str(model), **arguments)
     return vae.eval().requires_grad_(False).to(device)
@@ -174,21 +191,40 @@ def _explained(model: str | Path) -> Iterator[None]:
         raise FileNotFoundError(
             f"the hub has no model {model}, or it is private and the token ({secret}) does not open it"
         ) from error
-    except (ConnectionError, HfHubHTTPError, huggingface_hub.errors.LocalEntryNotFoundError) as error:
-        raise ConnectionError(f"{page} cannot be reached, and the model is not in the local cache") from error
+    except (RemoteEntryNotFoundError, RevisionNotFoundError) as error:
+        raise FileNotFoundError(f"the hub's {model} is no diffusers pipeline: {_line(error)}") from error
+    except (ConnectionError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+        reason = _line(error.__cause__ or error)  # such as that of being asked too often
+        raise ConnectionError(f"{page} cannot be reached, and the model is not in the local cache: {reason}") from error
+    except OSError as error:
+        if "safetensors" not in str(error):
+            raise
+        raise FileNotFoundError(
+            f"{model} lacks safetensors weights; others are not loaded, they can run code: {_line(error)}"
+        ) from error
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())
 
 
 @contextmanager
 def quiet(really: bool = True) -> Iterator[None]:
-    """Without the libraries' loading bars and their surprise at a small autoencoder."""
-    logs = (diffusers_logging, transformers_logging)
-    levels = [log.get_verbosity() for log in logs]
-    for log in logs if really else ():
+    """Without the libraries' loading bars and their surprise at a small autoencoder; all is put back as it was."""
+    if not really:
+        yield
+        return
+    logs, bars = (diffusers_logging, transformers_logging), huggingface_hub.utils
+    before = [(log.get_verbosity(), log.is_progress_bar_enabled()) for log in logs]
+    restore = bars.disable_progress_bars if bars.are_progress_bars_disabled() else bars.enable_progress_bars
+    for log in logs:
         log.set_verbosity_error()
         log.disable_progress_bar()
     try:
         yield
     finally:
-        for log, level in zip(logs, levels, strict=True) if really else ():
+        for log, (level, shown) in zip(logs, before, strict=True):
             log.set_verbosity(level)
-            log.enable_progress_bar()
+            if shown:
+                log.enable_progress_bar()
+        restore()  # transformers switches the hub's bars with its own

@@ -13,8 +13,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -32,15 +31,17 @@ if TYPE_CHECKING:
 
 # ---------------------------------------------------------------------------------------------------------- pictures
 def check_pictures(images: Tensor) -> Tensor:
-    """The pictures, if they are (K, 3, H, W) and in [0, 1].
+    """The pictures, if they are (K, 3, H, W) with K at least 1, and in [0, 1].
 
     Raises:
-        ValueError: they are not; a picture in [-1, 1] or in bytes would be judged without a word.
+        ValueError: they are not; a picture in [-1, 1], in bytes or of NaN would be judged without a word.
     """
-    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
-        raise ValueError(f"pictures must be floats of shape (K, 3, H, W); got {images.dtype} {tuple(images.shape)}")
-    low, high = (float(v) for v in images.detach().aminmax()) if images.numel() else (0.0, 1.0)
-    if low < -1e-3 or high > 1 + 1e-3:
+    if images.ndim != 4 or images.shape[1] != 3 or not images.numel() or not images.is_floating_point():
+        raise ValueError(
+            f"pictures must be floats of shape (K, 3, H, W), one at least; got {images.dtype} {tuple(images.shape)}"
+        )
+    low, high = (float(v) for v in images.detach().aminmax())
+    if not (low >= -1e-3 and high <= 1 + 1e-3):  # so put, NaN is refused too
         raise ValueError(f"pictures must lie in [0, 1]; got values from {low:g} to {high:g}")
     return images
 
@@ -65,8 +66,10 @@ def _pretrained(cls: Any, name: str | Path, **options: Any) -> Any:
         PermissionError: the model's licence has to be accepted first.
         FileNotFoundError: there is no such model in reach, or no safetensors weights of it.
     """
+    from .hub import quiet
+
     try:
-        with _quiet() if Path(name).exists() else nullcontext():  # a download shows its progress
+        with quiet(Path(name).exists()):  # a download shows its progress
             return cls.from_pretrained(str(name), **options)
     except (OSError, ValueError) as error:
         causes = _causes(error)
@@ -92,31 +95,31 @@ def _causes(error: BaseException | None) -> list[BaseException]:
     return [] if error is None else [error, *_causes(error.__cause__ or error.__context__)]
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' bars and warnings, for a folder that is read at once."""
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        logging.enable_progress_bar()
-
-
 def _model(cls: Any, name: str | Path, device: str, dtype: torch.dtype) -> Any:
     """A model ready for inference.
 
     Raises:
         ValueError: there is no such device.
     """
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {device!r} asked for, but torch sees no CUDA GPU; use 'cpu'")
+    from .hub import check_device
+
+    check_device(device)
     model = _pretrained(cls, name, dtype=dtype, use_safetensors=True)
     return model.eval().requires_grad_(False).to(device)
+
+
+class _Chunked:
+    """A judge that takes `chunk` pictures at a time.
+
+    Raises:
+        ValueError: chunk < 1, refused here and not in the middle of a search.
+    """
+
+    chunk: int
+
+    def __post_init__(self) -> None:
+        if self.chunk < 1:
+            raise ValueError(f"chunk must be at least 1; got {self.chunk}")
 
 
 # -------------------------------------------------------------------------------------------------------------- CLIP
@@ -188,7 +191,7 @@ class Clip:
 
 
 @dataclass(frozen=True)
-class CLIPScore:
+class CLIPScore(_Chunked):
     """2.5 max(cos, 0) of picture and prompt (Hessel et al., arXiv 2104.08718): (K, 3, H, W) -> (K,)."""
 
     clip: Clip
@@ -205,7 +208,7 @@ class CLIPScore:
 
 
 @dataclass(frozen=True)
-class PickScore:
+class PickScore(_Chunked):
     """How much people would like the picture for the prompt (Kirstain et al., arXiv 2305.01569): (K, 3, H, W) -> (K,).
 
     The scaled cosine of a CLIP-H trained on choices between two pictures; a difference d means that the better one is
@@ -226,7 +229,7 @@ class PickScore:
 
 
 @dataclass(frozen=True)
-class Aesthetic:
+class Aesthetic(_Chunked):
     """An aesthetic score of pictures, whatever the prompt: a head over CLIP's unit vectors. (K, 3, H, W) -> (K,).
 
     The LAION predictor is such a head over "clip-l", on a scale of about 1 to 10. It is published as a pickle: convert
@@ -376,7 +379,7 @@ def _chat_template(name: str | Path) -> str:
 
 
 @dataclass(frozen=True)
-class VQAScore:
+class VQAScore(_Chunked):
     """Probability that the answer to "does the picture show the prompt?" is Yes: (K, 3, H, W) -> (K,), in [0, 1].
 
     The score of Lin et al. (arXiv 2404.01291), with a Qwen-VL in place of their CLIP-FlanT5, so its values are not to
@@ -396,7 +399,8 @@ class VQAScore:
     against_no: bool = False
 
     def __post_init__(self) -> None:
-        self.vlm.token("Yes")  # refused here, not in the middle of a search
+        super().__post_init__()
+        self.vlm.token("Yes")  # likewise refused here
         if self.against_no:
             self.vlm.token("No")
 
@@ -471,24 +475,26 @@ def clean(found: Found, rules: Cleaning = Cleaning()) -> Found:
     it, stands for itself as a rectangle.
     """
     masks, own = _usable(found)
-    area = masks.sum((1, 2)).float()
     flat = masks.flatten(1).float()
-    shared = flat @ flat.T
+    # Masks stay where they are; what the loops below ask for number by number goes to the CPU at once.
+    area, shared, own, labels, scores = (
+        part.cpu() for part in (flat.sum(1), flat @ flat.T, own, found.labels, found.scores)
+    )
     least = area.clamp_min(1)
     same = shared / (area[:, None] + area - shared).clamp_min(1) > rules.same
     inside = (shared >= rules.inside * least) & (area[:, None] > area)  # [i, j]: j lies inside i
-    like = found.labels[:, None] == found.labels
+    like = labels[:, None] == labels
     alive = area >= max(1.0, rules.smallest * masks[0].numel() if len(masks) else 1.0)
     for i in area.argsort().tolist():  # small ones first, so that groups of groups are seen through
         members = (inside[i] & like[i] & alive).nonzero()[:, 0]
         alive[i] &= not _is_group(masks, shared, area, i, members, rules.made_of if own[i] else 0.0)
     kept: list[int] = []
-    for i in found.scores.argsort(descending=True, stable=True).tolist():
+    for i in scores.argsort(descending=True, stable=True).tolist():
         if alive[i] and not same[i, kept].any():
             kept.append(i)
-    rows = torch.tensor(kept, dtype=torch.int64, device=found.scores.device)
+    rows = torch.tensor(kept, dtype=torch.int64)
     whole = ~(inside & like)[rows][:, rows].any(0)
-    return found[rows[whole]]
+    return found[rows[whole].to(found.scores.device)]
 
 
 def _usable(found: Found) -> tuple[Tensor, Tensor]:
@@ -623,7 +629,7 @@ class Finder:
 
 
 @dataclass(frozen=True)
-class GroundedCounts:
+class GroundedCounts(_Chunked):
     """Minus the residual sum of squares of counts, objects found by GroundingDINO and cleaned with SAM's masks: the
     quantity reward of arXiv 2503.19385. (K, 3, H, W) -> (K,), at most 0; 0 where every count is right.
 
@@ -635,7 +641,7 @@ class GroundedCounts:
         chunk: pictures a forward pass.
 
     Raises:
-        ValueError: no target, or a negative one.
+        ValueError: no target, or a negative one; chunk < 1.
     """
 
     finder: Finder
@@ -645,6 +651,7 @@ class GroundedCounts:
     chunk: int = 4
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.target or any(n < 0 for n in self.target.values()):
             raise ValueError(f"target says how many of each phrase are wanted, 0 or more; got {dict(self.target)}")
 

@@ -489,7 +489,7 @@ def load(
         known, absent = pipelines.known_texts(encoder), dict.fromkeys(names)
         del encoder
         gc.collect()
-        if device.startswith("cuda"):
+        if torch.device(device).type == "cuda":
             torch.cuda.empty_cache()
     pipe = hub.fetch(model, dtype=dtypes, **absent, **quantised("transformer", "text_encoder"))
     pipelines.known_texts(pipe).update(known)
@@ -513,7 +513,9 @@ def _place(pipe: Any, plan: Plan, device: str) -> None:
         return
     if plan.group_offload:
         pipe.transformer.enable_group_offload(
-            onload_device=torch.device(device), offload_type="leaf_level", use_stream=device.startswith("cuda")
+            onload_device=torch.device(device),
+            offload_type="leaf_level",
+            use_stream=torch.device(device).type == "cuda",
         )
     for name, part in pipe.components.items():
         if isinstance(part, nn.Module) and not (name == "transformer" and plan.group_offload):

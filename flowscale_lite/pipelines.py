@@ -22,7 +22,7 @@ from . import families, schedules
 from .hub import load
 from .interpolants import LINEAR
 from .kernels import Kernel
-from .rewards import Decoded, Reward
+from .rewards import Decoded, Reward, chunked
 from .search import Problem, Result
 
 __all__ = ["Prompt", "encode_text", "exact_time", "known_texts", "load", "native_size"]
@@ -154,7 +154,8 @@ class Prompt:
 
     Attributes:
         pipe: the pipeline, of one of `families.FAMILIES`; it is left as it was.
-        encoded: the arguments of its `__call__` that stand for the prompt.
+        encoded: the arguments of its `__call__` that stand for the prompt, in the precision and on the device that the
+            pipeline had. Once it has another, `encode` again, which is quick.
         height, width: of the picture, in pixels.
         guidance: guidance scale; distilled, or with a second forward, which doubles `cost`. Not used by a model that
             has neither.
@@ -193,15 +194,17 @@ class Prompt:
             max_tokens: the tokenizer's limit (at most 512) or `__call__`'s default if None.
 
         Raises:
-            ValueError: an unsupported pipeline; a side that is no positive multiple of the latent patch; chunk < 1; a
-                text that is new to a pipeline without text encoders.
+            ValueError: an unsupported pipeline; a side that is no positive multiple of the latent patch; chunk < 1;
+                guidance that is no finite number; a text that is new to a pipeline without text encoders.
         """
         family = families.family(pipe)
-        height, width = height or native_size(pipe), width or native_size(pipe)
+        height, width = (native_size(pipe) if side is None else side for side in (height, width))
         family.shape(pipe, height, width)
         if chunk < 1:
             raise ValueError(f"chunk must be at least 1; got {chunk}")
         guidance = family.default(pipe, family.scale) if guidance is None else guidance
+        if not math.isfinite(guidance):
+            raise ValueError(f"guidance must be a finite number; got {guidance}")
         encoded = encode_text(pipe, text, negative if family.guided(pipe, guidance) else None, max_tokens)
         return cls(pipe, encoded, height, width, guidance, chunk, preview)
 
@@ -230,10 +233,14 @@ class Prompt:
 
     @property
     def multi_step(self) -> bool:
-        """Whether the model needs many steps (FLUX.1-dev) or few (schnell, which has no guidance embedding; klein)."""
+        """Whether the model needs many steps (FLUX.1-dev) or few (schnell, which has no guidance embedding).
+
+        Other models say nothing of it. Those made for few steps (klein, SD3.5-large-turbo, Z-Image-Turbo) run without
+        guidance, so a model is taken to need many where guidance runs it twice: give a turbo `guidance=0`.
+        """
         if type(self.pipe).__name__ == "FluxPipeline":
             return bool(self.pipe.transformer.config.guidance_embeds)
-        return not self.pipe.config.get("is_distilled", False)
+        return self.cost > 1
 
     def times(self, steps: int) -> tuple[float, ...]:
         """The grid that `pipe(..., num_inference_steps=steps)` runs on, resolution shift included.
@@ -269,10 +276,14 @@ class Prompt:
         return (v if unpack is None else unpack(self.pipe, v, x.shape)).to(x.dtype)
 
     def decode(self, x: Tensor, chunk: int | None = None, *, preview: bool = False) -> Tensor:
-        """Latents (K, C, H, W) -> pictures (K, 3, height, width) in [0, 1], `chunk` rows at a time."""
+        """Latents (K, C, H, W) -> pictures (K, 3, height, width) in [0, 1], `chunk` rows at a time.
+
+        Raises:
+            ValueError: chunk < 1.
+        """
         vae = self.preview if preview else self.pipe.vae
         with torch.set_grad_enabled(torch.is_grad_enabled() and x.requires_grad):
-            return torch.cat([self._ask(rows, vae=vae)[0].float() for rows in x.split(chunk or self.chunk)])
+            return chunked(lambda rows: self._ask(rows, vae=vae)[0].float(), self.chunk if chunk is None else chunk)(x)
 
     def leaders(self, result: Result, reward: Reward, number: int = 4) -> tuple[Tensor, Tensor]:
         """The finished particles that previews rank highest, judged again by the full autoencoder, best first.
@@ -328,14 +339,20 @@ class Prompt:
 
         Args:
             times: overrides the pipeline's grid of `steps`.
-            decode_chunk: rows decoded and judged at a time.
+            decode_chunk: rows decoded and judged at a time; `chunk` if None.
+
+        Raises:
+            ValueError: steps < 1, or decode_chunk < 1.
         """
+        decode_chunk = self.chunk if decode_chunk is None else decode_chunk
+        if decode_chunk < 1:
+            raise ValueError(f"decode_chunk must be at least 1; got {decode_chunk}")
         return Problem(
             velocity=self,
             reward=Decoded(
                 functools.partial(self.decode, preview=self.preview is not None),
                 reward,
-                chunk=decode_chunk or self.chunk,
+                chunk=decode_chunk,
             ),
             path=LINEAR,
             kernel=kernel,

@@ -61,8 +61,9 @@ def show(fig: Figure, *, alt: str) -> None:
 
 
 def picture(ax: Axes, image: Tensor, title: str = "") -> None:
-    """Draw a picture (3, H, W) in [0, 1], pixels unsmoothed, without axes."""
-    ax.imshow(image.permute(1, 2, 0).clamp(0, 1).numpy(), interpolation="nearest")
+    """Draw a picture (3, H, W) in [0, 1], on any device, pixels unsmoothed, without axes."""
+    pixels = image.detach().float().cpu().permute(1, 2, 0).clamp(0, 1)
+    ax.imshow(pixels.numpy(), interpolation="nearest")
     ax.set(xticks=[], yticks=[])
     ax.set_title(title, fontsize=10)
     ax.grid(False)

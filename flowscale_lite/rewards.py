@@ -35,11 +35,18 @@ class Decoded:
         decode: latents (K, *D) -> pictures (K, ...).
         reward: pictures (K, ...) -> (K,).
         chunk: rows held decoded at once, which is what bounds the memory.
+
+    Raises:
+        ValueError: chunk < 1.
     """
 
     decode: Callable[[Tensor], Tensor]
     reward: Reward
     chunk: int = 16
+
+    def __post_init__(self) -> None:
+        if self.chunk < 1:
+            raise ValueError(f"chunk must be at least 1; got {self.chunk}")
 
     def __call__(self, latents: Tensor, /) -> Tensor:
         return chunked(lambda rows: self.reward(self.decode(rows)), self.chunk)(latents)

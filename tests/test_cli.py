@@ -5,9 +5,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from matplotlib import pyplot as plt
 from PIL import Image
 
-from flowscale_lite import assets, cli
+from flowscale_lite import assets, cli, plots
 
 PROMPT = "three red circles and two blue squares"
 
@@ -54,18 +56,61 @@ def test_same_seed_same_account_and_another_seed_another(capsys, tmp_path):
         ([PROMPT, "--model", "./nowhere"], "no model at"),
         ([PROMPT, "--device", "cuda:7"], "no CUDA GPU"),
         ([PROMPT, "--device", "abacus"], "abacus"),
+        ([PROMPT, "--device", "meta"], "no such device: 'meta'"),
+        ([PROMPT, "--seed", str(2**64)], "64 bits"),
+        ([PROMPT, "--guidance", "nan"], "finite"),
+        ([PROMPT, "--out", "folder.png"], "--out must name a .png file"),
+        ([PROMPT, "--out", "folder/account.png"], "--out must name a .png file"),
         ([PROMPT, "--out", "nowhere/out.png"], "existing folder"),
         ([PROMPT, "--out", "out.jpeg"], ".png"),
     ],
 )
 def test_bad_input_is_one_clear_line_and_no_computing(capsys, monkeypatch, tmp_path, args, message):
     monkeypatch.chdir(tmp_path)
+    for name in ("folder.png", "folder/account.json"):
+        (tmp_path / name).mkdir(parents=True)
+    before = sorted(tmp_path.rglob("*"))
     monkeypatch.setattr(cli, "run", lambda *_: pytest.fail("computed"))
     with pytest.raises(SystemExit) as stop:
         cli.main(args)
     assert stop.value.code not in (0, None)
     last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert message in last and not list(tmp_path.iterdir())
+    assert message in last and sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_account_is_json_by_the_letter(capsys, tmp_path):
+    """Steps of best-of-N judge nothing before the last, so they have no mean reward: null, not NaN."""
+    flowscale(capsys, PROMPT, "--method", "best-of-n", "--nfe", "30", "--steps", "3", "--out", str(tmp_path / "o.png"))
+    account = json.loads((tmp_path / "o.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert account["trace"][0]["mean"] is None and account["trace"][-1]["mean"] is not None
+
+
+def test_what_the_budget_bought_is_saved_even_if_drawing_fails(capsys, monkeypatch, tmp_path):
+    def fail(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(plots, "before_after", fail)
+    with pytest.raises(MemoryError):
+        flowscale(capsys, PROMPT, "--nfe", "20", "--steps", "4", "--out", str(tmp_path / "out.png"))
+    assert json.loads((tmp_path / "out.json").read_text())["found"]["nfe"] > 0
+
+
+def test_pictures_are_drawn_whatever_they_come_from():
+    """From a GPU (a stand-in, which gives no numbers unless brought to the CPU), in half precision, with a gradient."""
+
+    class OnGPU(torch.Tensor):
+        def cpu(self):
+            return self.as_subclass(torch.Tensor)
+
+        def numpy(self):
+            raise TypeError("can't convert cuda:0 device type tensor to numpy")
+
+    image = torch.full((3, 4, 4), 0.5)
+    figure, ax = plt.subplots()
+    for kind in (image.as_subclass(OnGPU), image.bfloat16(), image.clone().requires_grad_()):
+        plots.picture(ax, kind)
+        assert (ax.images[-1].get_array() == 0.5).all()
+    plt.close(figure)
 
 
 def test_words_are_checked_before_diffusers_is_imported():
@@ -86,3 +131,12 @@ def test_every_method_runs_with_what_suits_the_model(capsys, tmp_path, method, m
     expected = {"rbf": "sde" if model == "schnell" else "gaussian(1)", "best-of-n": "ode"}
     assert account["kernel"] == expected.get(method, account["kernel"])
     assert account["found"]["nfe"] + account["found"]["left"] == 64 and account["found"]["nfe"] > 50
+
+
+def test_more_steps_want_fewer_chains():
+    """The settings for a multi-step model know the steps, so that what suits it is not refused."""
+    folder = str(assets.data("tiny-flux/dev"))
+    for steps, chains in ((10, 7), (40, 2)):
+        args = cli.parser().parse_args([PROMPT, "--model", folder, "--nfe", "250", "--steps", str(steps)])
+        _, _, method, _ = cli.prepare(args)
+        assert method.chains == chains

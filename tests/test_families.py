@@ -11,7 +11,7 @@ from conftest import seeded
 from diffusers import AutoencoderTiny, DPMSolverMultistepScheduler
 from tiny_families import BUILDERS, build
 
-from flowscale_lite import RBF, BestOfN, families, gaussian, ode, search
+from flowscale_lite import RBF, BestOfN, families, gaussian, hub, ode, search
 from flowscale_lite.pipelines import Prompt, exact_time
 from flowscale_lite.scheduler import FlowSDEScheduler
 
@@ -54,6 +54,22 @@ def test_ode_equals_the_pipelines_own_call(named):
     assert ours.shape == (3, 3, 64, 64) and expected.std() > 0.01
     torch.testing.assert_close(ours, expected, atol=1e-4, rtol=0)
     assert result.nfe == 12 * prompt.cost
+
+
+def test_a_saved_pipeline_is_loaded_with_all_its_parts(named, tmp_path):
+    name, pipe = named
+    pipe.save_pretrained(tmp_path)
+    loaded = hub.load(tmp_path)
+    assert type(loaded) is type(pipe) and not any(p.requires_grad for p in loaded.transformer.parameters())
+    pictures, expected = (theirs(one, name, 1, num_inference_steps=2) for one in (loaded, pipe))
+    torch.testing.assert_close(pictures, expected, atol=1e-4, rtol=0)
+
+
+def test_a_model_that_runs_without_guidance_is_taken_to_need_few_steps(named):
+    """But FLUX.1-dev, whose guidance is distilled, says itself that it needs many."""
+    name, pipe = named
+    assert encoded(pipe, name).multi_step == (name != "Flux2KleinPipeline, distilled")
+    assert encoded(pipe, name, guidance=0.0).multi_step == (name == "FluxPipeline")
 
 
 def test_the_velocity_is_that_of_the_linear_path(named):

@@ -594,12 +594,22 @@ def test_pictures_that_are_none_are_refused(every, kind):
     for images, message in (
         (pictures(2) * 2 - 1, "must lie in"),
         (pictures(2) * 255, "must lie in"),
+        (torch.full((1, 3, 48, 48), torch.nan), "must lie in"),
+        (pictures(2).index_fill(3, torch.tensor([7]), torch.nan), "must lie in"),
+        (pictures(2)[:0], "floats of shape"),
         (pictures(2)[0], "floats of shape"),
         (pictures(2)[:, :1], "floats of shape"),
         (pictures(2).mul(255).byte(), "floats of shape"),
     ):
         with pytest.raises(ValueError, match=message):
             judge(images)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_chunk_of_no_pictures_is_refused_before_any_are_judged(every, kind):
+    for chunk in (0, -1):
+        with pytest.raises(ValueError, match="chunk must be at least 1"):
+            replace(every[torch.float32][kind], chunk=chunk)
 
 
 def test_to_pil_keeps_every_pixel():
@@ -625,6 +635,9 @@ def test_a_model_out_of_reach_is_named(tmp_path, folder, monkeypatch):
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="no CUDA GPU"):
             Clip.load(folder / "clip", device="cuda")
+    for device in ("gpu", "meta"):
+        with pytest.raises(ValueError, match="no such device"):
+            Clip.load(folder / "clip", device=device)
 
 
 def test_a_licence_not_accepted_is_said():

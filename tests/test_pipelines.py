@@ -1,10 +1,25 @@
 """A FluxPipeline as a Problem: equal to diffusers' own call, whatever the chunks; the same seed, the same picture."""
 
+import copy
+import shutil
+
+import httpx
+import huggingface_hub
 import pytest
 import torch
+from diffusers.utils import logging as diffusers_logging
+from huggingface_hub.constants import HF_HUB_DISABLE_PROGRESS_BARS
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RemoteEntryNotFoundError,
+    RevisionNotFoundError,
+)
+from safetensors.torch import load_file
 from torch import Generator
+from transformers.utils import logging as transformers_logging
 
-from flowscale_lite import RBF, BestOfN, assets, gaussian, ode, pipelines, search, shapes
+from flowscale_lite import RBF, BestOfN, assets, gaussian, hub, ode, pipelines, search, shapes
 from flowscale_lite.pipelines import Prompt
 
 TEXT = "three red circles and two blue squares"
@@ -89,8 +104,18 @@ def test_bad_input_is_refused_with_a_reason(pipe, tmp_path):
         pipelines.load(tmp_path)
     with pytest.raises(ValueError, match="multiples of 16"):
         Prompt.encode(pipe, TEXT, height=70)
+    for side in ({"height": 0}, {"width": 0}):
+        with pytest.raises(ValueError, match="multiples of 16"):
+            Prompt.encode(pipe, TEXT, **side)
     with pytest.raises(ValueError, match="chunk must be at least 1"):
         Prompt.encode(pipe, TEXT, chunk=0)
+    prompt = Prompt.encode(pipe, TEXT)
+    with pytest.raises(ValueError, match="decode_chunk must be at least 1"):
+        prompt.problem(REWARD, ode, decode_chunk=0)
+    with pytest.raises(ValueError, match="chunk must be at least 1"):
+        prompt.decode(torch.zeros(1, *prompt.shape), 0)
+    with pytest.raises(ValueError, match="guidance must be a finite number"):
+        Prompt.encode(pipe, TEXT, guidance=float("nan"))
     with pytest.raises(ValueError, match="steps must be at least 1"):
         Prompt.encode(pipe, TEXT).times(0)
     if not torch.cuda.is_available():
@@ -109,3 +134,89 @@ def test_tiny_flux_is_a_plain_diffusers_pipeline(pipe):
     ]
     assert image.size == (64, 64)
     assert plain.tokenizer_2.tokenize("three red circles") == ["▁three", "▁red", "▁circles"]
+
+
+def test_a_pipeline_of_another_precision_wants_its_prompts_encoded_again(pipe):
+    moved = copy.deepcopy(pipe).to(torch.bfloat16)
+    x, t = torch.zeros(1, *Prompt.encode(pipe, TEXT).shape), torch.full((1,), 0.5)
+    assert Prompt.encode(moved, TEXT)(x, t).isfinite().all()
+
+
+# ------------------------------------------------------------------------------------------------------------- loading
+@pytest.mark.parametrize("device", ["meta", torch.device("meta"), "xpu:99", "abacus", "cuda:99"])
+def test_devices_that_hold_no_numbers_are_refused(device):
+    with pytest.raises(ValueError, match=r"no such device|no (such )?CUDA GPU"):
+        pipelines.load(assets.data("tiny-flux/dev"), device)
+
+
+def test_a_device_may_be_torchs_own():
+    assert pipelines.load(assets.data("tiny-flux/dev"), torch.device("cpu")).device.type == "cpu"
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "no json", '"FluxPipeline"'])
+def test_a_model_index_that_names_no_pipeline_is_refused(tmp_path, text):
+    (tmp_path / "model_index.json").write_text(text)
+    with pytest.raises(ValueError, match=r"model_index.json does not say which pipeline"):
+        hub.index(tmp_path)
+
+
+@pytest.mark.parametrize(("part", "name"), [("vae", "diffusion_pytorch_model"), ("text_encoder", "pytorch_model")])
+def test_weights_that_are_pickles_are_refused(tmp_path, part, name):
+    folder = shutil.copytree(assets.data("tiny-flux/dev"), tmp_path / "model")
+    (weights,) = (folder / part).glob("*.safetensors")
+    torch.save(load_file(weights), folder / part / f"{name}.bin")
+    weights.unlink()
+    with pytest.raises(FileNotFoundError, match="lacks safetensors weights; others are not loaded"):
+        hub.load(folder)
+    if part == "vae":
+        with pytest.raises(FileNotFoundError, match="lacks safetensors weights"):
+            hub.preview(folder / part)
+
+
+def answered(error: type, status: int) -> Exception:
+    return error(f"{status} from the hub", response=httpx.Response(status, request=httpx.Request("GET", "https://a.b")))
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (answered(RemoteEntryNotFoundError, 404), FileNotFoundError, "a/clip is no diffusers pipeline"),
+        (answered(RevisionNotFoundError, 404), FileNotFoundError, "404 from the hub"),
+        (answered(HfHubHTTPError, 429), ConnectionError, "429 from the hub"),
+        (LocalEntryNotFoundError("see its cause"), ConnectionError, "429 from the hub"),
+    ],
+)
+def test_what_the_hub_answered_is_said(monkeypatch, error, kind, message):
+    """The hub's client wraps an answer such as 429 in a complaint on its cache."""
+
+    def download(*_, **__):
+        raise error from answered(HfHubHTTPError, 429) if type(error) is LocalEntryNotFoundError else None
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    with pytest.raises(kind, match=message):
+        hub.index("a/clip")
+
+
+@pytest.mark.skipif(HF_HUB_DISABLE_PROGRESS_BARS is not None, reason="the environment decides on progress bars")
+@pytest.mark.parametrize("shown", [(True, True, True), (False, True, True), (True, False, False), (True, True, False)])
+def test_progress_bars_are_left_as_they_were(shown):
+    """Those of diffusers, transformers and huggingface_hub; transformers switches the hub's with its own."""
+    bars = huggingface_hub.utils
+
+    def state():
+        logs = (diffusers_logging, transformers_logging)
+        return *(log.is_progress_bar_enabled() for log in logs), not bars.are_progress_bars_disabled()
+
+    def switch(d, t, h):
+        for on, log in ((d, diffusers_logging), (t, transformers_logging)):
+            log.enable_progress_bar() if on else log.disable_progress_bar()
+        bars.enable_progress_bars() if h else bars.disable_progress_bars()
+
+    before = state()
+    try:
+        switch(*shown)
+        with hub.quiet():
+            assert state() == (False, False, False)
+        assert state() == shown
+    finally:
+        switch(*before)

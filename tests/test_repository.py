@@ -18,9 +18,9 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 ORDER = (
     *("interpolants", "kernels", "schedules", "resampling", "rewards", "search", "methods", "toys", "shapes"),
     *("assets", "tiny_flux", "held_out", "families", "hub", "pipelines", "scheduler", "judges", "planner", "memory"),
-    *("experiments", "plots", "widgets", "cli"),
+    *("experiments", "plots", "cli"),
 )
-READERS = {"plots", "widgets"}  # they read results; nothing but the command line, and each other, imports them
+READERS = {"plots"}  # it reads results; nothing but the command line imports it
 HEAVY = {"accelerate", "diffusers", "matplotlib", "ray", "transformers"}  # not needed by `import flowscale_lite`
 UNSAFE = re.compile(
     r"trust_remote_code\s*=\s*True|\btorch\.load\(|\b(?:c?[Pp]ickle|joblib|dill)\.loads?\(|allow_pickle=True"
@@ -85,7 +85,7 @@ def test_wrong_arrows_are_found():
     assert wrong_arrows("kernels", {"flowscale_lite.search"}) == ["kernels imports search, which comes after it"]
     assert wrong_arrows("methods", {"flowscale_lite.methods.rbf", "flowscale_lite.search"}) == []
     assert wrong_arrows("experiments", {"flowscale_lite.plots"}) != []
-    assert wrong_arrows("cli", {"flowscale_lite.plots", "flowscale_lite.widgets"}) == []
+    assert wrong_arrows("cli", {"flowscale_lite.plots", "flowscale_lite.search"}) == []
     assert wrong_arrows("attic", set()) == ["attic has no place in ORDER: give it one"]
 
 
