@@ -60,11 +60,7 @@ def check_device(device: str | torch.device) -> None:
     """Raises ValueError if there is no such device here, or none that holds numbers: a number is put there."""
     try:
         torch.zeros(1, device=device).tolist()
-    except (
-        RuntimeError,
-        AssertionError,
-        ImportError,
-    ) as error:  # libraries differ in how they say that they lack a device
+    except (RuntimeError, AssertionError, ImportError) as error:  # backends differ in how they say that they lack one
         if str(device).startswith("cuda"):
             which = "such CUDA GPU" if torch.cuda.is_available() else "CUDA GPU"
             raise ValueError(f"device '{device}' asked for, but torch sees no {which}; use 'cpu'") from error
