@@ -62,6 +62,7 @@ RECIPES: dict[str, dict[str, Recipe]] = {
         "zero-order": Recipe(lambda nfe: ZeroOrder(init=nfe // 4), kernels.ode),
         "rbf, published": Recipe(lambda nfe: RBF.published(init=nfe // 10), *VP),
         "rbf, best of quota": Recipe(lambda nfe: RBF(init=nfe // 4), *VP),
+        "rbf, enough 16": Recipe(lambda nfe: RBF(init=nfe // 4, enough=16), *VP),
         "rbf, equal quotas": Recipe(lambda nfe: RBF(init=nfe // 4, rollover=False), *VP),
         "rbf, reserve": Recipe(lambda nfe: RBF(init=nfe // 4, accept="reserve", batch=4), *VP),
         "rbf, 2 t^2": Recipe(
@@ -75,7 +76,9 @@ RECIPES: dict[str, dict[str, Recipe]] = {
 }
 MAIN = [("plain", 10), *(("best-of-n", n) for n in BUDGETS), *(("rbf", n) for n in BUDGETS)]
 LARGE = [("rbf, best of quota", 500), ("rbf, equal quotas", 500)]  # which are the same up to 250
-OTHERS = [(m, 250) for m in RECIPES["schnell"] if m not in {*RECIPES["dev"], "rbf, equal quotas"} and "refine" not in m]
+FEWER = [("rbf, enough 16", 250), ("rbf, enough 16", 500)]
+APART = {*RECIPES["dev"], "rbf, equal quotas", "rbf, enough 16"}  # which have lists of their own
+OTHERS = [(m, 250) for m in RECIPES["schnell"] if m not in APART and "refine" not in m]
 OTHERS += [("best-of-n, 4 steps", 100), ("best-of-n, 4 steps", 500), ("svdd", 100)]
 CLOSE = [(method, 250) for method in ("smc", "svdd", "code", "funnel")]
 REFINE = [("refine", n) for n in BUDGETS]
@@ -98,6 +101,7 @@ def tasks() -> list[experiments.Task]:
     cells += [("schnell", "hard", seed, LARGE) for seed in range(SEEDS)]
     rest = [run for run in OTHERS if run not in CLOSE]
     cells += [("schnell", "hard", seed, rest) for seed in range(1, SEEDS)]
+    cells += [("schnell", "hard", seed, FEWER) for seed in range(SEEDS)]
     return [
         {"model": model, "level": level, "prompt": prompt, "seed": seed, "method": method, "budget": budget}
         for model, level, seed, runs in cells
@@ -201,7 +205,7 @@ def main() -> None:
         (m, level, *cell)
         for m in ("schnell", "dev")
         for level in ("easy", "hard", "held_out")
-        for cell in MAIN + REFINE + REGIONS + FIFTH + LARGE + OTHERS + WIDE
+        for cell in MAIN + REFINE + REGIONS + FIFTH + FEWER + LARGE + OTHERS + WIDE
     ]
     rows = experiments.read(PATH)
     if not args.print:

@@ -37,8 +37,8 @@ class RBF:
         batch: candidates drawn and evaluated at a time. The first in order that beats the record is taken, and every
             row evaluated is charged, so up to batch - 1 of them are speculation. 1 wastes none. Chains that compete are
             drawn all at once.
-        enough: with accept="best", candidates of one state that do for a transition far from the end; picked on
-            closed-form flows (`tools.toy_table`).
+        enough: with accept="best", candidates of one state that do for a transition far from the end. 24 is a balance:
+            closed-form flows do better with 16 (`tools.toy_table`), pictures worse (`tools.results`).
         quantile: with accept="first", the record is this quantile of the rewards seen at the last transition instead.
         rollover: False drops what a quota leaves (for comparison); with accept="best" every quota is then spent.
         chains: searches that share the budget equally; the best finished sample is returned.

@@ -389,7 +389,7 @@ for q, known in zip(qs, of_rule, strict=True):
 # $$n_a = \min\Big(\text{quota},\; \max\big(\text{enough},\; B_a/4^{\,a-1}\big)\Big), \tag{8.5}$$
 #
 # so that the last one has all that is left, and the one before a quarter of what both have, lest the last one start from a bad place. How much is enough? We ran five answers, and the equal quotas that they are to replace, on a hundred seeds
-# that nothing else here uses, under two kernels.
+# that nothing else here uses, under two kernels, and then 16 and 24 on three hundred more.
 
 # %%
 trials = experiments.read(assets.data("results/toy_enough.jsonl"))
@@ -413,10 +413,10 @@ factors = {}
 for law, cells in all_missed.items():
     for (world, budget), means in cells.items():
         print(f"{law:12}{FLOWS[world]:11}{budget} NFE    " + "".join(f"{m.mean:8.4f}" for m in means))
-        assert means[3].mean < means[5].mean and (budget == 250 or means[3].high < means[5].low)
+        assert means[3].mean < means[5].mean and means[2].high < means[5].low
     factors[law] = np.max([[m.mean / min(c).mean for m in c] for c in cells.values()], 0)
     print(f"{law:12}at worst, times the best ".ljust(34) + "".join(f"{f:8.1f}" for f in factors[law]))
-    assert factors[law][2] < 1.5 < 2 < factors[law][3] < 3
+    assert factors[law][2] == factors[law].min()
 
 # %%
 fig, axes = plt.subplots(1, 3, figsize=(11, 3.6))
@@ -436,16 +436,15 @@ axes[2].legend(loc="upper left", fontsize=8)
 plots.show(
     fig,
     alt="Left and middle: mean shortfall for five answers and for equal quotas under each kernel, log scale: "
-    "lowest between 8 and 24, and rising to equal quotas. Intervals are wide at 8 on the multi-step flow, and under "
-    "the linear SDE at 12 on the distilled one, where a bad seed makes the mean. Right: draws at 500 NFE: "
-    "24 each, then 82 and 246; or 55 each.",
+    "lowest between 8 and 24, and rising to equal quotas; 16 is lowest or near it. Intervals are wide at 8 on the "
+    "multi-step flow, and under the linear SDE at 12 on the distilled one, where a bad seed makes the mean. Right: "
+    "draws at 500 NFE: 24 each at first, then 82 and 246; or 55 each.",
 )
 
 # %% [markdown]
-# (At 250 NFE a quota holds 27, so 32 is the same as equal quotas.) Too few draws early are a mistake on the multi-step flow under the exact transition: what is lost at 8 no last step mends. The package takes 24, which there is as good as 16 or better. The distilled flow, which sees its end from everywhere, does with fewer, and
-# under the linear SDE 24 is about twice as far from the peak as 16 on the multi-step flow, and hardly better than equal quotas at 250 NFE; over all eight cells 16, never far from the best answer, would have been
-# the safer choice. At 100 NFE no quota holds 24 draws, so nothing changes; at 500 the shortfall is three to five times smaller than with equal quotas. Two dimensions flatter it, though: here the best of $n$ last draws comes within a distance
-# of order $1/\sqrt{n}$ of the peak, which no picture's last draws do. On tiny-flux the two kinds of quota are level (notebook 10 has the rows).
+# (At 250 NFE a quota holds 27, so 32 is the same as equal quotas.) Too few draws early are a mistake: on the multi-step flow no last step mends what is lost at 8, and on the distilled one, under the linear SDE, one seed of a hundred goes so wrong at 12 that it makes the mean. Too many leave too few for the end. By
+# these flows 16 is the answer, at worst one and a half times as far from the peak as the best. But two dimensions flatter late draws: here the best of $n$ comes within a distance of order $1/\sqrt{n}$ of the peak, which no picture's do. On tiny-flux 16 is *worse* than equal quotas at 500 NFE, and 24 level with them (notebook 10). So the package takes 24:
+# here at worst three times as far as the best answer, and at 500 NFE three to six times nearer than equal quotas; at 100 NFE no quota holds 24 draws, and nothing changes.
 #
 # How does it all compare? The whole table, from the forty seeds of the sweep: for each cell RBF's default and the best of the other methods, each with the kernel that suits it best. The rounded reward is the
 # same to the nearest integer, as from a judge that only counts; the last column says how many of the other methods reach its ceiling, 0, with some kernel.
