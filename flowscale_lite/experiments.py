@@ -162,9 +162,8 @@ def _check(
 
 
 def _home(run: Runner) -> str:
-    return str(
-        getattr(getattr(run, "func", run), "__module__", "")
-    )  # a functools.partial lives where its function does
+    function = getattr(run, "func", run)  # a functools.partial lives where its function does
+    return str(getattr(function, "__module__", ""))
 
 
 def _has_file(module: object) -> bool:

@@ -261,6 +261,16 @@ def test_noises_of_neighbours_keep_their_size():
     assert (along - math.sqrt(0.75)).abs().max() < 4 * 0.5 / math.sqrt(1000)
 
 
+def test_neighbours_descend_from_the_row_that_became_their_pivot():
+    log = []
+    search(problem(4), ZeroOrder(3), max_nfe=100, generator=seeded(), on_step=lambda p, _: log.append(p))
+    rounds = list(pairwise(log[:-1]))
+    moved = [(a, b) for a, b in rounds if b.carry["record"][0] > a.carry["record"][0]]
+    assert all((b.parent == b.parent[0]).all() and b.parent[0] < len(a) for a, b in rounds)
+    assert all(torch.equal(b.carry["pivot"][0], a.x[b.parent[0]]) for a, b in moved)
+    assert any(b.parent[0] > 0 for _, b in moved)
+
+
 # What holds for every method
 
 

@@ -60,8 +60,7 @@ class ZeroOrder:
         if n == 0:
             return replace(q, x=carry["sample"], x0=carry["sample"], reward=carry["record"])
         near = math.sqrt(1 - self.radius**2) * carry["pivot"] + self.radius * run.noise(n)
+        parent = q.parent.expand(n)  # the best row, which is the pivot or carries it
         q = run.start(n, near)
         carry = {name: value.expand(n, *value.shape[1:]) for name, value in carry.items()}
-        return replace(
-            q, carry=carry, parent=torch.zeros_like(q.parent)
-        )  # all of the one pivot, which every row carries
+        return replace(q, carry=carry, parent=parent)
