@@ -207,7 +207,7 @@ plots.show(
     alt="The posterior means that RBF kept, one a step: objects come, go and change their kind for most of the way, "
     "and the counts are right only in the last two.",
 )
-assert np.flatnonzero(shapes.exact(scene, strip)).tolist() == [len(film) - 2, len(film) - 1]
+print(f"of the {len(film)} pictures, exactly right: number", *(1 + np.flatnonzero(shapes.exact(scene, strip))))
 
 # %% [markdown]
 # ## Is it luck?
@@ -246,7 +246,6 @@ seen["difference"] = seen["RBF"].astype(float) - seen["best-of-N"]
 for name, values in seen.items():
     counter, held_out = (clustered_mean(column, range(8)) for column in values.T)
     print(f"{name:10} exact {counter}   held-out judge {held_out}")
-assert counter.mean > 0 >= counter.low and held_out.mean > 0 >= held_out.low
 
 # %% [markdown]
 # Eight prompts cannot tell. RBF is ahead by both judges, but both intervals of the paired difference, RBF minus best-of-N, reach 0. So here are stored runs, on fifty

@@ -503,7 +503,7 @@ plots.show(
     "Plain: two squares and two circles, mixed up. Best-of-N: three squares, one of them low, and one circle. SoP: two "
     "squares above two circles. CoDe and SVDD: three squares above two circles, as asked.",
 )
-assert verdicts == {"plain": False, "best-of-N": False, "SoP": False, "CoDe": True, "SVDD": True}
+print("right:", ", ".join(name for name, right in verdicts.items() if right))
 
 # %% [markdown]
 # One prompt and one seed, chosen because the methods differ on it, are an illustration. Here are the first fifty hard prompts, three seeds, 250 NFE, from the stored runs of notebook 10 (`data/results/search.jsonl`, made by `python -m tools.results`): the share of pictures that are exactly right, by the counter whose smooth version was the reward, and by the held-out judge.
