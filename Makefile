@@ -22,15 +22,15 @@ help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
 tutorial: $(VENV)/.notebooks  ## run every notebook headless (ONLY, FORCE=1); one table, results in build/tutorial/
-	@$(PY) -m tools.tutorial --jobs $(JOBS) $(if $(FORCE),--force) $(ONLY)
+	@$(PY) -m tools.course.tutorial --jobs $(JOBS) $(if $(FORCE),--force) $(ONLY)
 
 test: $(VENV)/.dev  ## everything that must hold: ruff, mypy, built notebooks, pytest, notebooks rehearsed by nbval
 	@$(PY) -m ruff check --quiet .
 	@$(PY) -m mypy --no-error-summary
-	@$(PY) -m tools.notebooks --check
+	@$(PY) -m tools.course.build --check
 	@$(PY) -m pytest -q -n $(JOBS) --dist worksteal
 	@PYTHONPATH=$(VENV)/torchao $(PY) -m pytest -q tests/test_memory.py -k torchao
-	@$(PY) -m tools.rehearsal --jobs $(JOBS)
+	@$(PY) -m tools.course.rehearsal --jobs $(JOBS)
 
 mutants: $(VENV)/.dev  ## plant mistakes in a copy; which test catches which (ONLY="SMC" picks some)
 	@$(PY) -m tools.mutants --jobs $(JOBS) $(if $(ONLY),--only "$(ONLY)")
@@ -41,7 +41,7 @@ lab: $(VENV)/.notebooks  ## open JupyterLab on the notebooks
 		$(PY) -m jupyterlab --ServerApp.root_dir=notebooks $(if $(filter 0,$(shell id -u)),--allow-root)
 
 notebooks: $(VENV)/.notebooks  ## rebuild notebooks whose source changed (ONLY="03 05", FORCE=1)
-	@$(PY) -m tools.notebooks $(if $(FORCE),--force) $(ONLY)
+	@$(PY) -m tools.course.build $(if $(FORCE),--force) $(ONLY)
 
 clean:  ## remove the environment and everything generated outside git
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

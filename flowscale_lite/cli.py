@@ -12,12 +12,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import __version__, kernels, schedules, shapes
+from . import __version__, kernels, schedules
 from .methods import RBF, SMC, SVDD, BestOfN, Blockwise, Funnel, Refine, SearchOverPaths, ZeroOrder
 from .search import Method, Problem, Result, search
+from .tiny import shapes
+from .tiny.data import locate
 
 if TYPE_CHECKING:
-    from .pipelines import Prompt
+    from .flux import FlowModel
 
 METHODS: dict[str, Callable[[], Method]] = {
     "best-of-n": BestOfN,
@@ -35,7 +37,7 @@ KERNELS = {
     "ode": lambda: kernels.ode,
     "sde": lambda: kernels.sde(kernels.quadratic()),
     "vp": lambda: kernels.sde(kernels.vp_diffusion()),
-    "gaussian": lambda: kernels.gaussian(1.0),
+    "ddim": lambda: kernels.ddim(1.0),
 }
 
 
@@ -77,7 +79,7 @@ def _fail(error: Exception) -> int:
     return 2
 
 
-def prepare(args: argparse.Namespace) -> tuple[Prompt, Problem, Any, shapes.Scene]:
+def prepare(args: argparse.Namespace) -> tuple[FlowModel, Problem, Any, shapes.Scene]:
     """Everything that can be refused is refused here: prompt, budget, model, device.
 
     Raises:
@@ -93,10 +95,10 @@ def prepare(args: argparse.Namespace) -> tuple[Prompt, Problem, Any, shapes.Scen
         raise ValueError(f"--out must name a .png file in an existing folder; got {args.out}")
     if args.method == "refine" and args.kernel:
         raise ValueError(f"refine redraws noise itself and takes no --kernel; got {args.kernel}")
-    from . import assets, pipelines  # diffusers takes seconds to import: only once the words are right
+    from . import flux  # diffusers takes seconds to import: only once the words are right
 
-    model = args.model or assets.data("tiny-flux/schnell")
-    prompt = pipelines.Prompt.encode(pipelines.load(model, args.device), args.prompt, guidance=args.guidance)
+    model = args.model or locate("tiny-flux/schnell")
+    prompt = flux.FlowModel.encode(flux.load(model, args.device), args.prompt, guidance=args.guidance)
     method, kernel, times = suited(args, prompt)
     problem = prompt.problem(shapes.CountReward(scene), KERNELS[kernel](), times=times)
     method.check(problem, args.nfe)
@@ -105,9 +107,9 @@ def prepare(args: argparse.Namespace) -> tuple[Prompt, Problem, Any, shapes.Scen
     return prompt, problem, method, scene
 
 
-def suited(args: argparse.Namespace, prompt: Prompt) -> tuple[Method, str, schedules.Times]:
+def suited(args: argparse.Namespace, prompt: FlowModel) -> tuple[Method, str, schedules.Times]:
     """Method, name of the kernel and time grid: what was asked for, else what suits the model."""
-    kernel = args.kernel or ("ode" if args.method in ON_THE_ODE else "gaussian" if prompt.multi_step else "vp")
+    kernel = args.kernel or ("ode" if args.method in ON_THE_ODE else "ddim" if prompt.multi_step else "vp")
     method, times = METHODS[args.method](), prompt.times(args.steps)
     if args.method == "rbf":
         method = RBF.few_step(args.nfe, prompt.cost)
@@ -123,7 +125,9 @@ def suited(args: argparse.Namespace, prompt: Prompt) -> tuple[Method, str, sched
     return method, kernel, times
 
 
-def run(args: argparse.Namespace, prompt: Prompt, problem: Problem, method: Any, scene: shapes.Scene) -> dict[str, Any]:
+def run(
+    args: argparse.Namespace, prompt: FlowModel, problem: Problem, method: Any, scene: shapes.Scene
+) -> dict[str, Any]:
     """Draw the plain picture and search for a better one; writes picture and account, returns the account."""
     import matplotlib.pyplot as plt
     from torch import Generator
@@ -183,7 +187,7 @@ def told(args: argparse.Namespace, problem: Problem, method: Any) -> dict[str, A
 def plain_sample(problem: Problem, generator: Any) -> Result:
     """One sample of the deterministic flow, what the model draws without a search."""
     problem = replace(problem, kernel=kernels.ode)
-    return search(problem, BestOfN(1), max_nfe=(1 + problem.paid()) * problem.cost, generator=generator)
+    return search(problem, BestOfN(1), max_nfe=(1 + problem.evaluations_ahead()) * problem.cost, generator=generator)
 
 
 def summary(result: Result, picture: Any, scene: shapes.Scene) -> dict[str, Any]:

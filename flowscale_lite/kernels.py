@@ -77,7 +77,7 @@ def sde(g: Diffusion) -> Kernel:
     return Kernel("sde", moments)
 
 
-def gaussian(eta: float = 1.0) -> Kernel:
+def ddim(eta: float = 1.0) -> Kernel:
     """The transition x_s | x_t, x0 of the Gaussian path with x0 and eps replaced by their posterior means.
 
     With rho = (sigma_s / alpha_s) / (sigma_t / alpha_t): std = eta sigma_s sqrt(1 - rho^2) and mean
@@ -95,13 +95,13 @@ def gaussian(eta: float = 1.0) -> Kernel:
 
     def moments(path: Interpolant, x: Tensor, v: Tensor, t: float, s: float) -> tuple[Tensor, float]:
         if not s < t:
-            raise ValueError(f"gaussian steps towards the data, s < t; got t = {t}, s = {s}")
+            raise ValueError(f"ddim steps towards the data, s < t; got t = {t}, s = {s}")
         (a, sg, _, _), (b, ss, _, _) = path.at(t), path.at(s)
         rho = min(1.0, ss * a / (b * sg))  # 0 at t = 1 of the linear path, whose state holds no signal: drawn afresh
         x0, eps = path.endpoints(x, v, _times(t, x))
         return b * x0 + ss * math.sqrt(1 - eta**2 * (1 - rho**2)) * eps, eta * ss * math.sqrt(1 - rho**2)
 
-    return Kernel(f"gaussian({eta:g})", moments, stochastic=eta > 0)
+    return Kernel(f"ddim({eta:g})", moments, stochastic=eta > 0)
 
 
 def _renoise(path: Interpolant, x: Tensor, v: Tensor, t: float, s: float) -> tuple[Tensor, float]:
@@ -119,7 +119,7 @@ def redraw(where: Tensor | None = None, z: Tensor | None = None) -> Kernel:
     """Puts the posterior means together again at any level s, with the noise z in place of eps|t in some places.
 
     Mean alpha_s x0|t + sigma_s eps, eps being z where `where` holds and eps|t elsewhere; no noise is left to draw. Of
-    DDIM's family, as `gaussian` is: eta = 0 where nothing is redrawn, and where it is the most that there can be,
+    DDIM's family, as `ddim` is: eta = 0 where nothing is redrawn, and where it is the most that there can be,
     std = sigma_s. It may go up, down, or stay at t.
 
     Args:
@@ -140,7 +140,7 @@ def quadratic(scale: float = 3.0) -> Diffusion:
     return lambda t: scale * t**2
 
 
-def natural(path: Interpolant) -> Diffusion:
+def memoryless(path: Interpolant) -> Diffusion:
     """The one g whose *forward* SDE is linear in x, with no score: g^2 = 2 (sigma sigma' - sigma^2 alpha'/alpha).
 
     On VP it is sqrt(T'), the diffusion of the VP-SDE in the literature.
@@ -152,7 +152,7 @@ def natural(path: Interpolant) -> Diffusion:
     def g(t: float) -> float:
         a, s, da, ds = path.at(max(t, path.t_min))  # VP's is sqrt(beta_min) at 0, of which sigma' = inf knows nothing
         if a <= 0:
-            raise ValueError(f"the natural diffusion of the {path.name} path is infinite at t = {t}; start below it")
+            raise ValueError(f"the memoryless diffusion of the {path.name} path is infinite at t = {t}; start below it")
         return math.sqrt(2 * s * (a * ds - da * s) / a)
 
     return g

@@ -71,10 +71,10 @@ class Problem:
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1; got {value}")
 
-    def paid(self, t: float | None = None) -> int:
+    def evaluations_ahead(self, t: float | None = None) -> int:
         """Transitions ahead of time t (None: of the start) that end in an evaluation.
 
-        The last one, to t = 0, is free. A whole sample takes 1 + paid() evaluations, the first of them at its noise.
+        The last one, to t = 0, is free. A whole sample takes one evaluation more, at its noise.
         """
         start = self.times[0] if t is None else t
         return sum(0 < s < start for s in self.times)
@@ -227,7 +227,7 @@ class Run:
         return self.max_nfe - self.nfe
 
     @property
-    def rows_left(self) -> int:
+    def evaluations_left(self) -> int:
         """Evaluations that the NFE left will pay for."""
         return self.left // self.problem.cost
 
@@ -236,9 +236,9 @@ class Run:
         """Intervals of the schedule."""
         return len(self.problem.times) - 1
 
-    def paid(self, t: float | None = None) -> int:
-        """Transitions ahead of time t (None: of the start) that end in an evaluation; see `Problem.paid`."""
-        return self.problem.paid(t)
+    def evaluations_ahead(self, t: float | None = None) -> int:
+        """`Problem.evaluations_ahead`."""
+        return self.problem.evaluations_ahead(t)
 
     def next_time(self, t: float) -> float:
         """The first time of the schedule below t.

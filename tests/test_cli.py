@@ -9,7 +9,8 @@ import torch
 from matplotlib import pyplot as plt
 from PIL import Image
 
-from flowscale_lite import assets, cli, plots
+from flowscale_lite import cli, plots
+from flowscale_lite.tiny.data import locate
 
 PROMPT = "three red circles and two blue squares"
 
@@ -123,19 +124,19 @@ def test_words_are_checked_before_diffusers_is_imported():
 @pytest.mark.parametrize("method", sorted(cli.METHODS))
 @pytest.mark.parametrize("model", ["schnell", "dev"])
 def test_every_method_runs_with_what_suits_the_model(capsys, tmp_path, method, model):
-    folder = str(assets.data(f"tiny-flux/{model}"))
+    folder = str(locate(f"tiny-flux/{model}"))
     args = ["--method", method, "--model", folder, "--nfe", "64", "--steps", "6", "--out", str(tmp_path / "out.png")]
     _, err = flowscale(capsys, PROMPT, *args)
     assert ("made for few-step models" in err) == (method == "refine" and model == "dev")
     account = json.loads((tmp_path / "out.json").read_text())
-    expected = {"rbf": "sde" if model == "schnell" else "gaussian(1)", "best-of-n": "ode"}
+    expected = {"rbf": "sde" if model == "schnell" else "ddim(1)", "best-of-n": "ode"}
     assert account["kernel"] == expected.get(method, account["kernel"])
     assert account["found"]["nfe"] + account["found"]["left"] == 64 and account["found"]["nfe"] > 50
 
 
 def test_more_steps_want_fewer_chains():
     """The settings for a multi-step model know the steps, so that what suits it is not refused."""
-    folder = str(assets.data("tiny-flux/dev"))
+    folder = str(locate("tiny-flux/dev"))
     for steps, chains in ((10, 7), (40, 2)):
         args = cli.parser().parse_args([PROMPT, "--model", folder, "--nfe", "250", "--steps", str(steps)])
         _, _, method, _ = cli.prepare(args)

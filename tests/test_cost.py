@@ -15,19 +15,9 @@ import torch
 from conftest import seeded
 from scipy.stats import ks_2samp
 
-from flowscale_lite import (
-    LINEAR,
-    RBF,
-    GaussianMixture,
-    Problem,
-    QuadraticReward,
-    assets,
-    gaussian,
-    pipelines,
-    search,
-    shapes,
-    uniform,
-)
+from flowscale_lite import LINEAR, RBF, GaussianMixture, Problem, QuadraticReward, ddim, flux, search, uniform
+from flowscale_lite.tiny import shapes
+from flowscale_lite.tiny.data import locate
 
 RING, PEAK = GaussianMixture.ring(), QuadraticReward((2.4, 0.0))
 TEXT = "four red circles and five blue squares"
@@ -35,13 +25,13 @@ TEXT = "four red circles and five blue squares"
 
 @cache
 def tiny_flux() -> Problem:
-    prompt = pipelines.Prompt.encode(pipelines.load(assets.data("tiny-flux/dev")), TEXT, guidance=2.0)
-    return prompt.problem(shapes.CountReward(shapes.parse(TEXT)), gaussian())
+    prompt = flux.FlowModel.encode(flux.load(locate("tiny-flux/dev")), TEXT, guidance=2.0)
+    return prompt.problem(shapes.CountReward(shapes.parse(TEXT)), ddim())
 
 
 def toy() -> Problem:
     """The distilled ring, which takes milliseconds a batch as a small network does."""
-    return Problem(RING.distilled(), PEAK, LINEAR, gaussian(), uniform(10), (2,))
+    return Problem(RING.distilled(), PEAK, LINEAR, ddim(), uniform(10), (2,))
 
 
 def formula() -> Problem:
@@ -125,7 +115,7 @@ def test_speculation_is_twice_as_fast_as_one_draw_at_a_time(problem):
 
 
 def rewards(method: RBF) -> list[float]:
-    problem = Problem(RING.velocity(LINEAR), PEAK, LINEAR, gaussian(), uniform(5), (2,))
+    problem = Problem(RING.velocity(LINEAR), PEAK, LINEAR, ddim(), uniform(5), (2,))
     return [search(problem, method, max_nfe=60, generator=seeded(seed)).reward for seed in range(200)]
 
 
@@ -148,11 +138,11 @@ def test_where_the_whole_quota_is_drawn_batches_change_nothing():
 
 CODE = """
 import json, resource, sys, torch
-from flowscale_lite import RBF, assets, gaussian, pipelines, search, shapes
+from flowscale_lite import RBF, assets, ddim, pipelines, search, shapes
 torch.set_num_threads(1)
 text = "four red circles and five blue squares"
-prompt = pipelines.Prompt.encode(pipelines.load(assets.data("tiny-flux/dev")), text, guidance=2.0)
-problem = prompt.problem(shapes.CountReward(shapes.parse(text)), gaussian())
+prompt = flux.FlowModel.encode(flux.load(locate("tiny-flux/dev")), text, guidance=2.0)
+problem = prompt.problem(shapes.CountReward(shapes.parse(text)), ddim())
 result = search(problem, RBF(), max_nfe=int(sys.argv[1]), generator=torch.Generator().manual_seed(0))
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 print(json.dumps({"peak_mib": peak, "nfe": result.nfe}))

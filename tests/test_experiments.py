@@ -15,17 +15,7 @@ import pytest
 import scipy.stats
 import torch
 
-from flowscale_lite import (
-    LINEAR,
-    RBF,
-    GaussianMixture,
-    Problem,
-    QuadraticReward,
-    experiments,
-    gaussian,
-    search,
-    uniform,
-)
+from flowscale_lite import LINEAR, RBF, GaussianMixture, Problem, QuadraticReward, ddim, experiments, search, uniform
 
 HERE = Path(__file__).parent
 TASKS = [{"prompt": p, "seed": s} for p in ("a", "b", "c") for s in range(4)]
@@ -249,7 +239,7 @@ RING = GaussianMixture.ring()
 def plain_search(task, judge=None):
     """A search on the series' toy; with `judge`, its reward is asked for elsewhere."""
     reward = judge or QuadraticReward((2.4, 0.0))
-    problem = Problem(RING.velocity(LINEAR), reward, LINEAR, gaussian(), uniform(5), (2,))
+    problem = Problem(RING.velocity(LINEAR), reward, LINEAR, ddim(), uniform(5), (2,))
     generator = torch.Generator().manual_seed(task["seed"])
     result = search(problem, RBF(init=4), max_nfe=task["budget"], generator=generator)
     return {"reward": result.reward, "nfe": result.nfe}

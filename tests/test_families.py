@@ -11,9 +11,9 @@ from conftest import seeded
 from diffusers import AutoencoderTiny, DPMSolverMultistepScheduler
 from tiny_families import BUILDERS, build
 
-from flowscale_lite import RBF, BestOfN, families, gaussian, hub, ode, search
-from flowscale_lite.pipelines import Prompt, exact_time
-from flowscale_lite.scheduler import FlowSDEScheduler
+from flowscale_lite import RBF, BestOfN, ddim, ode, search
+from flowscale_lite.flux import FlowModel, FlowSDEScheduler, families, hub
+from flowscale_lite.flux.prompt import exact_time
 
 TEXT = "two red circles"
 # Arguments under which each pipeline draws 64 x 64 pictures; guidance 2 runs the model twice in all but the first.
@@ -30,9 +30,11 @@ def named(request):
     return request.param, build(request.param)
 
 
-def encoded(pipe, name: str, guidance: float = 2.0, **more) -> Prompt:
+def encoded(pipe, name: str, guidance: float = 2.0, **more) -> FlowModel:
     negative = CALLS[name].get("negative_prompt", "")
-    return Prompt.encode(pipe, TEXT, height=64, width=64, guidance=guidance, negative=negative, max_tokens=16, **more)
+    return FlowModel.encode(
+        pipe, TEXT, height=64, width=64, guidance=guidance, negative=negative, max_tokens=16, **more
+    )
 
 
 def theirs(pipe, name: str, number: int = 3, **more) -> torch.Tensor:
@@ -119,7 +121,7 @@ def test_guidance_that_runs_the_model_twice_costs_twice_and_the_account_is_exact
 
     hook = pipe.transformer.register_forward_pre_hook(count, with_kwargs=True)
     method = RBF(init=3, batch=3)
-    result = search(prompt.problem(reward, gaussian(), 4), method, max_nfe=41, generator=seeded())
+    result = search(prompt.problem(reward, ddim(), 4), method, max_nfe=41, generator=seeded())
     hook.remove()
     assert sum(rows) == result.nfe <= 41 and result.nfe + result.left == 41
     assert math.isfinite(result.reward) and result.left < prompt.cost
@@ -137,7 +139,7 @@ def test_rbf_is_reproducible_by_seed_whatever_the_chunks(named):
     name, pipe = named
     results = []
     for chunk, seed in ((16, 0), (16, 0), (1, 0), (16, 1)):
-        problem = encoded(pipe, name, chunk=chunk).problem(reward, gaussian(), 2)
+        problem = encoded(pipe, name, chunk=chunk).problem(reward, ddim(), 2)
         results.append(search(problem, RBF(init=2, batch=2), max_nfe=10, generator=seeded(seed)))
     first, again, chunked, other = results
     assert torch.equal(first.best, again.best) and first.trace == again.trace
@@ -149,7 +151,7 @@ def test_the_sde_scheduler_is_reproducible_by_seed_in_the_pipelines_own_call(nam
     name, pipe = named
     own = pipe.scheduler
     try:
-        for kind in ({"kernel": "gaussian"}, {"kernel": "sde", "interpolant": "vp"}):
+        for kind in ({"kernel": "ddim"}, {"kernel": "sde", "interpolant": "vp"}):
             pipe.scheduler = FlowSDEScheduler.from_config(own.config, **kind)
             first = theirs(pipe, name, 2, num_inference_steps=3)
             other = theirs(pipe, name, 2, num_inference_steps=3)
@@ -192,7 +194,7 @@ def test_half_precision_works_end_to_end(named):
     x = torch.randn(2, *prompt.shape, generator=seeded())
     v, expected = (p(x, torch.full((2,), 0.7)) for p in (prompt, precise))
     assert v.dtype == torch.float32 and (v - expected).norm() < 0.2 * expected.norm()
-    result = search(prompt.problem(reward, gaussian(), 2), RBF(init=2, batch=2), max_nfe=8, generator=seeded())
+    result = search(prompt.problem(reward, ddim(), 2), RBF(init=2, batch=2), max_nfe=8, generator=seeded())
     assert result.best.dtype == torch.float32 and prompt.decode(result.best[None]).isfinite().all()
 
 
@@ -298,8 +300,8 @@ def test_a_search_judges_previews_and_leaders_by_the_full_autoencoder(name):
 def test_unknown_classes_and_sizes_are_refused(named):
     _, pipe = named
     with pytest.raises(ValueError, match="multiples of"):
-        Prompt.encode(pipe, TEXT, height=60, width=64)
+        FlowModel.encode(pipe, TEXT, height=60, width=64)
     with pytest.raises(ValueError, match="StableDiffusionPipeline is not supported; supported are FluxPipeline"):
         families.family("StableDiffusionPipeline")
     with pytest.raises(ValueError, match="not supported"):
-        Prompt.encode(object(), TEXT)
+        FlowModel.encode(object(), TEXT)

@@ -23,15 +23,15 @@ from flowscale_lite import (
     Problem,
     QuadraticReward,
     Run,
-    assets,
-    gaussian,
+    ddim,
+    flux,
     ode,
-    pipelines,
     quadratic,
     sde,
     search,
     uniform,
 )
+from flowscale_lite.tiny.data import locate
 
 BELL = GaussianMixture([[MEAN, MEAN]], STD)
 PLANE = GaussianMixture([[-1.0, 0.5], [1.0, -0.5], [0.3, 1.4]], [0.3, 0.4, 0.2], [0.5, 0.3, 0.2])
@@ -42,7 +42,7 @@ each_path = pytest.mark.parametrize("path", PATHS, ids=lambda p: p.name)
 
 def problem(mixture=BELL, reward=None, path=LINEAR, kernel=None, times=GRID, **rest) -> Problem:
     rest = {"velocity": mixture.velocity(path), "dtype": torch.float64, "shape": (2,), **rest}
-    return Problem(reward=reward or LinearReward(SLOPE), path=path, kernel=kernel or gaussian(1.0), times=times, **rest)
+    return Problem(reward=reward or LinearReward(SLOPE), path=path, kernel=kernel or ddim(1.0), times=times, **rest)
 
 
 def opened(max_nfe=1000, **changes) -> Run:
@@ -242,7 +242,7 @@ def test_only_from_below_on_and_never_at_the_last_transition():
 def test_the_price_told_beforehand_is_the_price_paid(data):
     times = sorted(data.draw(st.sets(st.integers(1, 20), min_size=2, max_size=7)), reverse=True)
     guide = Guide(below=data.draw(st.sampled_from([0.05, 0.33, 0.5, 1.0])))
-    price, kernel = data.draw(st.integers(1, 4)), data.draw(st.sampled_from([ode, gaussian(1.0)]))
+    price, kernel = data.draw(st.integers(1, 4)), data.draw(st.sampled_from([ode, ddim(1.0)]))
     run = opened(times=(*(t / 20 for t in times), 0.0), kernel=kernel, gradient_cost=price)
     p = run.start(1)
     ahead = [guide.cost(run.problem)]
@@ -275,7 +275,7 @@ def test_a_guide_with_nothing_to_steer_is_refused_before_any_compute(method, tim
 # DPS
 
 
-@pytest.mark.parametrize("kernel", [ode, sde(quadratic()), gaussian(1.0)], ids=lambda k: k.name)
+@pytest.mark.parametrize("kernel", [ode, sde(quadratic()), ddim(1.0)], ids=lambda k: k.name)
 def test_dps_is_this_loop(kernel):
     """With the flow of the tilted Gaussian in place of the gradient; the last transition is the model's own."""
     strength, times = 0.8, (0.85, 0.6, 0.4, 0.15, 0.0)
@@ -359,14 +359,14 @@ def test_a_guided_search_that_pays_for_its_gradients_by_the_budget_spends_it_all
 
 @pytest.fixture(scope="module")
 def prompt():
-    pipe = pipelines.load(assets.data("tiny-flux/schnell"))
-    return pipelines.Prompt.encode(pipe, "three red circles", chunk=2)
+    pipe = flux.load(locate("tiny-flux/schnell"))
+    return flux.FlowModel.encode(pipe, "three red circles", chunk=2)
 
 
 def test_a_gradient_reaches_through_the_model_and_the_decoder(prompt):
     """Against a central difference along the gradient itself, three rows in chunks of two."""
     reward = lambda pictures: -(pictures - 0.3).square().mean((1, 2, 3)) * 100  # noqa: E731
-    setup = prompt.problem(reward, gaussian(), times=(0.7, 0.3, 0.0))
+    setup = prompt.problem(reward, ddim(), times=(0.7, 0.3, 0.0))
     run = Run(setup, max_nfe=1000, generator=seeded())
     p, h = run.start(3), 0.004
     g = run.gradient(p)

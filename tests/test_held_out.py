@@ -6,14 +6,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flowscale_lite import assets, shapes
-from flowscale_lite.held_out import EMPTY, HeldOutJudge, training_batch
-from flowscale_lite.shapes import Group, Scene
+from flowscale_lite.tiny import shapes
+from flowscale_lite.tiny.data import locate
+from flowscale_lite.tiny.judge import EMPTY, HeldOutJudge
+from flowscale_lite.tiny.shapes import Group, Scene
+from tools.train.judge import training_batch
 
 
 @pytest.fixture(scope="module")
 def judge():
-    return HeldOutJudge.load(assets.data("judge/held_out.safetensors"))
+    return HeldOutJudge.load(locate("judge/held_out.safetensors"))
 
 
 def test_judge_reads_new_renders(judge):
@@ -39,7 +41,7 @@ def test_labels_say_what_was_drawn():
 
 def test_judge_and_counter_share_no_eyes():
     """The judge uses of `shapes` what draws and names things, nothing that looks at pictures."""
-    source = (Path(__file__).parents[1] / "flowscale_lite" / "held_out.py").read_text()
+    source = (Path(__file__).parents[1] / "flowscale_lite" / "tiny" / "judge.py").read_text()
     used = {
         n.attr
         for n in ast.walk(ast.parse(source))

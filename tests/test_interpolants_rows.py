@@ -1,9 +1,9 @@
-"""The stored rows of notebook 05: all there, and what `tools.interpolants` makes today."""
+"""The stored rows of notebook 05: all there, and what `tools.runs.interpolants` makes today."""
 
 import pytest
 
 from flowscale_lite import experiments
-from tools import interpolants
+from tools.runs import interpolants
 
 
 @pytest.mark.parametrize(
@@ -16,7 +16,7 @@ def test_every_task_has_its_row_and_no_other(path, number, models):
     assert sorted(experiments.key(row, fields) for row in rows) == sorted(experiments.key(t, fields) for t in tasks)
 
 
-@pytest.mark.parametrize("sampler", ["+ diffusion", "exact transition + grid", "VP-SDE, on VP itself"])
+@pytest.mark.parametrize("sampler", ["+ diffusion", "DDPM transition + grid", "VP-SDE, on VP itself"])
 @pytest.mark.parametrize(
     ("path", "run", "model"),
     [(interpolants.VARIETY, interpolants.variety, "dev"), (interpolants.SEARCHES, interpolants.searched, "schnell")],

@@ -15,9 +15,9 @@ from flowscale_lite import (
     Interpolant,
     Kernel,
     convert,
+    ddim,
     equivalent_sde,
-    gaussian,
-    natural,
+    memoryless,
     ode,
     paper_vp,
     quadratic,
@@ -47,9 +47,9 @@ def worst(kernel: Kernel, path: Interpolant, times: tuple[float, ...]) -> float:
 # Moments, by exact recursion on Gaussian data
 
 ODES = [*((ode, path, uniform) for path in PATHS), (sde(lambda t: 0.0), VP, uniform)]
-SDES = [(sde(g), path, uniform) for g in (quadratic(), natural(VP)) for path in PATHS]
-ETAS = [(gaussian(eta), path, uniform) for eta in (0.0, 0.5, 1.0) for path in PATHS]
-CONVERTED = [(sde(vp_diffusion()), LINEAR, early), (sde(vp_diffusion(natural(VP))), LINEAR, early)]
+SDES = [(sde(g), path, uniform) for g in (quadratic(), memoryless(VP)) for path in PATHS]
+ETAS = [(ddim(eta), path, uniform) for eta in (0.0, 0.5, 1.0) for path in PATHS]
+CONVERTED = [(sde(vp_diffusion()), LINEAR, early), (sde(vp_diffusion(memoryless(VP))), LINEAR, early)]
 
 
 @pytest.mark.parametrize(
@@ -70,16 +70,14 @@ def test_the_biases_at_ten_steps_are_the_ones_documented():
         return [var / marginal("linear", t)[1] for t, (_, var) in zip(times, got, strict=True)]
 
     assert max(inflation(sde(quadratic()))) == pytest.approx(1.38, abs=0.01)
-    assert [inflation(k)[-1] for k in (sde(quadratic()), ode, gaussian(1.0))] == pytest.approx(
-        [0.97, 0.74, 0.60], abs=0.01
-    )
+    assert [inflation(k)[-1] for k in (sde(quadratic()), ode, ddim(1.0))] == pytest.approx([0.97, 0.74, 0.60], abs=0.01)
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("path", PATHS, ids=lambda p: p.name)
 @pytest.mark.parametrize("times", [(1.0, 0.7, 0.2, 0.0), (0.9, 0.1), (1.0, 0.0)])
 def test_gaussian_transitions_are_exact_for_point_mass_data(eta, path, times):
-    for t, (m, var) in zip(times, moments_along(gaussian(eta), path, times, std=0.0), strict=True):
+    for t, (m, var) in zip(times, moments_along(ddim(eta), path, times, std=0.0), strict=True):
         assert (m, var) == pytest.approx(marginal(path.name, t, std=0.0), rel=1e-7, abs=1e-7)
 
 
@@ -108,7 +106,7 @@ def test_gaussian_at_eta_one_reverses_the_forward_process(path):
     """Forward, x_t = (alpha_t/alpha_s) x_s + noise: so Cov(x_t, x_s) = (alpha_t/alpha_s) sigma_s^2 given the data."""
     t, s = 0.8, 0.3
     probe = torch.tensor([[0.0], [1.0]], dtype=float64)
-    mean, _ = gaussian(1.0)(path, probe, gaussian_flow(path.name, std=0.0)(probe, probe.new_full((2,), t)), t, s)
+    mean, _ = ddim(1.0)(path, probe, gaussian_flow(path.name, std=0.0)(probe, probe.new_full((2,), t)), t, s)
     a_t, s_t, _, _ = levels(path.name, t)
     a_s, s_s, _, _ = levels(path.name, s)
     assert (mean[1] - mean[0]).item() * s_t**2 == pytest.approx(a_t / a_s * s_s**2, rel=1e-8)
@@ -116,13 +114,13 @@ def test_gaussian_at_eta_one_reverses_the_forward_process(path):
 
 def test_gaussian_at_eta_zero_is_the_ode_on_the_linear_path():
     v = gaussian_flow("linear")(X, X.new_full((3,), 0.8))
-    mean, std = gaussian(0.0)(LINEAR, X, v, 0.8, 0.3)
+    mean, std = ddim(0.0)(LINEAR, X, v, 0.8, 0.3)
     assert std == 0
     torch.testing.assert_close(mean, ode(LINEAR, X, v, 0.8, 0.3)[0])
 
 
 def test_gaussian_takes_the_limit_where_the_linear_path_has_no_signal():
-    mean, std = gaussian(1.0)(LINEAR, X, gaussian_flow("linear")(X, torch.ones(3, dtype=float64)), 1.0, 0.4)
+    mean, std = ddim(1.0)(LINEAR, X, gaussian_flow("linear")(X, torch.ones(3, dtype=float64)), 1.0, 0.4)
     assert std == pytest.approx(0.4)  # all of sigma_s: the state is drawn afresh around the posterior mean
     torch.testing.assert_close(mean, torch.full_like(X, 0.6 * MEAN))
 
@@ -138,8 +136,8 @@ def test_gaussian_depends_on_the_path_through_its_ratio_only(eta):
     }
     flow = gaussian_flow("linear")
     y = X * scale["t"]
-    mean, std = gaussian(eta)(LINEAR, X, flow(X, t.expand(3)), t.item(), s.item())
-    mean2, std2 = gaussian(eta)(COSINE, y, convert(flow, LINEAR, COSINE)(y, t2.expand(3)), t2.item(), s2.item())
+    mean, std = ddim(eta)(LINEAR, X, flow(X, t.expand(3)), t.item(), s.item())
+    mean2, std2 = ddim(eta)(COSINE, y, convert(flow, LINEAR, COSINE)(y, t2.expand(3)), t2.item(), s2.item())
     torch.testing.assert_close(mean2, mean * scale["s"])
     assert std2 == pytest.approx(std * scale["s"])
 
@@ -157,7 +155,7 @@ def test_renoise_carries_one_marginal_to_another(path, t, s):
 @pytest.mark.parametrize("path", PATHS, ids=lambda p: p.name)
 @pytest.mark.parametrize("s", [0.2, 0.6, 0.9])
 def test_redraw_between_the_two_gaussian_transitions(path, s):
-    """Nothing redrawn is DDIM's step; all of it the mean of gaussian's farthest candidate, sigma_s z away from b x0."""
+    """Nothing redrawn is DDIM's step; all of it the mean of ddim's farthest candidate, sigma_s z away from b x0."""
     v, z = gaussian_flow(path.name)(X, torch.full((3,), 0.6, dtype=float64)), torch.randn(X.shape, dtype=float64)
     where = torch.tensor([[True], [False], [True]])
     mean, std = redraw(where, z)(path, X, v, 0.6, s)
@@ -167,16 +165,16 @@ def test_redraw_between_the_two_gaussian_transitions(path, s):
     torch.testing.assert_close(redraw()(path, X, v, 0.6, 0.6)[0], X)
     assert std == 0
     if s < 0.6:
-        torch.testing.assert_close(mean[1], gaussian(0.0)(path, X, v, 0.6, s)[0][1])
+        torch.testing.assert_close(mean[1], ddim(0.0)(path, X, v, 0.6, s)[0][1])
 
 
 def test_natural_diffusion_by_hand():
     for t in (0.1, 0.5, 0.9):
-        assert natural(VP)(t) == pytest.approx(math.sqrt(0.1 + 19.9 * t))  # the VP-SDE's sqrt(beta)
-        assert natural(LINEAR)(t) == pytest.approx(math.sqrt(2 * t / (1 - t)))
-    assert natural(LINEAR)(0.0) == 0 and natural(VP)(0.0) == pytest.approx(math.sqrt(0.1), rel=2e-4)
+        assert memoryless(VP)(t) == pytest.approx(math.sqrt(0.1 + 19.9 * t))  # the VP-SDE's sqrt(beta)
+        assert memoryless(LINEAR)(t) == pytest.approx(math.sqrt(2 * t / (1 - t)))
+    assert memoryless(LINEAR)(0.0) == 0 and memoryless(VP)(0.0) == pytest.approx(math.sqrt(0.1), rel=2e-4)
     with pytest.raises(ValueError, match="infinite"):
-        natural(LINEAR)(1.0)
+        memoryless(LINEAR)(1.0)
 
 
 # Conversion of the interpolant is a change of grid and of diffusion
@@ -202,8 +200,8 @@ def gap_between_paths(noise: Tensor, g: Diffusion, src: Interpolant, dst: Interp
 
 @pytest.mark.parametrize(
     ("g", "src", "dst"),
-    [(quadratic(), VP, LINEAR), (natural(VP), VP, LINEAR), (quadratic(), VP, COSINE)],
-    ids=["paper", "natural", "cosine"],
+    [(quadratic(), VP, LINEAR), (memoryless(VP), VP, LINEAR), (quadratic(), VP, COSINE)],
+    ids=["paper", "memoryless", "cosine"],
 )
 def test_sample_paths_agree_step_by_step_in_the_limit_of_small_steps(g, src, dst):
     """Strong order one: along one Brownian path, half the step, half the distance."""
@@ -248,15 +246,15 @@ def test_vp_diffusion_stands_still_beyond_vps_last_state():
 
 
 def test_kernels_say_whether_they_are_stochastic():
-    flags = [k.stochastic for k in (ode, gaussian(0.0), gaussian(0.5), sde(quadratic()), renoise)]
+    flags = [k.stochastic for k in (ode, ddim(0.0), ddim(0.5), sde(quadratic()), renoise)]
     assert flags == [False, False, True, True, True]
 
 
 def test_errors():
     for eta in (-0.1, 1.1, math.nan):
         with pytest.raises(ValueError, match="eta"):
-            gaussian(eta)
-    for kernel in (gaussian(1.0), sde(quadratic())):
+            ddim(eta)
+    for kernel in (ddim(1.0), sde(quadratic())):
         with pytest.raises(ValueError, match="s < t"):
             kernel(LINEAR, X, X, 0.3, 0.5)
     with pytest.raises(ValueError, match="s > t"):

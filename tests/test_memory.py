@@ -15,12 +15,14 @@ from conftest import seeded
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from tiny_families import BUILDERS, build
 
-from flowscale_lite import RBF, assets, families, gaussian, hub, memory, pipelines, search, shapes
-from flowscale_lite.memory import CARDS, GUIDED, SIZES, plan
-from flowscale_lite.pipelines import Prompt
-from tools import memory as tool
+from flowscale_lite import RBF, ddim, flux, search
+from flowscale_lite.flux import FlowModel, families, hub, memory
+from flowscale_lite.flux.memory import CARDS, GUIDED, SIZES, plan
+from flowscale_lite.tiny import shapes
+from flowscale_lite.tiny.data import locate
+from tools.runs import memory as tool
 
-TINY = assets.data("tiny-flux/dev")
+TINY = locate("tiny-flux/dev")
 TEXT = "three red circles"
 GIB = 2**30
 
@@ -190,9 +192,9 @@ def test_a_guided_z_image_is_counted(monkeypatch):
     monkeypatch.setitem(families.FAMILIES, "ZImagePipeline", told)
     encoded = family.blank(pipe.transformer.config)
     encoded |= {f"negative_{name}": value for name, value in encoded.items()}
-    prompt = Prompt(pipe, encoded, 64, 64, 5.0, chunk=1)
+    prompt = FlowModel(pipe, encoded, 64, 64, 5.0, chunk=1)
     x = torch.empty(1, *prompt.shape, device="meta")
-    own = memory.planner.count(pipe.transformer, lambda _: prompt.velocity(x, 0.5)).activations / GIB
+    own = memory.cost.count(pipe.transformer, lambda _: prompt.velocity(x, 0.5)).activations / GIB
     assert twice == pytest.approx(own, rel=0.02) and twice > 1.7 * once
 
 
@@ -246,8 +248,8 @@ def tiny_plan(**fields):
 
 def found(pipe, chunk):
     """A short search by counting, and its picture."""
-    prompt = Prompt.encode(pipe, TEXT, guidance=2.0, chunk=chunk)
-    problem = prompt.problem(shapes.CountReward(shapes.parse(TEXT)), gaussian(), 3)
+    prompt = FlowModel.encode(pipe, TEXT, guidance=2.0, chunk=chunk)
+    problem = prompt.problem(shapes.CountReward(shapes.parse(TEXT)), ddim(), 3)
     result = search(problem, RBF(init=2, batch=2), max_nfe=8, generator=seeded())
     return prompt, prompt.decode(result.best[None])
 
@@ -279,10 +281,10 @@ def test_each_place_for_the_models_gives_the_same_picture(usual, fields):
     assert all((part is None) == (one.text == "dropped") for part in encoders)
     if one.text == "dropped":
         with pytest.raises(ValueError, match="loaded without text encoders"):
-            Prompt.encode(pipe, "a blue square")
+            FlowModel.encode(pipe, "a blue square")
     else:
-        other = Prompt.encode(pipe, "a blue square")
-        torch.testing.assert_close(other.embeds, Prompt.encode(usual[0].pipe, "a blue square").embeds)
+        other = FlowModel.encode(pipe, "a blue square")
+        torch.testing.assert_close(other.embeds, FlowModel.encode(usual[0].pipe, "a blue square").embeds)
     if one.text == "offloaded":
         assert len(pipe._all_hooks) == 3 and not hasattr(pipe.vae, "_hf_hook"), "all but the autoencoder change places"
     assert type(pipe.transformer.dtype) is torch.dtype and prompt.device.type == "cpu"
@@ -331,7 +333,7 @@ def test_four_bits_are_computed_with_as_sixteen_are(monkeypatch, dtype):
 
 def test_tiles_have_half_the_side():
     pipe = build("StableDiffusion3Pipeline")
-    prompt = Prompt.encode(pipe, TEXT, height=64, width=64, max_tokens=16)
+    prompt = FlowModel.encode(pipe, TEXT, height=64, width=64, max_tokens=16)
     x = torch.randn(1, *prompt.shape, generator=seeded())
     whole, sizes = prompt.decode(x), []
     memory._place(pipe, memory.replace(tiny_plan(), tiling=True), "cpu")
@@ -413,7 +415,7 @@ def test_the_token_comes_from_the_environment_then_from_colab(monkeypatch, no_to
 
 def test_a_preview_is_a_small_autoencoder(usual):
     vae = hub.preview(TINY / "vae")
-    prompt = Prompt.encode(usual[0].pipe, TEXT, preview=vae)
+    prompt = FlowModel.encode(usual[0].pipe, TEXT, preview=vae)
     x = torch.randn(1, *prompt.shape, generator=seeded())
     torch.testing.assert_close(prompt.decode(x, preview=True), prompt.decode(x), atol=1e-5, rtol=0)
 
@@ -422,4 +424,4 @@ def test_unsupported_pipelines_are_refused(tmp_path):
     (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
     with pytest.raises(ValueError, match="StableDiffusionPipeline is not supported"):
         hub.load(tmp_path)
-    assert pipelines.load is hub.load
+    assert flux.load is hub.load

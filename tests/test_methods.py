@@ -16,7 +16,7 @@ from flowscale_lite import (
     Guide,
     Problem,
     Refine,
-    gaussian,
+    ddim,
     ode,
     quadratic,
     sde,
@@ -37,7 +37,7 @@ def flat(x):
 
 
 def problem(steps=5, velocity=MIXTURE, reward=reward, kernel=None, **rest) -> Problem:
-    return Problem(velocity, reward, LINEAR, kernel or gaussian(1.0), uniform(steps), (2,), **rest)
+    return Problem(velocity, reward, LINEAR, kernel or ddim(1.0), uniform(steps), (2,), **rest)
 
 
 def drawn(result) -> list[int]:
@@ -116,7 +116,7 @@ def test_rbf_books_balance_and_no_budget_is_lost():
 
 
 def plain_rbf(flow, reward, steps, init, budget, g, rollover=True):
-    """The paper's loop with one candidate at a time and the exact Gaussian transition, written without the package."""
+    """The paper's loop with one candidate at a time and the DDPM transition, written without the package."""
     x = torch.randn(init, 2, generator=g)
     v = flow(x, torch.full((init,), 1.0))
     r = reward(x - v)
@@ -305,7 +305,7 @@ def test_one_paid_transition_or_none():
     assert drawn(result) == [2, 1] and result.left == 7
 
 
-@pytest.mark.parametrize("kernel", [ode, gaussian(0.0)], ids=lambda k: k.name)
+@pytest.mark.parametrize("kernel", [ode, ddim(0.0)], ids=lambda k: k.name)
 def test_rbf_refuses_a_deterministic_kernel_before_any_compute(kernel):
     with pytest.raises(ValueError, match="coincide"):
         search(problem(velocity=never, reward=never, kernel=kernel), RBF(), max_nfe=100, generator=seeded())

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import Counting, never, seeded
 
-from flowscale_lite import LINEAR, GaussianMixture, Problem, gaussian, search, uniform
+from flowscale_lite import LINEAR, GaussianMixture, Problem, ddim, search, uniform
 
 GUIDE = (Path(__file__).resolve().parent.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
 FLOW = GaussianMixture([[-1.0], [1.0]], 0.4).velocity(LINEAR)
@@ -26,7 +26,7 @@ def example():
 
 
 def problem(steps=6, velocity=FLOW, reward=lambda x: -(x[:, 0] - 0.8).square(), **rest) -> Problem:
-    return Problem(velocity, reward, LINEAR, gaussian(1.0), uniform(steps), (1,), **rest)
+    return Problem(velocity, reward, LINEAR, ddim(1.0), uniform(steps), (1,), **rest)
 
 
 def test_it_is_short(example):

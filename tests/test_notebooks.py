@@ -1,7 +1,8 @@
 """The notebooks keep to their rules, and the checker of those rules fails when it should.
 
-`test_notebook_*` go over every notebook of the series, and run none: that is the part of `tools.rehearsal`. The rest
-write a small sample to a temporary folder and break it one rule at a time: a checker that never fails checks nothing.
+`test_notebook_*` go over every notebook of the series, and run none: that is the part of `tools.course.rehearsal`. The
+rest write a small sample to a temporary folder and break it one rule at a time: a checker that never fails
+checks nothing.
 """
 
 import re
@@ -15,8 +16,9 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from tools import notebook_rules as rules
-from tools import notebooks, rehearsal, tutorial
+from tools.course import build as notebooks
+from tools.course import rehearsal, tutorial
+from tools.course import rules as rules
 
 SOURCES = sorted((notebooks.ROOT / "notebooks" / "src").glob("*.py"))
 every_notebook = pytest.mark.parametrize("source", SOURCES, ids=[source.stem for source in SOURCES])
@@ -394,7 +396,7 @@ def test_an_interrupt_ends_the_tutorial_and_its_kernels(built, tmp_path):
         (series / f"{name}.ipynb").write_text(text.replace("limit = 3.14159", wait), encoding="utf-8")
     # a shell's background job, as these tests may be, ignores interrupts and hands that on
     heed = "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-    heed += "runpy.run_module('tools.tutorial', run_name='__main__')"
+    heed += "runpy.run_module('tools.course.tutorial', run_name='__main__')"
     command = [sys.executable, "-c", heed, "--folder", str(series), "--out", str(out)]
     process = subprocess.Popen(command, cwd=notebooks.ROOT, stderr=subprocess.PIPE, text=True)
     try:

@@ -19,8 +19,10 @@ from safetensors.torch import load_file
 from torch import Generator
 from transformers.utils import logging as transformers_logging
 
-from flowscale_lite import RBF, BestOfN, assets, gaussian, hub, ode, pipelines, search, shapes
-from flowscale_lite.pipelines import Prompt
+from flowscale_lite import RBF, BestOfN, ddim, flux, ode, search
+from flowscale_lite.flux import FlowModel, hub
+from flowscale_lite.tiny import shapes
+from flowscale_lite.tiny.data import locate
 
 TEXT = "three red circles and two blue squares"
 REWARD = shapes.CountReward(shapes.parse(TEXT))
@@ -28,7 +30,7 @@ REWARD = shapes.CountReward(shapes.parse(TEXT))
 
 @pytest.fixture(scope="module", params=["dev", "schnell"])
 def pipe(request):
-    return pipelines.load(assets.data(f"tiny-flux/{request.param}"))
+    return flux.load(locate(f"tiny-flux/{request.param}"))
 
 
 def seeded(seed: int = 0) -> Generator:
@@ -48,7 +50,7 @@ def diffusers_pictures(pipe, number: int, steps: int) -> torch.Tensor:
 def test_ode_equals_the_pipelines_own_call(pipe, number, steps, chunk):
     """Same generator, the pipeline's own sigmas and latents: equal pictures to 1e-4."""
     last = []
-    prompt = Prompt.encode(pipe, TEXT, guidance=2.0, chunk=chunk)
+    prompt = FlowModel.encode(pipe, TEXT, guidance=2.0, chunk=chunk)
     problem = prompt.problem(REWARD, ode, steps, decode_chunk=chunk)
     result = search(problem, BestOfN(number), max_nfe=number * steps, generator=seeded(),
                     on_step=lambda p, run: last.append(p))  # fmt: skip
@@ -63,8 +65,8 @@ def test_ode_equals_the_pipelines_own_call(pipe, number, steps, chunk):
 def test_same_seed_same_picture_whatever_the_chunks(pipe):
     results = []
     for chunk, decode_chunk in ((16, 16), (16, 16), (3, 5)):
-        problem = Prompt.encode(pipe, TEXT, guidance=2.0, chunk=chunk).problem(
-            REWARD, gaussian(), 6, decode_chunk=decode_chunk
+        problem = FlowModel.encode(pipe, TEXT, guidance=2.0, chunk=chunk).problem(
+            REWARD, ddim(), 6, decode_chunk=decode_chunk
         )
         results.append(search(problem, RBF(init=4, batch=4), max_nfe=40, generator=seeded(3)))
     first, again, chunked = results
@@ -80,10 +82,10 @@ def test_a_text_is_encoded_once_and_the_pipeline_left_as_it_was(pipe):
     calls = []
     hook = pipe.text_encoder_2.register_forward_hook(lambda *_: calls.append(1))
     for guidance in (2.0, 3.0):
-        problem = Prompt.encode(pipe, "a green triangle", guidance=guidance).problem(REWARD, ode, 5)
+        problem = FlowModel.encode(pipe, "a green triangle", guidance=guidance).problem(REWARD, ode, 5)
         search(problem, BestOfN(2), max_nfe=10, generator=seeded())
     assert len(calls) == 1
-    Prompt.encode(pipe, "a green triangle", max_tokens=8)
+    FlowModel.encode(pipe, "a green triangle", max_tokens=8)
     assert len(calls) == 2, "another token limit, another encoding"
     hook.remove()
     assert dict(pipe.config) == config and torch.equal(torch.get_rng_state(), noise)
@@ -92,8 +94,8 @@ def test_a_text_is_encoded_once_and_the_pipeline_left_as_it_was(pipe):
 
 def test_the_look_ahead_is_the_decoded_posterior_mean(pipe):
     seen = []
-    problem = Prompt.encode(pipe, TEXT).problem(
-        lambda pictures: seen.append(pictures) or REWARD(pictures), gaussian(), 4
+    problem = FlowModel.encode(pipe, TEXT).problem(
+        lambda pictures: seen.append(pictures) or REWARD(pictures), ddim(), 4
     )
     search(problem, RBF(init=2, batch=2), max_nfe=8, generator=seeded())
     assert all(p.shape[1:] == (3, 64, 64) and p.min() >= 0 and p.max() <= 1 for p in seen)
@@ -101,33 +103,33 @@ def test_the_look_ahead_is_the_decoded_posterior_mean(pipe):
 
 def test_bad_input_is_refused_with_a_reason(pipe, tmp_path):
     with pytest.raises(FileNotFoundError, match="no model at"):
-        pipelines.load(tmp_path)
+        flux.load(tmp_path)
     with pytest.raises(ValueError, match="multiples of 16"):
-        Prompt.encode(pipe, TEXT, height=70)
+        FlowModel.encode(pipe, TEXT, height=70)
     for side in ({"height": 0}, {"width": 0}):
         with pytest.raises(ValueError, match="multiples of 16"):
-            Prompt.encode(pipe, TEXT, **side)
+            FlowModel.encode(pipe, TEXT, **side)
     with pytest.raises(ValueError, match="chunk must be at least 1"):
-        Prompt.encode(pipe, TEXT, chunk=0)
-    prompt = Prompt.encode(pipe, TEXT)
+        FlowModel.encode(pipe, TEXT, chunk=0)
+    prompt = FlowModel.encode(pipe, TEXT)
     with pytest.raises(ValueError, match="decode_chunk must be at least 1"):
         prompt.problem(REWARD, ode, decode_chunk=0)
     with pytest.raises(ValueError, match="chunk must be at least 1"):
         prompt.decode(torch.zeros(1, *prompt.shape), 0)
     with pytest.raises(ValueError, match="guidance must be a finite number"):
-        Prompt.encode(pipe, TEXT, guidance=float("nan"))
+        FlowModel.encode(pipe, TEXT, guidance=float("nan"))
     with pytest.raises(ValueError, match="steps must be at least 1"):
-        Prompt.encode(pipe, TEXT).times(0)
+        FlowModel.encode(pipe, TEXT).times(0)
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="no CUDA GPU"):
-            pipelines.load(assets.data("tiny-flux/dev"), device="cuda")
+            flux.load(locate("tiny-flux/dev"), device="cuda")
 
 
 def test_tiny_flux_is_a_plain_diffusers_pipeline(pipe):
     """What a reader does who has never heard of us."""
     from diffusers import FluxPipeline
 
-    plain = FluxPipeline.from_pretrained(assets.data("tiny-flux/schnell"))
+    plain = FluxPipeline.from_pretrained(locate("tiny-flux/schnell"))
     plain.set_progress_bar_config(disable=True)
     image = plain(TEXT, height=64, width=64, num_inference_steps=4, max_sequence_length=16, generator=seeded()).images[
         0
@@ -138,19 +140,19 @@ def test_tiny_flux_is_a_plain_diffusers_pipeline(pipe):
 
 def test_a_pipeline_of_another_precision_wants_its_prompts_encoded_again(pipe):
     moved = copy.deepcopy(pipe).to(torch.bfloat16)
-    x, t = torch.zeros(1, *Prompt.encode(pipe, TEXT).shape), torch.full((1,), 0.5)
-    assert Prompt.encode(moved, TEXT)(x, t).isfinite().all()
+    x, t = torch.zeros(1, *FlowModel.encode(pipe, TEXT).shape), torch.full((1,), 0.5)
+    assert FlowModel.encode(moved, TEXT)(x, t).isfinite().all()
 
 
 # ------------------------------------------------------------------------------------------------------------- loading
 @pytest.mark.parametrize("device", ["meta", torch.device("meta"), "xpu:99", "abacus", "cuda:99"])
 def test_devices_that_hold_no_numbers_are_refused(device):
     with pytest.raises(ValueError, match=r"no such device|no (such )?CUDA GPU"):
-        pipelines.load(assets.data("tiny-flux/dev"), device)
+        flux.load(locate("tiny-flux/dev"), device)
 
 
 def test_a_device_may_be_torchs_own():
-    assert pipelines.load(assets.data("tiny-flux/dev"), torch.device("cpu")).device.type == "cpu"
+    assert flux.load(locate("tiny-flux/dev"), torch.device("cpu")).device.type == "cpu"
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", "no json", '"FluxPipeline"'])
@@ -162,7 +164,7 @@ def test_a_model_index_that_names_no_pipeline_is_refused(tmp_path, text):
 
 @pytest.mark.parametrize(("part", "name"), [("vae", "diffusion_pytorch_model"), ("text_encoder", "pytorch_model")])
 def test_weights_that_are_pickles_are_refused(tmp_path, part, name):
-    folder = shutil.copytree(assets.data("tiny-flux/dev"), tmp_path / "model")
+    folder = shutil.copytree(locate("tiny-flux/dev"), tmp_path / "model")
     (weights,) = (folder / part).glob("*.safetensors")
     torch.save(load_file(weights), folder / part / f"{name}.bin")
     weights.unlink()

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import float64
 
-from flowscale_lite import LINEAR, Guide, Problem, convert, gaussian, logit_normal, methods, paper_vp, sde, search
+from flowscale_lite import LINEAR, Guide, Problem, convert, ddim, logit_normal, methods, paper_vp, sde, search
 from flowscale_lite import schedules as grids
 from flowscale_lite.interpolants import matching_time
 from flowscale_lite.resampling import SCHEMES
@@ -146,7 +146,7 @@ def test_every_method_keeps_an_exact_account_or_refuses_before_any_compute(kind)
         prices=st.sampled_from([(1, 3), (1, 1), (2, 1)]),
         shape=st.sampled_from([(2, 3), (), (1,), (1, 1, 3)]),
         grid=st.sampled_from([grids.uniform, paper_vp, logit_normal]),
-        kernel=st.sampled_from([gaussian(1.0), sde(lambda t: t), gaussian(0.0)]),
+        kernel=st.sampled_from([ddim(1.0), sde(lambda t: t), ddim(0.0)]),
         judge=st.sampled_from([torch.sin, torch.round, lambda x: 0 * x]),
     )
     def check(method, n, budget, prices, shape, grid, kernel, judge):

@@ -9,16 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from tools.notebook_rules import MACHINE
+from tools.course.rules import MACHINE
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "flowscale_lite"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 # A module may import those before it, never those after it.
 ORDER = (
-    *("interpolants", "kernels", "schedules", "resampling", "rewards", "search", "methods", "toys", "shapes"),
-    *("assets", "tiny_flux", "held_out", "families", "hub", "pipelines", "scheduler", "judges", "planner", "memory"),
-    *("experiments", "plots", "cli"),
+    *("interpolants", "kernels", "schedules", "resampling", "rewards", "search", "methods", "toys"),
+    *("tiny", "flux", "judges", "experiments", "plots", "cli"),
 )
 READERS = {"plots"}  # it reads results; nothing but the command line imports it
 HEAVY = {"accelerate", "diffusers", "matplotlib", "ray", "transformers"}  # not needed by `import flowscale_lite`
@@ -175,24 +174,26 @@ def test_make_targets_are_documented():
 
 def test_readme_examples_run(monkeypatch):
     """The blocks of Python in the README, in their order; with a toy for your model, and tiny-flux for FLUX.1."""
-    from flowscale_lite import assets, pipelines, shapes
+    from flowscale_lite import flux
+    from flowscale_lite.tiny import shapes
+    from flowscale_lite.tiny.data import locate
 
-    load = pipelines.load
-    monkeypatch.setattr(pipelines, "load", lambda *args, **kwargs: load(assets.data("tiny-flux/schnell")))
+    load = flux.load
+    monkeypatch.setattr(flux, "load", lambda *args, **kwargs: load(locate("tiny-flux/schnell")))
     text = "three red circles and two blue squares"
     names = {
         "model": lambda x, t: x / (1 + t).view(-1, 1, 1, 1),
         "judge": lambda x0: -x0.square().mean((1, 2, 3)),
         "text": text,
         "reward": shapes.CountReward(shapes.parse(text)),
-        "Prompt": pipelines.Prompt,
-        "load": pipelines.load,
-        "pipe": pipelines.load(),
+        "FlowModel": flux.FlowModel,
+        "load": flux.load,
+        "pipe": flux.load(),
     }
     blocks = re.findall(r"^```python\n(.+?)^```$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
-    assert len(blocks) >= 3 and names["result"].nfe <= 250 and isinstance(names["prompt"], pipelines.Prompt)
+    assert len(blocks) >= 3 and names["result"].nfe <= 250 and isinstance(names["prompt"], flux.FlowModel)
     assert type(names["pipe"].scheduler).__name__ == "FlowSDEScheduler"
 
 

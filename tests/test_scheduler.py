@@ -9,8 +9,9 @@ import torch
 from conftest import gaussian_flow, moments_along, seeded
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, FluxImg2ImgPipeline, FluxPipeline
 
-from flowscale_lite import LINEAR, GaussianMixture, assets, kernels, pipelines, schedules
-from flowscale_lite.scheduler import FlowSDEScheduler
+from flowscale_lite import LINEAR, GaussianMixture, flux, kernels, schedules
+from flowscale_lite.flux import FlowSDEScheduler
+from flowscale_lite.tiny.data import locate
 
 MIXTURE = GaussianMixture([[-2.0, -1.0], [1.5, 1.0]], [0.3, 0.5], [0.3, 0.7])
 CALL = {"height": 64, "width": 64, "num_inference_steps": 6, "guidance_scale": 2.0, "max_sequence_length": 16}
@@ -18,14 +19,14 @@ KINDS = [
     {"kernel": "ode"},
     {"kernel": "sde"},
     {"kernel": "sde", "g": 1.0},
-    {"kernel": "gaussian"},
-    {"kernel": "gaussian", "eta": 0.5},
+    {"kernel": "ddim"},
+    {"kernel": "ddim", "eta": 0.5},
     {"kernel": "sde", "interpolant": "vp"},
-    {"kernel": "gaussian", "interpolant": "vp", "finish": 2},
-    {"kernel": "gaussian", "times": [1.0, 0.8, 0.5, 0.1, 0.0]},
+    {"kernel": "ddim", "interpolant": "vp", "finish": 2},
+    {"kernel": "ddim", "times": [1.0, 0.8, 0.5, 0.1, 0.0]},
 ]
 NAMES = [" ".join(map(str, kind.values())) for kind in KINDS]
-FIRST = {"sde": kernels.sde(kernels.quadratic()), "gaussian": kernels.gaussian()}
+FIRST = {"sde": kernels.sde(kernels.quadratic()), "ddim": kernels.ddim()}
 
 
 def steps_of(kind: dict) -> int:
@@ -65,9 +66,7 @@ def test_moments_are_those_of_the_kernel_at_every_time(kind):
     scheduler = FlowSDEScheduler(**kind)
     scheduler.set_timesteps(steps_of(kind))
     times = tuple(scheduler.sigmas.tolist())
-    kernel = {"ode": kernels.ode, "sde": FIRST["sde"], "gaussian": kernels.gaussian(kind.get("eta", 1.0))}[
-        kind["kernel"]
-    ]
+    kernel = {"ode": kernels.ode, "sde": FIRST["sde"], "ddim": kernels.ddim(kind.get("eta", 1.0))}[kind["kernel"]]
     if kind["kernel"] == "sde":
         diffusion = kernels.quadratic(kind.get("g", 3.0))
         kernel = kernels.sde(kernels.vp_diffusion(diffusion) if kind.get("interpolant") == "vp" else diffusion)
@@ -106,7 +105,7 @@ def test_mixture_is_sampled_and_by_diffusers_stochastic_sampling_it_is_not(kind)
 def test_gaussian_at_eta_1_forgets_a_known_picture_rightly():
     """If the data are one point, the posterior mean is that point and the transition is exact at any step size."""
     point = GaussianMixture([[1.0, -2.0]], 0.0)
-    scheduler = FlowSDEScheduler(kernel="gaussian")
+    scheduler = FlowSDEScheduler(kernel="ddim")
     scheduler.set_timesteps(4)
     states = run(scheduler, point.velocity(LINEAR), torch.randn(20_000, 2, generator=seeded()))
     for t, x in zip(scheduler.sigmas.tolist(), states, strict=True):
@@ -118,7 +117,7 @@ def test_gaussian_at_eta_1_forgets_a_known_picture_rightly():
 # ---------------------------------------------------------------------------------------------------------- pipelines
 @pytest.fixture(scope="module")
 def pipe():
-    return pipelines.load(assets.data("tiny-flux/dev"))
+    return flux.load(locate("tiny-flux/dev"))
 
 
 @pytest.fixture
@@ -157,7 +156,7 @@ def test_flux_pipeline_with_the_ode_draws_what_it_always_drew(pipe, with_schedul
 
 def test_a_grid_of_ones_own_reaches_the_pipeline(with_scheduler):
     times = schedules.logit_normal(6)
-    pipe = with_scheduler(kernel="gaussian", times=list(times))
+    pipe = with_scheduler(kernel="ddim", times=list(times))
     draw(pipe)
     torch.testing.assert_close(pipe.scheduler.sigmas, torch.tensor(times))
     with pytest.raises(ValueError, match="make 6 steps; 5 were asked for"):
@@ -180,7 +179,7 @@ def test_image_to_image_starts_in_the_middle(pipe):
         return picture
 
     theirs = type(pipe.scheduler).from_config(pipe.scheduler.config)
-    for kernel in ("ode", "gaussian"):
+    for kernel in ("ode", "ddim"):
         ours = FlowSDEScheduler.from_config(pipe.scheduler.config, kernel=kernel)
         little, much = edit(ours, 0.3), edit(ours, 0.9)
         assert 0.001 < (little - image).abs().mean() < (much - image).abs().mean()
@@ -189,12 +188,12 @@ def test_image_to_image_starts_in_the_middle(pipe):
 
 
 def test_a_pipeline_saved_with_it_comes_back_with_it(with_scheduler, tmp_path):
-    pipe = with_scheduler(kernel="gaussian", eta=0.5, seed=7)
+    pipe = with_scheduler(kernel="ddim", eta=0.5, seed=7)
     pipe.save_pretrained(tmp_path)
     again = FluxPipeline.from_pretrained(tmp_path)
     again.set_progress_bar_config(disable=True)
     assert type(again.scheduler) is FlowSDEScheduler and again.scheduler.config.eta == 0.5
-    torch.testing.assert_close(draw(again), draw(with_scheduler(kernel="gaussian", eta=0.5, seed=7)), atol=1e-4, rtol=0)
+    torch.testing.assert_close(draw(again), draw(with_scheduler(kernel="ddim", eta=0.5, seed=7)), atol=1e-4, rtol=0)
 
 
 # --------------------------------------------------------------------------------- the manners of diffusers' schedulers
@@ -218,7 +217,7 @@ def test_config_survives_saving_and_changes_nothing(kind, tmp_path):
 
 def test_from_config_takes_over_what_a_pipeline_brings():
     flux = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True, max_shift=1.3)
-    ours = FlowSDEScheduler.from_config(flux.config, kernel="gaussian", eta=0.3)
+    ours = FlowSDEScheduler.from_config(flux.config, kernel="ddim", eta=0.3)
     assert (ours.config.max_shift, ours.config.use_dynamic_shifting, ours.config.eta) == (1.3, True, 0.3)
     sana = DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0)
     assert FlowSDEScheduler.from_config(sana.config).config.shift == 3.0
@@ -303,7 +302,7 @@ def test_scale_noise_mixes_at_the_time_asked_for(dtype):
         ({"interpolant": "cosine"}, "interpolant of"),
         ({"g": -1.0}, "g must not be negative"),
         ({"g": float("nan")}, "g must not be negative"),
-        ({"kernel": "gaussian", "eta": 1.5}, "eta must lie"),
+        ({"kernel": "ddim", "eta": 1.5}, "eta must lie"),
         ({"times": [1.0, 0.5]}, "exactly 0"),
         ({"times": [0.5, 1.0, 0.0]}, "strictly decrease"),
         ({"invert_sigmas": True}, "must be False"),

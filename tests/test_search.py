@@ -13,7 +13,7 @@ from flowscale_lite import (
     Particles,
     Problem,
     Run,
-    gaussian,
+    ddim,
     ode,
     quadratic,
     sde,
@@ -29,7 +29,7 @@ def first(x):
 
 
 def make(**changes) -> Problem:
-    base = Problem(FLOW, first, LINEAR, gaussian(1.0), uniform(5), (2,))
+    base = Problem(FLOW, first, LINEAR, ddim(1.0), uniform(5), (2,))
     return replace(base, **changes)
 
 
@@ -281,10 +281,16 @@ def opened(max_nfe: int = 1000, **changes) -> Run:
 
 def test_a_run_counts_paid_transitions_and_rows():
     run = opened(101, cost=2)
-    assert (run.transitions, run.paid(), run.paid(1.0), run.paid(0.4), run.paid(0.2)) == (5, 4, 4, 1, 0)
-    assert run.rows_left == 50
+    assert (
+        run.transitions,
+        run.evaluations_ahead(),
+        run.evaluations_ahead(1.0),
+        run.evaluations_ahead(0.4),
+        run.evaluations_ahead(0.2),
+    ) == (5, 4, 4, 1, 0)
+    assert run.evaluations_left == 50
     p = run.propose(run.start(3), 2)
-    assert (run.nfe, run.left, run.rows_left, p.t, len(p)) == (18, 83, 41, 0.8, 6)
+    assert (run.nfe, run.left, run.evaluations_left, p.t, len(p)) == (18, 83, 41, 0.8, 6)
 
 
 def test_the_last_transition_is_free():

@@ -30,7 +30,7 @@ from flowscale_lite import (
     Run,
     SearchOverPaths,
     ZeroOrder,
-    gaussian,
+    ddim,
     ode,
     paper_vp,
     search,
@@ -46,7 +46,7 @@ def reward(x):
 
 
 def problem(steps=5, velocity=MIXTURE, reward=reward, kernel=None, **rest) -> Problem:
-    return Problem(velocity, reward, LINEAR, kernel or gaussian(1.0), uniform(steps), (2,), **rest)
+    return Problem(velocity, reward, LINEAR, kernel or ddim(1.0), uniform(steps), (2,), **rest)
 
 
 def drawn(result) -> list[int]:
@@ -131,7 +131,7 @@ def test_search_over_paths_is_this_loop(up, down):
 
 
 @pytest.mark.parametrize("method", [SVDD(), Blockwise(), SMC()], ids=lambda m: type(m).__name__)
-@pytest.mark.parametrize("kernel", [ode, gaussian(0.0)], ids=lambda k: k.name)
+@pytest.mark.parametrize("kernel", [ode, ddim(0.0)], ids=lambda k: k.name)
 def test_a_deterministic_kernel_is_refused_where_candidates_would_coincide(method, kernel):
     with pytest.raises(ValueError, match="coincide"):
         search(problem(velocity=never, reward=never, kernel=kernel), method, max_nfe=100, generator=seeded())
@@ -302,7 +302,7 @@ def unit(method, setup: Problem) -> float:
     """NFE of the least that a method can spend more; infinite where its own fields say how much it spends."""
     if getattr(method, "copies", None) or getattr(method, "n", None) or getattr(method, "particles", None):
         return math.inf
-    paid, steered = setup.paid(), method.guide.cost(setup) if getattr(method, "guide", None) else 0
+    paid, steered = setup.evaluations_ahead(), method.guide.cost(setup) if getattr(method, "guide", None) else 0
     if isinstance(method, SVDD | Blockwise):
         block = getattr(method, "block", 1)
         rows = method.chains * (paid - (paid - 1) // block * block)  # those of the last block
@@ -312,7 +312,7 @@ def unit(method, setup: Problem) -> float:
         if isinstance(method, Funnel):  # the last candidates are those of this many states
             rows *= round(method.states ** (1 / max(1, paid)))
     elif isinstance(method, SearchOverPaths):
-        last = method.down + 1 - (setup.paid() - method.down) % (method.down - method.up)
+        last = method.down + 1 - (setup.evaluations_ahead() - method.down) % (method.down - method.up)
         rows = method.paths * (last if last > method.up else method.down + 1)
     else:
         rows = getattr(method, "init", 1) * (not isinstance(method, ZeroOrder)) + isinstance(method, ZeroOrder)
@@ -366,7 +366,7 @@ def test_any_budget_is_spent_to_less_than_a_unit_or_refused_before_any_compute(
     velocity = Watched(lambda x, t: torch.tanh(x) * (1 + t.view(-1, *[1] * len(shape))))
     judged = Counting(lambda x, _: torch.sin(3 * x.reshape(len(x), -1).sum(1)))
     setup = Problem(
-        velocity, lambda x: judged(x, x.new_zeros(len(x))), LINEAR, gaussian(1.0), grid(steps), shape,
+        velocity, lambda x: judged(x, x.new_zeros(len(x))), LINEAR, ddim(1.0), grid(steps), shape,
         cost=prices[0], gradient_cost=prices[1],
     )  # fmt: skip
     try:

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from flowscale_lite import shapes
-from flowscale_lite.shapes import CountReward, Group, Scene
-from tools import prompts
+from flowscale_lite.tiny import shapes
+from flowscale_lite.tiny.shapes import CountReward, Group, Scene
+from tools.runs import prompts
 
 
 def scenes(number: int, seed: int = 0, **kwargs) -> tuple[list[Scene], np.random.Generator]:

@@ -20,8 +20,8 @@ from flowscale_lite import (
     Problem,
     QuadraticReward,
     Run,
+    ddim,
     ess,
-    gaussian,
     log_z,
     ode,
     quadratic,
@@ -61,7 +61,7 @@ def exact_transitions(mixture: GaussianMixture, seed: int = 0) -> Kernel:
 
 def exact_gaussian(path, x, v, t, s):
     """The same for data N(MEAN, STD^2): one Gaussian; its mean is affine in the velocity, so it can be steered."""
-    mean, std = gaussian(1.0)(path, x, v, t, s)
+    mean, std = ddim(1.0)(path, x, v, t, s)
     rho = s * (1 - t) / ((1 - s) * t)
     spread = STD * t / math.sqrt(((1 - t) * STD) ** 2 + t**2)  # of x0 given x_t
     return mean, math.sqrt(std**2 + ((1 - s - s * rho * (1 - t) / t) * spread) ** 2)
@@ -157,7 +157,7 @@ def test_the_error_falls_like_one_over_the_root_of_the_number_of_particles():
     torch.testing.assert_close(few / many, torch.full_like(few, 4.0), rtol=4 / math.sqrt(repeats), atol=0)
 
 
-@pytest.mark.parametrize("kernel", [sde(quadratic()), gaussian(1.0)], ids=lambda k: k.name)
+@pytest.mark.parametrize("kernel", [sde(quadratic()), ddim(1.0)], ids=lambda k: k.name)
 def test_with_an_inexact_kernel_the_target_is_the_samplers_own_law_tilted(kernel):
     """Ten steps leave the sampler with a mean and a variance of its own, known exactly for Gaussian data."""
     mean, var = moments_along(kernel, LINEAR, uniform(10))[-1]
@@ -256,7 +256,7 @@ def plain_smc(setup, k, tau, threshold, potential, tempering, g):
 @pytest.mark.parametrize("potential", ["difference", "max", "sum"])
 @pytest.mark.parametrize(("threshold", "tempering"), [(0.0, 0.0), (0.6, 0.0), (0.9, 1.5), (0.99, 0.0)])
 def test_smc_is_this_loop(potential, threshold, tempering):
-    setup = problem(LINE, REWARDS[1]["quadratic"], gaussian(1.0), steps=7)
+    setup = problem(LINE, REWARDS[1]["quadratic"], ddim(1.0), steps=7)
     method = SMC(12, tau=0.5, threshold=threshold, potential=potential, tempering=tempering)
     for seed in range(5):
         x, weights, log_constant = plain_smc(setup, 12, 0.5, threshold, potential, tempering, seeded(seed))
@@ -269,7 +269,7 @@ def test_smc_is_this_loop(potential, threshold, tempering):
 @pytest.mark.parametrize("potential", ["difference", "max", "sum"])
 def test_weights_are_kept_where_none_are_resampled(potential):
     """Then the gains multiply to exp(r/tau): importance sampling by the finished sample's own reward."""
-    setup = problem(LINE, REWARDS[1]["linear"], gaussian(1.0))
+    setup = problem(LINE, REWARDS[1]["linear"], ddim(1.0))
     p = run_smc(setup, SMC(50, tau=0.5, threshold=0.0, potential=potential, tempering=1.0), 0)
     torch.testing.assert_close(p.logw, p.reward / 0.5, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(p.reward, p.x[:, 0])
@@ -278,7 +278,7 @@ def test_weights_are_kept_where_none_are_resampled(potential):
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_weights_are_made_equal_where_particles_are_resampled(scheme):
-    run = Run(problem(LINE, LinearReward([1.0]), gaussian(1.0)), max_nfe=1000, generator=seeded())
+    run = Run(problem(LINE, LinearReward([1.0]), ddim(1.0)), max_nfe=1000, generator=seeded())
     method = SMC(4, scheme=scheme, threshold=0.9)
     p = method.start(run)
     heavy = replace(p, logw=torch.tensor([0.0, math.log(997.0), 0.0, 0.0]))
@@ -355,7 +355,7 @@ def test_the_flow_of_the_bell_is_that_of_the_other_tests():
 
 
 def test_equal_weights_are_never_resampled():
-    run = Run(problem(LINE, LinearReward([1.0]), gaussian(1.0)), max_nfe=1000, generator=seeded())
+    run = Run(problem(LINE, LinearReward([1.0]), ddim(1.0)), max_nfe=1000, generator=seeded())
     method = SMC(30, scheme="multinomial", threshold=1.0)
     p = method.start(run)  # at t = 1 all posterior means are the data's mean
     assert method.advance(p, run).parent.tolist() == list(range(30))

@@ -7,8 +7,9 @@ import torch
 from diffusers import FluxPipeline
 from torch import Generator, nn
 
-from flowscale_lite import shapes, tiny_flux
-from flowscale_lite.tiny_flux import Averaged, Checkpoint, Denoiser, Log, Recipe, fit
+from flowscale_lite.tiny import shapes
+from tools.train import tiny_flux
+from tools.train.tiny_flux import Averaged, Checkpoint, Denoiser, Log, Recipe, fit
 
 
 def test_every_word_is_one_token_and_every_caption_fits():

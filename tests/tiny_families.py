@@ -44,7 +44,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-from flowscale_lite.tiny_flux import TOKENS, build_tokenizers
+from tools.train.tiny_flux import TOKENS, build_tokenizers
 
 TEXT = {"vocab_size": 400, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
 DECODER = {

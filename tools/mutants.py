@@ -166,7 +166,7 @@ MUTANTS = (
     M("Refine: scattered entries for regions", "methods/refine.py", "search_methods",
       "* parts // side)", "% parts)"),
     M("Funnel: never narrower", "methods/funnel.py", "search_methods",
-      "((ahead - 1) / run.paid())", "1"),
+      "((ahead - 1) / run.evaluations_ahead())", "1"),
     # Oracles
     M("mixture with sigma for sigma^2", "toys.py", "toys",
       "(a * self.scales.to(x.device)) ** 2 + s**2", "(a * self.scales.to(x.device)) ** 2 + s"),

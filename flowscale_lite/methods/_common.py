@@ -24,7 +24,7 @@ def require_noise(problem: Problem) -> None:
     if not problem.kernel.stochastic:
         raise ValueError(
             f"under the deterministic kernel {problem.kernel.name!r} all candidates coincide; "
-            "use a stochastic one, such as sde(...) or gaussian(1.0)"
+            "use a stochastic one, such as sde(...) or ddim(1.0)"
         )
 
 

@@ -30,12 +30,12 @@ class BestOfN:
 
     def check(self, problem: Problem, max_nfe: int) -> None:
         """Raises ValueError unless n samples (one, if n is None) can be paid for."""
-        each, n = self.init + problem.paid(), self.n or 1
+        each, n = self.init + problem.evaluations_ahead(), self.n or 1
         require_budget(problem, max_nfe, n * each, f"{n} sample(s) of {each} evaluations each")
 
     def start(self, run: Run) -> Particles:
         """The best of the initial noises of every sample."""
-        return best_noises(run, self.n or run.rows_left // (self.init + run.paid()), self.init)
+        return best_noises(run, self.n or run.evaluations_left // (self.init + run.evaluations_ahead()), self.init)
 
     def advance(self, p: Particles, run: Run) -> Particles:
         """One child each."""

@@ -37,7 +37,7 @@ class Blockwise:
     def check(self, problem: Problem, max_nfe: int) -> None:
         """Raises ValueError if the budget does not pay for a branch in every block, or if branches coincide."""
         require_noise(problem)
-        rows = self.chains * (self.init + (self.copies or 1) * problem.paid())
+        rows = self.chains * (self.init + (self.copies or 1) * problem.evaluations_ahead())
         require_budget(problem, max_nfe, rows, f"{self.chains} chain(s) with a branch in every block")
 
     def start(self, run: Run) -> Particles:
@@ -46,10 +46,10 @@ class Blockwise:
 
     def advance(self, p: Particles, run: Run) -> Particles:
         """The best branch of each, a block later."""
-        ahead = run.paid(p.t)
+        ahead = run.evaluations_ahead(p.t)
         if ahead == 0:
             return run.propose(p)
-        q = run.propose(p, self.copies or run.rows_left // (self.chains * ahead))
+        q = run.propose(p, self.copies or run.evaluations_left // (self.chains * ahead))
         for _ in range(self.block - 1):
             q = run.propose(q) if q.t > 0 else q
         return best_of_each(run.score(q), self.chains)

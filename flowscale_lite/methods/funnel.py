@@ -36,7 +36,7 @@ class Funnel:
 
     def check(self, problem: Problem, max_nfe: int) -> None:
         """Raises ValueError if the budget does not pay for a candidate of every first state at every transition."""
-        rows = self.init + self.states * problem.paid()
+        rows = self.init + self.states * problem.evaluations_ahead()
         require_budget(problem, max_nfe, rows, f"{self.init} noises and {self.states} states to the end")
         require_noise(problem)
 
@@ -46,11 +46,11 @@ class Funnel:
 
     def advance(self, p: Particles, run: Run) -> Particles:
         """The best candidates of all states, fewer than there were."""
-        ahead = run.paid(p.t)
+        ahead = run.evaluations_ahead(p.t)
         if ahead == 0:
             return run.propose(p)
-        q = run.score(run.propose(p, run.rows_left // (ahead * len(p))))
-        return _top(q, round(self.states ** ((ahead - 1) / run.paid())))
+        q = run.score(run.propose(p, run.evaluations_left // (ahead * len(p))))
+        return _top(q, round(self.states ** ((ahead - 1) / run.evaluations_ahead())))
 
 
 def _top(p: Particles, k: int) -> Particles:

@@ -117,7 +117,7 @@ class DPS:
 
     def start(self, run: Run) -> Particles:
         """The best of the initial noises of every sample."""
-        return best_noises(run, self.n or run.rows_left // self._price(run.problem), self.init)
+        return best_noises(run, self.n or run.evaluations_left // self._price(run.problem), self.init)
 
     def advance(self, p: Particles, run: Run) -> Particles:
         """One steered child each."""
@@ -125,4 +125,4 @@ class DPS:
 
     def _price(self, problem: Problem) -> int:
         """Evaluations a sample."""
-        return self.init + problem.paid() + guide_price(self.guide, problem)
+        return self.init + problem.evaluations_ahead() + guide_price(self.guide, problem)

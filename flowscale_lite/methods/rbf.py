@@ -38,7 +38,7 @@ class RBF:
             row evaluated is charged, so up to batch - 1 of them are speculation. 1 wastes none. Chains that compete are
             drawn all at once.
         enough: with accept="best", candidates of one state that do for a transition far from the end. 24 is a balance:
-            closed-form flows do better with 16 (`tools.toy_table`), pictures worse (`tools.results`).
+            closed-form flows do better with 16 (`tools.runs.toy_table`), pictures worse (`tools.runs.results`).
         quantile: with accept="first", the record is this quantile of the rewards seen at the last transition instead.
         rollover: False drops what a quota leaves (for comparison); with accept="best" every quota is then spent.
         chains: searches that share the budget equally; the best finished sample is returned.
@@ -101,10 +101,10 @@ class RBF:
 
     def check(self, problem: Problem, max_nfe: int) -> None:
         """Raises ValueError if a chain cannot pay for its draws and every transition, or if all candidates coincide."""
-        rows = self.chains * (self.init + problem.paid() + guide_price(self.guide, problem))
-        what = f"{self.chains} chain(s) of {self.init} initial draws and one candidate at each of {problem.paid()}"
-        require_budget(problem, max_nfe, rows, f"{what} transitions")
-        if problem.paid() and not self._selecting(problem):
+        rows = self.chains * (self.init + problem.evaluations_ahead() + guide_price(self.guide, problem))
+        what = f"{self.chains} chain(s) of {self.init} initial draws and one candidate at each"
+        require_budget(problem, max_nfe, rows, f"{what} of {problem.evaluations_ahead()} transitions")
+        if problem.evaluations_ahead() and not self._selecting(problem):
             raise ValueError(
                 f"no transition lands at select_below = {self.select_below} or below; times {problem.times}"
             )
@@ -112,11 +112,11 @@ class RBF:
 
     def start(self, run: Run) -> Particles:
         """The best of the initial draws of every chain; their rewards set the first record."""
-        spare = run.rows_left - self.chains * guide_price(self.guide, run.problem)
+        spare = run.evaluations_left - self.chains * guide_price(self.guide, run.problem)
         share = torch.tensor([(spare + i) // self.chains for i in range(self.chains)])  # sums to what is spare
         p = run.score(run.start(self.chains * self.init))
         rewards = p.reward.view(self.chains, self.init)
-        rows = (share - self.init - run.paid() + self._selecting(run.problem)).to(p.x.device)
+        rows = (share - self.init - run.evaluations_ahead() + self._selecting(run.problem)).to(p.x.device)
         return replace(
             best_of_each(p, self.chains), carry={"record": self._record(rewards), "rows": rows, "left": rows}
         )
@@ -124,7 +124,7 @@ class RBF:
     def advance(self, p: Particles, run: Run) -> Particles:
         """One accepted candidate for every chain."""
         p = self.guide(p, run) if self.guide else p
-        if run.paid(p.t) == 0:
+        if run.evaluations_ahead(p.t) == 0:
             return run.propose(p)
         if run.next_time(p.t) > self.select_below:
             return run.score(run.propose(p))
@@ -149,7 +149,7 @@ class RBF:
 
     def _accept(self, p: Particles, run: Run) -> Particles:
         record, rows, left = float(p.carry["record"]), int(p.carry["rows"]), int(p.carry["left"])
-        ahead, total = run.paid(p.t), self._selecting(run.problem)
+        ahead, total = run.evaluations_ahead(p.t), self._selecting(run.problem)
         kept_back = rows * (ahead - 1) // total  # for the transitions after this one
         quota = (left if self.rollover else rows * ahead // total) - kept_back
         most = self._needed(quota, left, ahead)
@@ -175,7 +175,7 @@ class RBF:
     def _accept_together(self, p: Particles, run: Run) -> Particles:
         """The best candidates of all chains' quotas; what a quota cannot share out alike rolls over."""
         rows, left = int(p.carry["rows"].sum()), int(p.carry["left"].sum())
-        ahead, total = run.paid(p.t), self._selecting(run.problem)
+        ahead, total = run.evaluations_ahead(p.t), self._selecting(run.problem)
         quota = left - rows * (ahead - 1) // total
         copies = self._needed(quota // self.chains, left // self.chains, ahead)
         q = run.score(run.propose(p, copies))

@@ -54,7 +54,7 @@ class Refine:
 
     def check(self, problem: Problem, max_nfe: int) -> None:
         """Raises ValueError if the budget does not pay for a try at every level."""
-        paid = problem.paid()
+        paid = problem.evaluations_ahead()
         require_budget(problem, max_nfe, self.init + paid, f"{self.init} noise(s) and a try at each of {paid} level(s)")
 
     def start(self, run: Run) -> Particles:
@@ -65,9 +65,9 @@ class Refine:
         """The record holder after a batch of tries; when the budget is spent, its posterior mean."""
         levels = run.problem.times[1:-1]
         rows = run.max_nfe // run.problem.cost - self.init
-        if run.rows_left == 0 or not levels:
+        if run.evaluations_left == 0 or not levels:
             return run.propose(p, s=0.0, kernel=redraw())
-        spent = rows - run.rows_left
+        spent = rows - run.evaluations_left
         level = spent * len(levels) // rows
         n = min(self.batch, -(-(level + 1) * rows // len(levels)) - spent)  # not beyond the level
         where = regions(n, run.problem.shape, self.share, self.cells, run.generator).to(p.x.device)

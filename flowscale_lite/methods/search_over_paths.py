@@ -56,7 +56,7 @@ class SearchOverPaths:
         leg, *rest = self._legs(run.problem, p.t)
         first = p.t == run.problem.times[0]
         if not first:
-            copies = self.copies or run.rows_left // (self.paths * _price([leg, *rest]))
+            copies = self.copies or run.evaluations_left // (self.paths * _price([leg, *rest]))
             p, leg = run.propose(p, copies, s=leg[0], kernel=renoise), leg[1:]
         for s in leg:
             p = run.propose(p, s=s, kernel=ode)

@@ -74,7 +74,7 @@ class SMC:
 
     def start(self, run: Run) -> Particles:
         """K particles of noise, weighted."""
-        k = self.particles or run.rows_left // self._price(run.problem)
+        k = self.particles or run.evaluations_left // self._price(run.problem)
         p = run.score(run.start(k * self.init))
         zero = torch.zeros_like(p.reward)
         worst = torch.full_like(zero, -math.inf) if self.potential == "max" else zero
@@ -102,7 +102,7 @@ class SMC:
 
     def _price(self, problem: Problem) -> int:
         """Evaluations a particle."""
-        return self.init + problem.paid() + guide_price(self.guide, problem)
+        return self.init + problem.evaluations_ahead() + guide_price(self.guide, problem)
 
     def _weigh(self, p: Particles) -> Particles:
         """Multiplies the weights by the gains."""

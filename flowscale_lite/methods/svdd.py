@@ -38,7 +38,9 @@ class SVDD:
     def check(self, problem: Problem, max_nfe: int) -> None:
         """Raises ValueError if the budget does not pay for a child at every transition, or if children coincide."""
         require_noise(problem)
-        rows = self.chains * (self.init + (self.copies or 1) * problem.paid() + guide_price(self.guide, problem))
+        rows = self.chains * (
+            self.init + (self.copies or 1) * problem.evaluations_ahead() + guide_price(self.guide, problem)
+        )
         require_budget(problem, max_nfe, rows, f"{self.chains} chain(s) with a child at every paid transition")
 
     def start(self, run: Run) -> Particles:
@@ -47,10 +49,10 @@ class SVDD:
 
     def advance(self, p: Particles, run: Run) -> Particles:
         """The best child of each."""
-        ahead = run.paid(p.t)
+        ahead = run.evaluations_ahead(p.t)
         if ahead == 0:
             return run.propose(p)
         p = self.guide(p, run) if self.guide else p
-        each = run.rows_left // self.chains - guide_price(self.guide, run.problem, run.next_time(p.t))
+        each = run.evaluations_left // self.chains - guide_price(self.guide, run.problem, run.next_time(p.t))
         copies = self.copies or each // ahead  # what does not divide is left to later transitions
         return best_of_each(run.score(run.propose(p, copies)), self.chains)

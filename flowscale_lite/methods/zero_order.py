@@ -41,7 +41,9 @@ class ZeroOrder:
 
     def check(self, problem: Problem, max_nfe: int) -> None:
         """Raises ValueError if the budget does not pay for one sample."""
-        require_budget(problem, max_nfe, self.init + problem.paid(), f"one sample, the best of {self.init} noise(s),")
+        require_budget(
+            problem, max_nfe, self.init + problem.evaluations_ahead(), f"one sample, the best of {self.init} noise(s),"
+        )
 
     def start(self, run: Run) -> Particles:
         """The first noise."""
@@ -56,7 +58,7 @@ class ZeroOrder:
         q = run.score(p).best()
         carry = {"pivot": noise[q.parent], "sample": q.x, "record": q.reward}
         carry = carry if q.reward > q.carry["record"] else q.carry
-        n = min(self.neighbours, run.rows_left // (1 + run.paid()))
+        n = min(self.neighbours, run.evaluations_left // (1 + run.evaluations_ahead()))
         if n == 0:
             return replace(q, x=carry["sample"], x0=carry["sample"], reward=carry["record"])
         near = math.sqrt(1 - self.radius**2) * carry["pivot"] + self.radius * run.noise(n)

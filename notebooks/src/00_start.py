@@ -38,10 +38,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-from flowscale_lite import RBF, BestOfN, assets, ode, paper_vp, plots, sde, search, shapes, vp_diffusion
+from flowscale_lite import RBF, BestOfN, ode, paper_vp, plots, sde, search, vp_diffusion
 from flowscale_lite.experiments import clustered_mean, paired_difference, read
-from flowscale_lite.held_out import HeldOutJudge
-from flowscale_lite.pipelines import Prompt, load
+from flowscale_lite.flux import FlowModel, load
+from flowscale_lite.tiny import shapes
+from flowscale_lite.tiny.data import locate
+from flowscale_lite.tiny.judge import HeldOutJudge
 
 # %% [markdown]
 # ## A prompt and a picture
@@ -51,7 +53,7 @@ from flowscale_lite.pipelines import Prompt, load
 # shapes. Here is what it draws, from four different noises.
 
 # %%
-pipe = load(assets.data("tiny-flux/schnell"))
+pipe = load(locate("tiny-flux/schnell"))
 weights = sum(parameter.numel() for parameter in pipe.transformer.parameters())
 print(f"{type(pipe).__name__} with a transformer of {weights / 1e6:.1f} million weights; FLUX.1's has 11.9 billion")
 TEXT = "four red circles and five blue squares"
@@ -61,7 +63,7 @@ pictures = pipe(TEXT, num_images_per_prompt=4, generator=generator, output_type=
 
 
 # %% [markdown]
-# We judge a picture by *counting*. The counter of `flowscale_lite.shapes` looks for blobs of ink and compares each with an ideal circle, square
+# We judge a picture by *counting*. The counter of `flowscale_lite.tiny.shapes` looks for blobs of ink and compares each with an ideal circle, square
 # and triangle; on true drawings it is exact. A prompt asks for counts $n_k^*$ of the twelve kinds of object, and a picture shows
 # $n_k$ of them, so a natural reward is minus the residual sum of squares:
 #
@@ -113,7 +115,7 @@ def sample(velocity, x, times):
     return x, guesses
 
 
-prompt = Prompt.encode(pipe, TEXT)
+prompt = FlowModel.encode(pipe, TEXT)
 times = prompt.times(10)
 noise = torch.randn(4, *prompt.shape, generator=torch.Generator().manual_seed(0))
 latents, guesses = sample(prompt, noise, times)
@@ -218,14 +220,14 @@ print(f"of the {len(film)} pictures, exactly right: number", *(1 + np.flatnonzer
 # Intervals are 95 %, bootstrapped over prompts.
 
 # %%
-judge = HeldOutJudge.load(assets.data("judge/held_out.safetensors"))
-hard = assets.data("prompts/hard.txt").read_text().splitlines()[:8]
+judge = HeldOutJudge.load(locate("judge/held_out.safetensors"))
+hard = locate("prompts/hard.txt").read_text().splitlines()[:8]
 assert sum(shapes.parse(text).relation is not None for text in hard) == 6
 
 
 def verdicts(text, method, kernel, times, seed, nfe):
     """Exact by the counter, exact by the held-out judge, for one search."""
-    scene, prompt = shapes.parse(text), Prompt.encode(pipe, text)
+    scene, prompt = shapes.parse(text), FlowModel.encode(pipe, text)
     problem = prompt.problem(shapes.CountReward(scene), kernel, times=times)
     result = search(problem, method, max_nfe=nfe, generator=torch.Generator().manual_seed(seed))
     picture = prompt.decode(result.best[None])
@@ -252,7 +254,7 @@ for name, values in seen.items():
 # hard prompts with three seeds each. Best-of-N is also there with four steps a picture, which a few-step model can do with: 250 NFE then buy 62 pictures.
 
 # %%
-stored = read(assets.data("results/search.jsonl"))
+stored = read(locate("results/search.jsonl"))
 stored = [row for row in stored if (row["model"], row["level"], row["budget"]) == ("schnell", "hard", budget)]
 names = ("best-of-n", "best-of-n, 4 steps", "rbf")
 runs = {name: [row for row in stored if row["method"] == name] for name in names}

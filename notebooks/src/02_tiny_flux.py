@@ -43,10 +43,12 @@ from scipy.stats import binomtest
 from torch import nn
 from tqdm.auto import tqdm
 
-from flowscale_lite import LINEAR, GaussianMixture, assets, plots, shapes, uniform
+from flowscale_lite import LINEAR, GaussianMixture, plots, uniform
 from flowscale_lite.experiments import clustered_mean
-from flowscale_lite.held_out import HeldOutJudge
-from flowscale_lite.pipelines import Prompt, load
+from flowscale_lite.flux import FlowModel, load
+from flowscale_lite.tiny import shapes
+from flowscale_lite.tiny.data import locate
+from flowscale_lite.tiny.judge import HeldOutJudge
 
 # %% [markdown]
 # ## The parts
@@ -55,7 +57,7 @@ from flowscale_lite.pipelines import Prompt, load
 # diffusers `FluxPipeline` objects: the classes are those of the large models, only the numbers in their configurations are smaller. So what you take apart here is FLUX.
 
 # %%
-dev, schnell = load(assets.data("tiny-flux/dev")), load(assets.data("tiny-flux/schnell"))
+dev, schnell = load(locate("tiny-flux/dev")), load(locate("tiny-flux/schnell"))
 parts = {
     "text_encoder": "the prompt as one vector (CLIP)",
     "text_encoder_2": "the prompt as one vector a word (T5)",
@@ -98,7 +100,7 @@ def to_latents(pictures):
 
 scene = shapes.parse("three yellow circles and two blue triangles")
 picture = shapes.to_tensor(shapes.render([scene], draws))
-prompt = Prompt.encode(dev, scene.caption(), guidance=2.0)
+prompt = FlowModel.encode(dev, scene.caption(), guidance=2.0)
 z = to_latents(picture)
 back = prompt.decode(z)
 assert shapes.exact(scene, back)[0], "the autoencoder lost an object"
@@ -312,7 +314,7 @@ plots.show(
 # %% [markdown]
 # ## The whole forward pass, and a lie detector
 #
-# All parts are there. The function below packs, calls the transformer, and unpacks; it is what `Prompt` of the package does, only that each row may have its own prompt. The sampler is that of
+# All parts are there. The function below packs, calls the transformer, and unpacks; it is what `FlowModel` of the package does, only that each row may have its own prompt. The sampler is that of
 # notebook 00: against the velocity in small steps, keeping the posterior mean $x_{0|t} = x_t - t\,u_t(x_t)$ of every step.
 
 
@@ -398,7 +400,7 @@ def shift_grid(steps, tokens, small=(4, 0.5), large=(16, 0.693147)):
 
 
 assert np.allclose(shift_grid(10, 16), prompt.times(10), atol=1e-6), "our grid differs from the pipeline's"
-few = Prompt.encode(schnell, scene.caption())
+few = FlowModel.encode(schnell, scene.caption())
 assert np.allclose(uniform(10), few.times(10), atol=1e-6), "schnell's grid is not shifted"
 flux = math.exp(1.15 - 0.5)  # FLUX.1 goes from mu = 0.5 at 256 tokens to mu = 1.15 at 4096
 print(
@@ -478,7 +480,7 @@ plots.show(
 
 
 # %%
-from flowscale_lite.tiny_flux import Denoiser, sample_times
+from tools.train.tiny_flux import Denoiser, sample_times
 
 
 def fresh(generator):
@@ -525,7 +527,7 @@ print(f"a model that always says 0 would have {(torch.randn(x0.shape, generator=
 # shows the pattern known from large models: the loss falls slowly and soon hardly at all, while *counting* keeps improving to the end.
 
 # %%
-log = [json.loads(line) for line in assets.data("tiny-flux/training_log.jsonl").read_text().splitlines()]
+log = [json.loads(line) for line in locate("tiny-flux/training_log.jsonl").read_text().splitlines()]
 log = [entry for entry in log if entry["stage"] == "dev"]
 fig, axes = plt.subplots(1, 3, figsize=(9.5, 2.7))
 axes[0].plot(losses)
@@ -683,7 +685,7 @@ STEPS, table, strips = (1, 2, 4, 10), {}, {}
 for name, pipe in (("dev", dev), ("schnell", schnell)):
     text_ = encode(pipe, [scene.caption() for scene in scenes])
     for steps in STEPS:
-        grid_ = Prompt.encode(pipe, scene.caption()).times(steps)
+        grid_ = FlowModel.encode(pipe, scene.caption()).times(steps)
         states, _ = sample(pipe, noise[:48], grid_, text_)
         table[name, steps] = is_exact(scenes, states[-1])
         strips[name, steps] = prompt.decode(states[-1])
@@ -749,7 +751,7 @@ plots.show(
 # for triangles, from the same noise. A second judge, a small network trained to count (notebook 03), looks on.
 
 # %%
-judge = HeldOutJudge.load(assets.data("judge/held_out.safetensors"))
+judge = HeldOutJudge.load(locate("judge/held_out.safetensors"))
 pairs = {"triangle": [], "square": []}
 for _ in range(32):
     (a, b), colours = draws.integers(2, 5, 2), draws.choice(shapes.COLOURS, 2)

@@ -41,10 +41,12 @@ import numpy as np
 import torch
 from scipy.stats import norm, rankdata
 
-from flowscale_lite import LINEAR, BestOfN, GaussianMixture, QuadraticReward, assets, ode, plots, search, shapes
+from flowscale_lite import LINEAR, BestOfN, GaussianMixture, QuadraticReward, ode, plots, search
 from flowscale_lite.experiments import Interval
-from flowscale_lite.held_out import HeldOutJudge
-from flowscale_lite.pipelines import Prompt, load
+from flowscale_lite.flux import FlowModel, load
+from flowscale_lite.tiny import shapes
+from flowscale_lite.tiny.data import locate
+from flowscale_lite.tiny.judge import HeldOutJudge
 
 # %% [markdown]
 # ## A reward is a function of a picture
@@ -86,7 +88,7 @@ assert torch.equal(torch.from_numpy(-shapes.residual(scene, film)) == 0, torch.t
 # see its verdicts, so no method can please it by any other way than drawing what was asked.
 
 # %%
-judge = HeldOutJudge.load(assets.data("judge/held_out.safetensors"))
+judge = HeldOutJudge.load(locate("judge/held_out.safetensors"))
 held_out = -((judge.counts(film) - scene.target) ** 2).sum(1)
 fig, axes = plt.subplots(1, 4, figsize=(10, 2.5), width_ratios=(1, 1, 1, 2.2))
 for ax, k in zip(axes, (0, 18, 40), strict=False):
@@ -120,7 +122,7 @@ PROMPTS = (
     "three yellow circles above two blue triangles",
     "three red circles and two blue squares",
 )
-dev, schnell = load(assets.data("tiny-flux/dev")), load(assets.data("tiny-flux/schnell"))
+dev, schnell = load(locate("tiny-flux/dev")), load(locate("tiny-flux/schnell"))
 scenes = [shapes.parse(text) for text in PROMPTS]
 
 
@@ -135,7 +137,7 @@ def flow(prompt, x, times):
 
 
 noise = torch.randn(6, 64, 8, 8, 8, generator=torch.Generator().manual_seed(0))
-prompts = {model: [Prompt.encode(pipe, text, guidance=2.0, chunk=32) for text in PROMPTS]
+prompts = {model: [FlowModel.encode(pipe, text, guidance=2.0, chunk=32) for text in PROMPTS]
            for model, pipe in (("dev", dev), ("schnell", schnell))}  # fmt: skip
 
 # %%

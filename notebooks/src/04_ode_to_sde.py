@@ -21,7 +21,7 @@
 # - derive how a density moves under an ODE (continuity equation) and under an SDE (Fokker-Planck equation), and check both on a mixture
 # - prove that one family of SDEs, a member for every diffusion coefficient $g$, keeps all marginals of the flow
 # - read the score, which these SDEs need, off the velocity that the model already gives
-# - take large steps: Euler-Maruyama against the exact Gaussian transition, and what each of them leaves out
+# - take large steps: Euler-Maruyama against the DDPM transition, and what each of them leaves out
 # - break it: wrong sign, missing half, and a sampler in common use
 #
 # **Prerequisites.** Notebook 01 (velocity, posterior means); 00 and 02 for the pictures at the end.
@@ -41,9 +41,11 @@ import torch
 from IPython.display import Markdown, display
 from tqdm.auto import tqdm
 
-from flowscale_lite import COSINE, LINEAR, VP, GaussianMixture, assets, experiments, kernels, plots, shapes, uniform
+from flowscale_lite import COSINE, LINEAR, VP, GaussianMixture, experiments, kernels, plots, uniform
 from flowscale_lite.experiments import clustered_mean
-from flowscale_lite.pipelines import Prompt, load
+from flowscale_lite.flux import FlowModel, load
+from flowscale_lite.tiny import shapes
+from flowscale_lite.tiny.data import locate
 
 
 def table(lines):
@@ -261,7 +263,7 @@ for t, s in ((1.0, 0.9), (0.5, 0.3), (0.1, 0.0)):
 #
 # ## The same marginals for every $g$
 #
-# Now the experiment. We start 20 batches of 600 particles at $t = 0.995$ from $p_t$ itself, and run them to the data in 300 steps, under four diffusion coefficients. One of them, called natural, is explained below.
+# Now the experiment. We start 20 batches of 600 particles at $t = 0.995$ from $p_t$ itself, and run them to the data in 300 steps, under four diffusion coefficients. One of them, called memoryless, is explained below.
 
 
 # %%
@@ -281,7 +283,7 @@ diffusions = {
     "$g = 0$, the ODE": lambda t: 0.0,
     "$g = 1$": lambda t: 1.0,
     "$g = 3t^2$": three_t_squared,
-    "$g$ natural": kernels.natural(LINEAR),
+    "$g$ memoryless": kernels.memoryless(LINEAR),
 }
 clouds = {}
 for seed, (name, g) in enumerate(tqdm(diffusions.items())):
@@ -395,12 +397,12 @@ ax.legend(fontsize=8)
 plots.show(
     fig,
     alt="The worst relative error of the variance on the way against the number of steps, both logarithmic, for four "
-    "diffusion coefficients: three fall in parallel to a line of slope minus one; the natural one starts far above, "
+    "diffusion coefficients: three fall in parallel to a line of slope minus one; the memoryless one starts far above, "
     "falls faster, and joins them at about a thousand steps.",
 )
 
 # %% [markdown]
-# In the end all lines fall with slope $-1$: every $g$ is right in the limit, with an error of first order in the step. They differ in height. The natural $g$ grows without bound at $t \to 1$, and ten steps of (4.9) cannot follow it: its worst error is that of the first step, which falls with slope $-2$ until, beyond a thousand steps, it is small beside the rest.
+# In the end all lines fall with slope $-1$: every $g$ is right in the limit, with an error of first order in the step. They differ in height. The memoryless $g$ grows without bound at $t \to 1$, and ten steps of (4.9) cannot follow it: its worst error is that of the first step, which falls with slope $-2$ until, beyond a thousand steps, it is small beside the rest.
 #
 # ## Forwards: the one $g$ that needs no score
 #
@@ -417,7 +419,7 @@ plots.show(
 
 
 # %%
-def natural_g(path, t):
+def memoryless_g(path, t):
     """The diffusion coefficient (4.12)."""
     alpha, sigma, d_alpha, d_sigma = path.at(t)
     return math.sqrt(2 * (sigma * d_sigma - sigma**2 * d_alpha / alpha))
@@ -425,11 +427,11 @@ def natural_g(path, t):
 
 for t in (0.1, 0.5, 0.9):
     for path in (LINEAR, COSINE, VP):
-        assert math.isclose(natural_g(path, t), kernels.natural(path)(t), rel_tol=1e-9)
-    assert math.isclose(natural_g(LINEAR, t) ** 2, 2 * t / (1 - t))
-    assert math.isclose(natural_g(VP, t) ** 2, 0.1 + 19.9 * t)  # beta of the VP-SDE
+        assert math.isclose(memoryless_g(path, t), kernels.memoryless(path)(t), rel_tol=1e-9)
+    assert math.isclose(memoryless_g(LINEAR, t) ** 2, 2 * t / (1 - t))
+    assert math.isclose(memoryless_g(VP, t) ** 2, 0.1 + 19.9 * t)  # beta of the VP-SDE
     v = velocity_at(x, t)
-    drift = v + 0.5 * natural_g(LINEAR, t) ** 2 * score_of(LINEAR, x, v, t)
+    drift = v + 0.5 * memoryless_g(LINEAR, t) ** 2 * score_of(LINEAR, x, v, t)
     assert torch.allclose(drift, -x / (1 - t)), "no score is left: the drift is alpha'/alpha x"
 
 # %% [markdown]
@@ -442,7 +444,7 @@ scale, variance, h = 1.0, 0.0, (t - s) / n
 for k in range(n):
     now = s + (k + 0.5) * h
     factor = 1 - h / (1 - now)
-    scale, variance = factor * scale, factor**2 * variance + h * natural_g(LINEAR, now) ** 2
+    scale, variance = factor * scale, factor**2 * variance + h * memoryless_g(LINEAR, now) ** 2
 one = torch.ones(1, 1)
 mean, std = kernels.renoise(LINEAR, one, one, s, t)
 print(f"{n} small steps: mean {scale:.4f} x, standard deviation {math.sqrt(variance):.4f}")
@@ -541,7 +543,7 @@ for n in (4, 10, 40, 1000):
 assert abs(share - 0.5) < 0.01, "in the limit exactly half of the variance is lost"
 
 # %% [markdown]
-# ## Larger steps: the exact Gaussian transition
+# ## Larger steps: the DDPM transition
 #
 # Euler-Maruyama freezes the *velocity* over a step. Freeze the *guess* instead. If $x_0$ and $\varepsilon$ were known, then for any $0 \le \text{std} \le \sigma_s$
 #
@@ -574,13 +576,13 @@ def exact_transition(eta=1.0):
 for eta in (0.0, 0.5, 1.0):
     for t, s in ((1.0, 0.9), (0.5, 0.3), (0.1, 0.0)):
         mean, std = exact_transition(eta)(LINEAR, x, velocity_at(x, t), t, s)
-        mean_, std_ = kernels.gaussian(eta)(LINEAR, x, velocity_at(x, t), t, s)
+        mean_, std_ = kernels.ddim(eta)(LINEAR, x, velocity_at(x, t), t, s)
         assert torch.equal(mean, mean_) and std == std_, "bit for bit the package's"
     _, std = exact_transition(eta)(LINEAR, x, velocity_at(x, 0.5), 0.5, 0.5 - 1e-5)
-    assert math.isclose(std / math.sqrt(1e-5), eta * natural_g(LINEAR, 0.5), rel_tol=1e-3, abs_tol=1e-9)
+    assert math.isclose(std / math.sqrt(1e-5), eta * memoryless_g(LINEAR, 0.5), rel_tol=1e-3, abs_tol=1e-9)
 
 # %% [markdown]
-# The last assertion says what (4.16) is in small steps: noise of variance $\eta^2 g_t^2\,(t-s)$ with the *natural* $g$. So it is a member of the family (4.6), namely $g = \eta \cdot$ natural, and keeps the marginals in the limit. There is no
+# The last assertion says what (4.16) is in small steps: noise of variance $\eta^2 g_t^2\,(t-s)$ with the *memoryless* $g$. So it is a member of the family (4.6), namely $g = \eta \cdot$ memoryless, and keeps the marginals in the limit. There is no
 # division by $\sigma$ or $\alpha$ and no $g$ that grows without bound: it starts at $t = 1$ where Euler-Maruyama with the same $g$ cannot, and ends at $t = 0$ without a special case. At $t = 1$ it is (4.13).
 #
 # It leaves something out as well. The law of total variance splits the variance of the next state given this one in two, the noise $z$ and the ignorance of $x_0$. Write $x_s$ of (4.14) with $\varepsilon = (x_t - \alpha_t x_0)/\sigma_t$: the factor of $x_0$ is
@@ -594,7 +596,7 @@ for eta in (0.0, 0.5, 1.0):
 samplers = {
     "ODE": kernels.ode,
     "SDE, $3t^2$": kernels.sde(kernels.quadratic()),
-    "exact transition": kernels.gaussian(1.0),
+    "DDPM transition": kernels.ddim(1.0),
 }
 lines = []
 for name, kernel in samplers.items():
@@ -634,19 +636,19 @@ for ax, n in zip(axes[0], (4, 10, 40), strict=True):
 plots.show(
     fig,
     alt="Final histograms of three samplers at 4, 10 and 40 steps against the exact density. At 4 steps the ODE and "
-    "the exact transition put too much into the narrow middle mode and too little into the outer ones; Euler-Maruyama "
+    "the DDPM transition put too much into the narrow middle mode and too little into the outer ones; Euler-Maruyama "
     "is closer. At 40 steps all three are close.",
 )
 
 # %% [markdown]
-# Read the tables with care. With few steps Euler-Maruyama with $3t^2$ ends *closer* to the data than the exact transition: at every number of steps on Gaussian data, at 4 and 10 on the mixture, where at 40 they are level. But on the way its variance is far too high (the number in brackets), and it is on the way that a search
+# Read the tables with care. With few steps Euler-Maruyama with $3t^2$ ends *closer* to the data than the DDPM transition: at every number of steps on Gaussian data, at 4 and 10 on the mixture, where at 40 they are level. But on the way its variance is far too high (the number in brackets), and it is on the way that a search
 # judges its particles. Which is better for a search is a question for experiments with a search (notebooks 05 and 10), not for a theorem.
 #
 # ## One state, many futures
 #
 # Back to the question above. Marginals agree for every $g$; *pairs of times* do not. Under the ODE a state has one future. Under an SDE it has many, and how different they are depends on $g$.
 #
-# For the natural $g$ we know exactly which. Its backward SDE is the noising process (4.12) run in reverse, so $(x_0, x_t)$ have the same joint law as data and noised data: **the children of a state $x_t$ are draws from the posterior $p(x_0 \mid x_t)$**. For a
+# For the memoryless $g$ we know exactly which. Its backward SDE is the noising process (4.12) run in reverse, so $(x_0, x_t)$ have the same joint law as data and noised data: **the children of a state $x_t$ are draws from the posterior $p(x_0 \mid x_t)$**. For a
 # mixture that is again a mixture, each component by the rule for conditioning a Gaussian, reweighted by how well it explains $x_t$:
 
 
@@ -666,7 +668,7 @@ law = posterior(x_t, t)
 x0, _ = data.posterior(torch.tensor([[x_t]]), torch.tensor([t]), LINEAR)
 assert abs(law.mean().item() - x0.item()) < 1e-6, "its mean is the posterior mean"
 families = {}
-for name in ("$g = 0$, the ODE", "$g = 3t^2$", "$g$ natural"):
+for name in ("$g = 0$, the ODE", "$g = 3t^2$", "$g$ memoryless"):
     start = torch.full((children, 1), x_t)
     kernel = euler_maruyama(diffusions[name])
     grid = tuple(t * k for k in uniform(200))
@@ -686,7 +688,7 @@ for (above, below), (name, states) in zip(axes.T, families.items(), strict=True)
     found = w1(states[-1], law)
     print(f"{plain(name):17} {found.mean:.3f} [{found.low:.3f}, {found.high:.3f}]")
 axes[0, 0].set_ylabel("$t$")
-assert found.low < least.high, "the natural SDE draws from the posterior"
+assert found.low < least.high, "the memoryless SDE draws from the posterior"
 plots.show(
     fig,
     alt="Forty paths from one state at time 0.6, and below them the histogram of 4,000 ends with the exact posterior "
@@ -702,7 +704,7 @@ plots.show(
 
 # %%
 TEXT = "four red circles and five blue squares"
-prompt = Prompt.encode(load(assets.data("tiny-flux/dev")), TEXT, guidance=2.0, chunk=64)
+prompt = FlowModel.encode(load(locate("tiny-flux/dev")), TEXT, guidance=2.0, chunk=64)
 reward = shapes.CountReward(shapes.parse(TEXT))
 times = prompt.times(10)
 
@@ -729,7 +731,7 @@ for row, (name, kernel) in zip(axes, samplers.items(), strict=True):
 plots.show(
     fig,
     alt="Six continuations of one state at time 0.75 under three samplers. ODE: the same picture six times. The SDE "
-    "and the exact transition: six pictures alike in layout, with different objects here and there and rewards.",
+    "and the DDPM transition: six pictures alike in layout, with different objects here and there and rewards.",
 )
 
 # %% [markdown]
@@ -752,7 +754,7 @@ def mean(values):
 
 
 # %%
-cases = [(name, k) for name in ("SDE, $3t^2$", "exact transition") for k in parents]
+cases = [(name, k) for name in ("SDE, $3t^2$", "DDPM transition") for k in parents]
 family = {
     (n, k): siblings(samplers[n], parents[k], times[k:], torch.Generator().manual_seed(2)) for n, k in tqdm(cases)
 }
@@ -762,7 +764,7 @@ table(
         for (n, k), (far, gain) in family.items()
     ]
 )
-for name in ("SDE, $3t^2$", "exact transition"):
+for name in ("SDE, $3t^2$", "DDPM transition"):
     less = mean(family[name, 0][1] - family[name, 6][1])
     print(f"{plain(name)}: gain from t = 1 minus gain from t = {times[6]:.3f}, paired by state: {less}")
     assert less.low > 0
@@ -831,7 +833,7 @@ def sde_step(x, v, z, t, s, g):
 
 
 # %% [markdown]
-# ### Exercise 2: the natural diffusion of the cosine path (difficulty 2 of 5, 10 minutes)
+# ### Exercise 2: the memoryless diffusion of the cosine path (difficulty 2 of 5, 10 minutes)
 #
 # On the cosine path $\alpha_t = \cos\frac{\pi t}{2}$, $\sigma_t = \sin\frac{\pi t}{2}$. Simplify (4.12) by hand and write $g_t$ as one short formula.
 #
@@ -901,7 +903,7 @@ def complete_std(t, s, var):
 # %% tags=["exercise-test"]
 def completed(path, x, v, t, s):
     """The mean of (4.16) with the reader's standard deviation."""
-    return kernels.gaussian(1.0)(path, x, v, t, s)[0], complete_std(t, s, STD**2)
+    return kernels.ddim(1.0)(path, x, v, t, s)[0], complete_std(t, s, STD**2)
 
 
 for steps_ in (1, 2, 10):
@@ -934,8 +936,8 @@ def complete_std(t, s, var):
 # ## Recap
 # - A density sees noise of strength $g$ as a drift of $-\frac12 g^2$ times the score (4.4); pay it back, and all marginals are kept, for every $g$ (4.6).
 # - The score is $-\varepsilon_{|t}/\sigma_t$, and the model's velocity already contains it (4.8).
-# - One $g$, the natural one, makes the forward equation free of the data; its backward children are draws from $p(x_0 \mid x_t)$.
-# - Euler-Maruyama freezes velocity and noise level over a step; the exact transition freezes the guess, and leaves out its variance (4.17). Both are exact in the limit, neither at ten steps.
+# - One $g$, the memoryless one, makes the forward equation free of the data; its backward children are draws from $p(x_0 \mid x_t)$.
+# - Euler-Maruyama freezes velocity and noise level over a step; the DDPM transition freezes the guess, and leaves out its variance (4.17). Both are exact in the limit, neither at ten steps.
 # - The ODE gives a state one future, the SDE many: that is what a search works with.
 #
 # ## Not shown

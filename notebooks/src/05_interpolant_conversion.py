@@ -22,7 +22,7 @@
 # - derive the velocity on the new path in two ways, and see why one of them survives at both ends
 # - write the VP-SDE back in linear coordinates, and find that it is a grid and a diffusion coefficient, no more
 # - redo the paper's ablation on tiny-flux, with intervals, and say which of its claims show here
-# - see why the exact Gaussian transition does not care
+# - see why the DDPM transition does not care
 #
 # **Prerequisites.** Notebooks 01 and 04; 02 and 03 for the pictures and their rewards.
 #
@@ -44,10 +44,12 @@ from IPython.display import Markdown, display
 from scipy.stats import spearmanr
 from tqdm.auto import tqdm
 
-from flowscale_lite import RBF, assets, experiments, kernels, plots, schedules, search, shapes
+from flowscale_lite import RBF, experiments, kernels, plots, schedules, search
 from flowscale_lite.experiments import clustered_mean
+from flowscale_lite.flux import FlowModel, load
 from flowscale_lite.interpolants import COSINE, LINEAR, VP, convert
-from flowscale_lite.pipelines import Prompt, load
+from flowscale_lite.tiny import shapes
+from flowscale_lite.tiny.data import locate
 from flowscale_lite.toys import GaussianMixture
 
 
@@ -318,13 +320,13 @@ def diffusion_on_linear(g_bar):
 three_s_squared = kernels.quadratic(3.0)
 for t in (0.05, 0.3, 0.7, 0.95):
     assert math.isclose(diffusion_on_linear(three_s_squared)(t), kernels.vp_diffusion()(t), rel_tol=1e-9)
-    on_vp = kernels.natural(VP)
-    assert math.isclose(diffusion_on_linear(on_vp)(t), kernels.natural(LINEAR)(t), rel_tol=1e-9)
+    on_vp = kernels.memoryless(VP)
+    assert math.isclose(diffusion_on_linear(on_vp)(t), kernels.memoryless(LINEAR)(t), rel_tol=1e-9)
 
 # %%
 t = np.linspace(0.02, 0.993, 200)
 curves = {"$3t^2$ on the linear path": three_s_squared, "$3s^2$ on VP": kernels.vp_diffusion()}
-curves["natural, on either"] = kernels.natural(LINEAR)
+curves["memoryless, on either"] = kernels.memoryless(LINEAR)
 fig, ax = plt.subplots()
 for name, g in curves.items():
     ax.semilogy(t, [g(float(now)) for now in t], label=name)
@@ -333,11 +335,11 @@ ax.legend()
 plots.show(
     fig,
     alt="Diffusion coefficients on the linear path, logarithmic. VP's is above 3 t squared only near t = 1, where it "
-    "reaches 11, and far below it elsewhere; the natural one is above both.",
+    "reaches 11, and far below it elsewhere; the memoryless one is above both.",
 )
 
 # %% [markdown]
-# The last assertion above the figure is worth a pause. The *natural* diffusion of notebook 04, moved from VP to the linear path, is the natural diffusion of the linear path. It must be: the noising process has no interpolant in it but the scale and the clock. The paper's choices, $3t^2$ on one path
+# The last assertion above the figure is worth a pause. The *memoryless* diffusion of notebook 04, moved from VP to the linear path, is the memoryless diffusion of the linear path. It must be: the noising process has no interpolant in it but the scale and the clock. The paper's choices, $3t^2$ on one path
 # and $3s^2$ on the other, are *different* SDEs: seen from the linear path, the VP one is louder only in the last few hundredths before $t = 1$, and much quieter everywhere else.
 #
 # Is (5.10) right for whole paths, not only for marginals? Run the SDE twice with the **same noise**: on VP with the converted velocity, and on the linear path with (5.10). The two differ by discretisation only, so the gap must vanish with the step.
@@ -392,7 +394,7 @@ assert all(gaps[2 * n] < 0.7 * gaps[n] for n in (25, 50, 100)), "half the step, 
 # | + grid | the paper's | $3t^2$ |
 # | + diffusion | uniform in $t$ | (5.10) |
 # | VP-SDE | the paper's | (5.10) |
-# | exact transition | uniform in $t$ | natural; the guess, not $g$, is frozen over a step |
+# | DDPM transition | uniform in $t$ | memoryless; the guess, not $g$, is frozen over a step |
 #
 # ### In theory: Gaussian data
 #
@@ -428,7 +430,7 @@ samplers = {
     "+ grid": (LOUD, schedules.paper_vp(10), LINEAR),
     "+ diffusion": (VP_LOUD, schedules.uniform(10), LINEAR),
     "VP-SDE": (VP_LOUD, schedules.paper_vp(10), LINEAR),
-    "exact transition": (kernels.gaussian(), schedules.uniform(10), LINEAR),
+    "DDPM transition": (kernels.ddim(), schedules.uniform(10), LINEAR),
 }
 STYLES = dict(zip(samplers, "os^Dv", strict=True))
 
@@ -464,7 +466,7 @@ table(lines)
 
 # %% [markdown]
 # Two lessons. **By step** (left) the paper's grid keeps siblings different for most of the run: its *clock* stays where futures are open. That is what "VP explores more" means for a search, which pays by the step. **By time** (right) the advantage is gone, and more: at equal linear time
-# siblings under the VP-SDE are *less* different than under the linear SDE, whose noise is louder there. The grid explores; the diffusion, taken by itself, does not: after the first step its siblings are nearly one. Longest in time the exact transition keeps them apart, whose $g$ is the loudest of all.
+# siblings under the VP-SDE are *less* different than under the linear SDE, whose noise is louder there. The grid explores; the diffusion, taken by itself, does not: after the first step its siblings are nearly one. Longest in time the DDPM transition keeps them apart, whose $g$ is the loudest of all.
 #
 # And a warning, in the table: for this exact, multi-step flow the ends on the paper's grid have a fraction of the right spread (the long last step returns a posterior mean), and the VP diffusion on uniform steps leaves several times too much. It is made for small steps at $t \to 1$; without them, it adds a lot of noise at once:
 
@@ -484,19 +486,19 @@ print(f"the VP diffusion's first uniform step adds variance {first_noise**2:.0f}
 # - the distance (root mean squared difference of pictures) of siblings that part at the noise and after 3, 6 and 8 steps, and that of *strangers*, pictures of one prompt from different noise
 # - the look-ahead reward after five steps, and the reward of the finished pictures.
 #
-# All that takes minutes, so `python -m tools.interpolants` has stored the rows in `data/results/interpolants.jsonl`. The code that makes a row is below, and two rows are made anew and compared. Three samplers are added: the exact transition on the paper's grid, the VP-SDE on the paper's grid of eight steps with the last cut in three (*last step in three*), and the VP-SDE run on VP itself, with the converted velocity.
+# All that takes minutes, so `python -m tools.runs.interpolants` has stored the rows in `data/results/interpolants.jsonl`. The code that makes a row is below, and two rows are made anew and compared. Three samplers are added: the DDPM transition on the paper's grid, the VP-SDE on the paper's grid of eight steps with the last cut in three (*last step in three*), and the VP-SDE run on VP itself, with the converted velocity.
 
 
 # %%
-HARD = assets.data("prompts/hard.txt").read_text().splitlines()
+HARD = locate("prompts/hard.txt").read_text().splitlines()
 PARTED = (3, 6, 8)
 on_vp_clock = tuple(math.sqrt(1 - (1 - t) ** 2) for t in schedules.uniform(10))
 everything = samplers | {
-    "exact transition + grid": (kernels.gaussian(), schedules.paper_vp(10), LINEAR),
+    "DDPM transition + grid": (kernels.ddim(), schedules.paper_vp(10), LINEAR),
     "VP-SDE, last step in three": (VP_LOUD, schedules.paper_vp(10, finish=3), LINEAR),
     "VP-SDE, on VP itself": (LOUD, on_vp_clock, VP),
 }
-pipeline = functools.cache(lambda model: load(assets.data(f"tiny-flux/{model}")))
+pipeline = functools.cache(lambda model: load(locate(f"tiny-flux/{model}")))
 
 
 @torch.no_grad()
@@ -523,7 +525,7 @@ def apart(a, b=None):
 def run(task):
     """One row: what the two noises of a prompt tell of a sampler."""
     kernel, times, path = everything[task["sampler"]]
-    prompt = Prompt.encode(pipeline(task["model"]), task["prompt"], guidance=2.0, chunk=64)
+    prompt = FlowModel.encode(pipeline(task["model"]), task["prompt"], guidance=2.0, chunk=64)
     reward, velocity = shapes.CountReward(shapes.parse(task["prompt"])), convert(prompt, LINEAR, path)
     generator = torch.Generator().manual_seed(HARD.index(task["prompt"]))
     noise = path.at(times[0])[1] * torch.randn(2, *prompt.shape, generator=generator)
@@ -541,7 +543,7 @@ def run(task):
 # %%
 def stored(name, run, number, models):
     """The rows of data/results/`name` for the first prompts; two of them are made anew and compared."""
-    found = experiments.read(assets.data("results") / name)
+    found = experiments.read(locate("results") / name)
     tasks = [{"model": m, "sampler": n, "prompt": text} for m in models for n in everything for text in HARD[:number]]
     rows = [row for task in tasks for row in found if task.items() <= row.items()]
     assert len(rows) == len(found) == len(tasks), "a row for every task, and no other"
@@ -559,7 +561,7 @@ print(f"{len(rows)} rows")
 # First, with your own eyes: six siblings under each sampler that part after three of ten steps, with their rewards.
 
 # %%
-prompt = Prompt.encode(pipeline("schnell"), HARD[1], guidance=2.0, chunk=64)
+prompt = FlowModel.encode(pipeline("schnell"), HARD[1], guidance=2.0, chunk=64)
 reward = shapes.CountReward(shapes.parse(HARD[1]))
 fig, axes = plt.subplots(len(samplers), 6, figsize=(7.5, 6.6))
 for row, (name, (kernel, times, path)) in zip(axes, samplers.items(), strict=True):
@@ -574,7 +576,7 @@ fig.suptitle(HARD[1], fontsize=10)
 plots.show(
     fig,
     alt="Six siblings each under five samplers, parted after step 3. On the paper's grid, with either diffusion, they "
-    "are six different pictures; under the linear SDE and the exact transition variations of one; with the diffusion "
+    "are six different pictures; under the linear SDE and the DDPM transition variations of one; with the diffusion "
     "alone the same overfull picture six times.",
 )
 
@@ -663,12 +665,12 @@ for model in ("dev", "schnell"):
 # - **Diffusion alone** ruins the pictures, on both models. That is the paper's finding as well, and the theory's.
 # - **dev**, a multi-step model: on the paper's grid the pictures are far worse. After five of ten steps the state is still nearly noise, and the look-ahead reward far from the finished one; and the long last step returns a posterior mean. Cutting the last step in three mends most of it, at the price of steps elsewhere.
 # - **schnell**, a few-step model: its look-ahead at the same time is nearly as good as its finished pictures, and the long last step does it no harm. That answers the question above. VP-SDE is a little better than the linear SDE, the grid alone is not.
-# - **The exact transition** on uniform steps is as good as the linear SDE on dev, and worse on schnell.
+# - **The DDPM transition** on uniform steps is as good as the linear SDE on dev, and worse on schnell.
 
 # %%
 pairs = [("dev", "VP-SDE", "linear SDE"), ("dev", "VP-SDE, last step in three", "VP-SDE")]
-pairs += [("dev", "VP-SDE, last step in three", "linear SDE"), ("dev", "exact transition", "linear SDE")]
-pairs += [("schnell", name, "linear SDE") for name in ("VP-SDE", "+ grid", "exact transition")]
+pairs += [("dev", "VP-SDE, last step in three", "linear SDE"), ("dev", "DDPM transition", "linear SDE")]
+pairs += [("schnell", name, "linear SDE") for name in ("VP-SDE", "+ grid", "DDPM transition")]
 pairs += [("schnell", "VP-SDE, on VP itself", "VP-SDE")]
 gains = {pair: against(*pair, "finished") for pair in pairs}
 table([{"model": m, "finished reward of": a, "minus that of": b, "is": gain} for (m, a, b), gain in gains.items()])
@@ -690,7 +692,10 @@ for model in ("dev", "schnell"):
 def search_run(task):
     """One row: what RBF finds with 100 NFE under a sampler."""
     kernel, times, path = everything[task["sampler"]]
-    prompt, scene = Prompt.encode(pipeline(task["model"]), task["prompt"], guidance=2.0), shapes.parse(task["prompt"])
+    prompt, scene = (
+        FlowModel.encode(pipeline(task["model"]), task["prompt"], guidance=2.0),
+        shapes.parse(task["prompt"]),
+    )
     problem = prompt.problem(shapes.CountReward(scene), kernel, times=times)
     problem = replace(problem, velocity=convert(prompt, LINEAR, path), path=path)
     found = search(problem, RBF.few_step(100), max_nfe=100, generator=torch.Generator().manual_seed(11))
@@ -728,7 +733,7 @@ plots.show(
 )
 
 # %%
-stronger = experiments.read(assets.data("results/search.jsonl"))
+stronger = experiments.read(locate("results/search.jsonl"))
 keep = {"model": "schnell", "level": "hard", "budget": 250}.items()
 sides = [[r for r in stronger if keep <= r.items() and r["method"] == name] for name in ("rbf", "rbf, linear SDE")]
 at_250 = {value: experiments.paired_difference(*sides, value) for value in ("reward", "exact")}
@@ -737,24 +742,24 @@ print("VP-SDE minus linear SDE in the search")
 for nfe, found, n in ((100, at_100, len(mine["VP-SDE"])), (250, at_250, len(sides[0]))):
     print(f"{nfe} NFE, {n} searches: reward {found['reward']}, exactly right {found['exact']}")
 assert at_100["reward"].low < 0 < at_100["reward"].high and min(v.low for v in at_250.values()) > 0
-for name in ("+ grid", "+ diffusion", "exact transition", "exact transition + grid", "VP-SDE, on VP itself"):
+for name in ("+ grid", "+ diffusion", "DDPM transition", "DDPM transition + grid", "VP-SDE, on VP itself"):
     assert experiments.paired_difference(mine["VP-SDE"], mine[name], "reward", by=("prompt",)).low > 0
 for name in ("+ grid", "+ diffusion"):
     assert experiments.paired_difference(mine[name], mine["linear SDE"], "reward", by=("prompt",)).low < 0
-diverse = experiments.paired_difference(mine["exact transition + grid"], mine["linear SDE"], "reward", by=("prompt",))
+diverse = experiments.paired_difference(mine["DDPM transition + grid"], mine["linear SDE"], "reward", by=("prompt",))
 assert diverse.high < 0, "much variety, and less reward than the linear SDE"
-assert all(against("schnell", "exact transition + grid", "VP-SDE", f"part at {k}").high > 0 for k in PARTED)
+assert all(against("schnell", "DDPM transition + grid", "VP-SDE", f"part at {k}").high > 0 for k in PARTED)
 
 # %% [markdown]
 # What of the paper's ablation shows here, then?
 #
 # - **VP-SDE has the best mean, diffusion alone the worst**, as in the paper. Over the linear SDE its lead is not certain with these forty searches of 100 NFE (the interval holds 0); with 250 NFE, in the runs stored for notebook 10 (fifty other searches with each of three seeds), it leads by both numbers.
 # - **The two parts need each other**: VP-SDE beats either alone, as in the paper. There the grid alone is slightly better than the linear SDE; here that does not show. The diffusion, ruinous on uniform steps, is of use on small ones.
-# - **Variety alone buys nothing.** With the grid, the exact transition makes siblings at least as different as VP-SDE does, and the search finds less with it than with the plain linear SDE. Eight samplers are few, but look at the figure: the order on the right, what a sampler makes *without* a search, says more than the order on the left.
+# - **Variety alone buys nothing.** With the grid, the DDPM transition makes siblings at least as different as VP-SDE does, and the search finds less with it than with the plain linear SDE. Eight samplers are few, but look at the figure: the order on the right, what a sampler makes *without* a search, says more than the order on the left.
 #
 # So "more variety, hence more reward" is half of the story at most, on this model. A search needs children that differ *and* are good.
 #
-# **A question before you read on.** On schnell the exact transition, which leaves all marginals right in the limit, makes worse pictures than an SDE with less noise. Which assumption of notebook 04 does a distilled model break?
+# **A question before you read on.** On schnell the DDPM transition, which leaves all marginals right in the limit, makes worse pictures than an SDE with less noise. Which assumption of notebook 04 does a distilled model break?
 #
 # <details><summary>Answer</summary>
 #
@@ -762,9 +767,9 @@ assert all(against("schnell", "exact transition + grid", "VP-SDE", f"part at {k}
 #
 # </details>
 #
-# ## Why the exact transition does not care
+# ## Why the DDPM transition does not care
 #
-# The exact transition was in the experiment with and without the grid, but nobody asked on which *path* it ran. Write it (notebook 04) on VP, from $s$ to $s'$, with a bar on everything:
+# The DDPM transition was in the experiment with and without the grid, but nobody asked on which *path* it ran. Write it (notebook 04) on VP, from $s$ to $s'$, with a bar on everything:
 #
 # $$\bar x_{s'} = \bar\alpha_{s'}\, x_{0|s} + \sqrt{\bar\sigma_{s'}^2 - \overline{\text{std}}^2}\;\varepsilon_{|s} + \overline{\text{std}}\; z, \qquad \overline{\text{std}} = \eta\,\bar\sigma_{s'}\sqrt{1-\bar\rho^2}, \qquad \bar\rho = \frac{\bar\sigma_{s'}/\bar\alpha_{s'}}{\bar\sigma_s/\bar\alpha_s}. \tag{5.12}$$
 #
@@ -780,8 +785,8 @@ assert all(against("schnell", "exact transition + grid", "VP-SDE", f"part at {k}
 twins = {
     "Euler, ODE": (kernels.ode, kernels.ode),
     "Euler-Maruyama, SDE": (LOUD, VP_LOUD),
-    "exact transition, $\\eta = 0$": (kernels.gaussian(0.0),) * 2,
-    "exact transition, $\\eta = 1$": (kernels.gaussian(1.0),) * 2,
+    "DDPM transition, $\\eta = 0$": (kernels.ddim(0.0),) * 2,
+    "DDPM transition, $\\eta = 1$": (kernels.ddim(1.0),) * 2,
 }
 lines = []
 for name, both in twins.items():
@@ -789,12 +794,12 @@ for name, both in twins.items():
     for n in (10, 100):
         distance = gap(*both, n)
         line[f"{n} steps"] = f"{distance:.3f}" if distance > 1e-9 else "below 1e-9"
-        assert (distance < 1e-9) == name.startswith("exact"), "(5.13) holds for the exact transition only"
+        assert (distance < 1e-9) == name.startswith("DDPM"), "(5.13) holds for DDIM and DDPM transitions only"
     lines.append(line)
 table(lines)
 
 # %% [markdown]
-# This is the mean distance of twins where it is largest on the way, in units of the data. It is zero for the exact transition (rounding aside), whatever $\eta$. For Euler's steps it vanishes with the step, slowly. So "which interpolant?" is a real question for Euler-Maruyama at ten steps, and no question at all for the exact transition.
+# This is the mean distance of twins where it is largest on the way, in units of the data. It is zero for the DDPM transition (rounding aside), whatever $\eta$. For Euler's steps it vanishes with the step, slowly. So "which interpolant?" is a real question for Euler-Maruyama at ten steps, and no question at all for the DDPM transition.
 #
 # ## What goes wrong
 #
@@ -824,7 +829,7 @@ def finishing(kernel, last):
 ways = {
     "linear coordinates": everything["VP-SDE"],
     "VP, Euler to the end": everything["VP-SDE, on VP itself"],
-    "VP, last step exact": (finishing(LOUD, kernels.gaussian(0.0)), on_vp_clock, VP),
+    "VP, last step exact": (finishing(LOUD, kernels.ddim(0.0)), on_vp_clock, VP),
 }
 
 
@@ -853,7 +858,7 @@ plots.show(
 # %%
 found = {name: [] for name in ways}  # over prompts: the mean of four pictures
 for seed, text in enumerate(tqdm(HARD[:20])):
-    each = Prompt.encode(pipeline("schnell"), text, guidance=2.0, chunk=64)
+    each = FlowModel.encode(pipeline("schnell"), text, guidance=2.0, chunk=64)
     for name, way in ways.items():
         ends = finished(way, each, 4, seed)
         found[name].append(float(shapes.CountReward(shapes.parse(text))(ends).mean()))
@@ -985,11 +990,11 @@ def moved_from_cosine(g_bar, t):
 
 
 # %% tags=["exercise-test"]
-for g_bar_ in (kernels.natural(COSINE), kernels.quadratic(), lambda s: 1.0):
+for g_bar_ in (kernels.memoryless(COSINE), kernels.quadratic(), lambda s: 1.0):
     _, wanted_ = kernels.equivalent_sde((), g_bar_, COSINE, LINEAR)
     for t_ in (0.05, 0.3, 0.6, 0.95):
         assert math.isclose(moved_from_cosine(g_bar_, t_), wanted_(t_), rel_tol=1e-9), f"at t = {t_} it is another SDE"
-assert math.isclose(moved_from_cosine(kernels.natural(COSINE), 0.5), math.sqrt(2)), "natural stays natural"
+assert math.isclose(moved_from_cosine(kernels.memoryless(COSINE), 0.5), math.sqrt(2)), "memoryless stays memoryless"
 print("Well done.")
 
 
@@ -1072,7 +1077,7 @@ def equal_angles(n):
 # - The chain rule (5.6) and the endpoints (5.7) give the same velocity; only the endpoints survive at both ends in floating point.
 # - In linear coordinates the VP-SDE is a grid and a diffusion coefficient (5.10), no more.
 # - The grid keeps siblings different, step by step; the diffusion alone ruins the pictures; together they make the best search of a few-step model. Variety by itself does not buy reward.
-# - The exact transition freezes the guess instead of the velocity, so the path makes no difference to it at any step size (5.13).
+# - The DDPM transition freezes the guess instead of the velocity, so the path makes no difference to it at any step size (5.13).
 #
 # ## Not shown
 # Paths that are no sum of scaled data and independent noise, and other diffusion coefficients on the paper's grid. Which grid is best for a search at a given budget. How the table of differences looks under other seeds: each prompt has one.

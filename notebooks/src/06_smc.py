@@ -40,11 +40,13 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from flowscale_lite import LINEAR, SMC, GaussianMixture, Problem, QuadraticReward, assets, log_z, plots, search, shapes
-from flowscale_lite.kernels import gaussian, ode, quadratic, sde
-from flowscale_lite.pipelines import Prompt, load
+from flowscale_lite import LINEAR, SMC, GaussianMixture, Problem, QuadraticReward, log_z, plots, search
+from flowscale_lite.flux import FlowModel, load
+from flowscale_lite.kernels import ddim, ode, quadratic, sde
 from flowscale_lite.resampling import SCHEMES, ess, systematic
 from flowscale_lite.schedules import logit_normal, uniform
+from flowscale_lite.tiny import shapes
+from flowscale_lite.tiny.data import locate
 
 # %% [markdown]
 # ## The law we want
@@ -826,8 +828,8 @@ for name, sampler in (("reset", smc), ("kept", smc_kept)):
 
 # %%
 TEXT, SEEDS = "four red circles and five blue squares", 3
-prompt = Prompt.encode(load(assets.data("tiny-flux/dev")), TEXT, guidance=2.0)
-task = prompt.problem(shapes.CountReward(shapes.parse(TEXT)), gaussian(), times=logit_normal(10))
+prompt = FlowModel.encode(load(locate("tiny-flux/dev")), TEXT, guidance=2.0)
+task = prompt.problem(shapes.CountReward(shapes.parse(TEXT)), ddim(), times=logit_normal(10))
 found = {}
 for name, method in {"plain": SMC(threshold=0.0), "SMC": SMC(tau=1.0, tempering=1.0)}.items():
     for seed in range(SEEDS):

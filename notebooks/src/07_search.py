@@ -42,12 +42,14 @@ import torch
 from IPython.display import Markdown, display
 from tqdm.auto import tqdm
 
-from flowscale_lite import assets, experiments, kernels, plots, schedules, shapes
+from flowscale_lite import experiments, kernels, plots, schedules
 from flowscale_lite.experiments import clustered_mean
+from flowscale_lite.flux import FlowModel, load
 from flowscale_lite.interpolants import LINEAR
 from flowscale_lite.methods import SVDD, BestOfN, Blockwise, SearchOverPaths
-from flowscale_lite.pipelines import Prompt, load
 from flowscale_lite.search import Problem, search
+from flowscale_lite.tiny import shapes
+from flowscale_lite.tiny.data import locate
 from flowscale_lite.toys import GaussianMixture, QuadraticReward
 
 
@@ -148,7 +150,7 @@ def chains(score, copies, tau, seed, n=400, steps=50):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(n, 2, generator=generator)
     for t, s in pairwise(schedules.uniform(steps)):
-        mean, std = kernels.gaussian()(LINEAR, x, velocity(x, x.new_full((n,), t)), t, s)
+        mean, std = kernels.ddim()(LINEAR, x, velocity(x, x.new_full((n,), t)), t, s)
         if s == 0:
             return mean
         children = mean.repeat_interleave(copies, 0)
@@ -226,7 +228,7 @@ plots.show(
 for t in (0.9, 0.7, 0.5):
     s, generator = t - 0.02, torch.Generator().manual_seed(3)
     x = (1 - t) * ring.sample(200, generator) + t * torch.randn(200, 2, generator=generator)
-    mean, std = kernels.gaussian()(LINEAR, x, velocity(x, x.new_full((200,), t)), t, s)
+    mean, std = kernels.ddim()(LINEAR, x, velocity(x, x.new_full((200,), t)), t, s)
     children = (mean + std * torch.randn(30, 200, 2, generator=generator)).view(-1, 2)
     spread = [score(children, s).view(30, 200).std(0).mean() for score in (value, look_ahead)]
     print(f"t = {t}: siblings differ by {spread[0]:.2f} in value, by {spread[1]:.2f} in look-ahead reward")
@@ -275,7 +277,7 @@ def svdd(problem, budget, generator, chains=2):
 
 
 # %%
-problem = Problem(velocity, reward, LINEAR, kernels.gaussian(), schedules.uniform(10), shape=(2,))
+problem = Problem(velocity, reward, LINEAR, kernels.ddim(), schedules.uniform(10), shape=(2,))
 
 
 def same(ours, method, budget):
@@ -475,8 +477,8 @@ for name, samples in curves.items():
 # tiny-flux schnell, a hard prompt, 100 NFE, with the kernel, grid and initial search that notebook 10 uses: for the methods that look ahead, a quarter of the budget goes to first noises.
 
 # %%
-TEXT = assets.data("prompts/hard.txt").read_text().splitlines()[13]
-prompt = Prompt.encode(load(assets.data("tiny-flux/schnell")), TEXT, guidance=2.0)
+TEXT = locate("prompts/hard.txt").read_text().splitlines()[13]
+prompt = FlowModel.encode(load(locate("tiny-flux/schnell")), TEXT, guidance=2.0)
 scene = shapes.parse(TEXT)
 count, verdicts = shapes.CountReward(scene), {}
 vp_sde = {"kernel": kernels.sde(kernels.vp_diffusion()), "times": schedules.paper_vp(10)}
@@ -506,14 +508,14 @@ plots.show(
 print("right:", ", ".join(name for name, right in verdicts.items() if right))
 
 # %% [markdown]
-# One prompt and one seed, chosen because the methods differ on it, are an illustration. Here are the first fifty hard prompts, three seeds, 250 NFE, from the stored runs of notebook 10 (`data/results/search.jsonl`, made by `python -m tools.results`): the share of pictures that are exactly right, by the counter whose smooth version was the reward, and by the held-out judge.
+# One prompt and one seed, chosen because the methods differ on it, are an illustration. Here are the first fifty hard prompts, three seeds, 250 NFE, from the stored runs of notebook 10 (`data/results/search.jsonl`, made by `python -m tools.runs.results`): the share of pictures that are exactly right, by the counter whose smooth version was the reward, and by the held-out judge.
 
 # %%
 names = {"plain": "plain", "best-of-n": "best-of-N", "search over paths": "SoP", "code": "CoDe", "svdd": "SVDD"}
 rows = [
     {"method": names[row["method"]]}
     | {k: row[k] for k in ("prompt", "seed", "exact", "held_out", "reward_calls", "nfe", "seconds")}
-    for row in experiments.read(assets.data("results/search.jsonl"))
+    for row in experiments.read(locate("results/search.jsonl"))
     if (row["model"], row["level"]) == ("schnell", "hard")
     and (row["method"], row["budget"]) in [("plain", 10), *((name, 250) for name in names if name != "plain")]
 ]

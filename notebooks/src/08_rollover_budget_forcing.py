@@ -47,15 +47,15 @@ from flowscale_lite import (
     GaussianMixture,
     Problem,
     QuadraticReward,
-    assets,
     experiments,
     kernels,
     plots,
     schedules,
     search,
-    shapes,
 )
-from flowscale_lite.pipelines import Prompt, load
+from flowscale_lite.flux import FlowModel, load
+from flowscale_lite.tiny import shapes
+from flowscale_lite.tiny.data import locate
 
 # %% [markdown]
 # ## A flow, a reward, and a step's candidates
@@ -270,11 +270,11 @@ assert np.mean(table["1 first"][1]) < np.mean(table["2 rollover"][1]) < np.mean(
 # ## What goes wrong: the first improvement is a small one
 #
 # On the distilled flow only the means told the rules apart. On the *multi-step* flow of the same mixture nothing is close. Its posterior means are averages, which sharpen as $t$ falls, so its look-ahead reward drifts upwards
-# by itself: almost any draw beats the record, the first one is taken, and the step ends after one or two. The sweep `python -m tools.toy_table` ran every method there, forty seeds each; here are its rows. Two more words on them: `reserve` is a rule of the next section,
+# by itself: almost any draw beats the record, the first one is taken, and the step ends after one or two. The sweep `python -m tools.runs.toy_table` ran every method there, forty seeds each; here are its rows. Two more words on them: `reserve` is a rule of the next section,
 # and `published`, the paper's rule without the finish (here with one chain and four first noises), leaves most of its budget. So we run it with the finish too, in batches of eight.
 
 # %%
-rows = experiments.read(assets.data("results/toy.jsonl"))
+rows = experiments.read(locate("results/toy.jsonl"))
 RULES = {
     "RBF, equal quotas": "best of\nquota",
     "RBF, reserve": "reserve",
@@ -283,7 +283,7 @@ RULES = {
     "SVDD": "SVDD,\n2 chains",
 }
 finished = []
-for name, k in (("linear SDE", kernel), ("exact", kernels.gaussian())):
+for name, k in (("linear SDE", kernel), ("DDPM", kernels.ddim())):
     multi_step = Problem(ring.velocity(LINEAR), reward, LINEAR, k, times, (2,))
     for budget in (100, 500):
         cell = {"world": "exact", "reward": "smooth", "kernel": name, "budget": budget, "method": "first, finish"}
@@ -302,7 +302,7 @@ def shortfall(kernel, budget, method):
 
 # %%
 fig, axes = plt.subplots(1, 2, figsize=(10, 3.4), sharey=True)
-for ax, name in zip(axes, ("linear SDE", "exact"), strict=True):
+for ax, name in zip(axes, ("linear SDE", "DDPM"), strict=True):
     for offset, budget, marker in ((-0.12, 100, "o"), (0.12, 500, "s")):
         means, spent = zip(*[shortfall(name, budget, method) for method in RULES], strict=True)
         error = [[m.mean - m.low for m in means], [m.high - m.mean for m in means]]
@@ -312,7 +312,7 @@ for ax, name in zip(axes, ("linear SDE", "exact"), strict=True):
         assert min(m.low for m in slow) > max(m.high for m in rest) and spent[3] == budget
     note = f"{spent[2]:.0f} NFE spent"
     ax.annotate(note, (2, means[2].low), (0, -14), textcoords="offset points", ha="center", fontsize=8)
-    ax.set(yscale="log", title="linear SDE" if name == "linear SDE" else "exact Gaussian transition")
+    ax.set(yscale="log", title="linear SDE" if name == "linear SDE" else "DDPM transition")
     ax.set_xticks(range(len(RULES)), RULES.values(), fontsize=9)
 axes[0].set_ylabel("mean of −reward")
 axes[0].legend(fontsize=8)
@@ -392,7 +392,7 @@ for q, known in zip(qs, of_rule, strict=True):
 # that nothing else here uses, under two kernels, and then 16 and 24 on three hundred more.
 
 # %%
-trials = experiments.read(assets.data("results/toy_enough.jsonl"))
+trials = experiments.read(locate("results/toy_enough.jsonl"))
 ANSWERS = ["RBF, enough 8", "RBF, enough 12", "RBF, enough 16", "RBF, enough 24", "RBF, enough 32", "RBF, equal quotas"]
 FLOWS = {"exact": "multi-step", "distilled": "distilled"}  # flows, as the rows name them
 CELLS = [(world, budget) for world in FLOWS for budget in (250, 500)]
@@ -406,7 +406,7 @@ def missed(law, world, budget, method):
 
 
 all_missed = {
-    law: {cell: [missed(law, *cell, m)[0] for m in ANSWERS] for cell in CELLS} for law in ("exact", "linear SDE")
+    law: {cell: [missed(law, *cell, m)[0] for m in ANSWERS] for cell in CELLS} for law in ("DDPM", "linear SDE")
 }
 print(f"{'mean of −reward':34}" + "".join(f"{m.split()[-1]:>8}" for m in ANSWERS))
 factors = {}
@@ -425,12 +425,12 @@ for ax, (law, cells) in zip(axes[:2], all_missed.items(), strict=True):
         error = [[m.mean - m.low for m in means], [m.high - m.mean for m in means]]
         name = f"{FLOWS[world]}, {budget} NFE"
         ax.errorbar(np.arange(6) + (k - 1.5) / 8, [m.mean for m in means], error, fmt="osD^"[k], ms=4, label=name)
-    ax.set(yscale="log", ylim=(6e-5, 0.1), xlabel="enough", title=f"{law} transition" if law == "exact" else law)
+    ax.set(yscale="log", ylim=(6e-5, 0.1), xlabel="enough", title=f"{law} transition" if law == "DDPM" else law)
     ax.set_xticks(range(6), [m.split()[-1] if "enough" in m else "equal\nquotas" for m in ANSWERS])
 axes[0].set_ylabel("mean of −reward")
 axes[0].legend(fontsize=7, loc="upper right")
 for method, style in (("RBF, enough 24", "o-"), ("RBF, equal quotas", "s--")):
-    axes[2].plot(range(1, 10), missed("exact", "exact", 500, method)[1], style, label=method.removeprefix("RBF, "))
+    axes[2].plot(range(1, 10), missed("DDPM", "exact", 500, method)[1], style, label=method.removeprefix("RBF, "))
 axes[2].set(ylim=(0, None), xlabel="paid transition", ylabel="draws at 500 NFE")
 axes[2].legend(loc="upper left", fontsize=8)
 plots.show(
@@ -474,7 +474,7 @@ for world, judged, budget in dict.fromkeys((r["world"], r["reward"], r["budget"]
     print(f"{shown[1]:26} {other[0] + ', ' + other[1]:20}{sum(names.values())} of {len(names)}")
     assert ours[2].mean >= other[2].mean and (judged == "smooth" or ours[2].mean == other[2].mean == 0)
 # %%
-for budget, (method, law) in product((100, 500), (("RBF", "linear SDE"), ("RBF", "exact"), ("RBF, guided", "exact"))):
+for budget, (method, law) in product((100, 500), (("RBF", "linear SDE"), ("RBF", "DDPM"), ("RBF, guided", "DDPM"))):
     wanted = ("exact", "smooth", budget, method, law)
     found = [r["found"] for r in rows if (r["world"], r["reward"], r["budget"], r["method"], r["kernel"]) == wanted]
     print(f"multi-step, {budget} NFE, {method}, {law}: ".ljust(45), end="")
@@ -490,9 +490,9 @@ for budget, (method, law) in product((100, 500), (("RBF", "linear SDE"), ("RBF",
 # the paper's VP-SDE (notebook 05).
 
 # %%
-pipe = load(assets.data("tiny-flux/schnell"))
+pipe = load(locate("tiny-flux/schnell"))
 TEXT = "four yellow squares left of five blue squares"
-prompt = Prompt.encode(pipe, TEXT)
+prompt = FlowModel.encode(pipe, TEXT)
 judge = shapes.CountReward(shapes.parse(TEXT))
 vp = kernels.sde(kernels.vp_diffusion())
 setup = prompt.problem(judge, vp, times=schedules.paper_vp(10, finish=1))

@@ -178,12 +178,12 @@ print(f"{found.nfe} NFE for 500 samples: {20 * 500} velocities, and {found.gradi
 # %% [markdown]
 # A gradient needs a forward and a backward pass, and a backward pass does about the work of two forward ones; so the package charges three evaluations. Guidance is not free: with it a sample costs almost four times as much.
 #
-# How good are the samples? Below are 3,000 of them under each of three kernels, at strength 1, beside the tilted law that they should follow. "Exact transition" is (4.16) throughout: with the posterior mean in the place of $x_0$, it leaves some variance out (4.17).
+# How good are the samples? Below are 3,000 of them under each of three kernels, at strength 1, beside the tilted law that they should follow. "DDPM transition" is (4.16) throughout: with the posterior mean in the place of $x_0$, it leaves some variance out (4.17).
 
 # %%
-from flowscale_lite import gaussian, quadratic, sde
+from flowscale_lite import ddim, quadratic, sde
 
-kernels = {"ODE": ode, "SDE, g = 3t^2": sde(quadratic()), "exact transition": gaussian()}
+kernels = {"ODE": ode, "SDE, g = 3t^2": sde(quadratic()), "DDPM transition": ddim()}
 grid = torch.linspace(-3, 3, 400)
 fig, axes = plt.subplots(1, 3, figsize=(9.5, 2.8), sharey=True)
 for ax, (name, kernel) in zip(axes, kernels.items(), strict=True):
@@ -201,7 +201,7 @@ axes[0].legend(fontsize=8)
 plots.show(
     fig,
     alt="Histograms of guided samples under three kernels beside the tilted law and the data. All put too little mass"
-    " on the left mode; the ODE's right mode is far too narrow, those of the SDE and of the exact transition a "
+    " on the left mode; the ODE's right mode is far too narrow, those of the SDE and of the DDPM transition a "
     "little.",
 )
 
@@ -315,31 +315,29 @@ class SteerThenChoose:
         return run.start(1)
 
     def advance(self, p, run):
-        if run.paid(p.t) == 0:  # the last step, to t = 0, is free and draws nothing
+        if run.evaluations_ahead(p.t) == 0:  # the last step, to t = 0, is free and draws nothing
             return run.propose(p)
         return run.score(run.propose(self.guide(p, run), self.copies)).best()
 
 
 # %%
-steps = {kernel.name: Problem(ring_velocity, peak, LINEAR, kernel, uniform(10), (2,)) for kernel in (ode, gaussian())}
+steps = {kernel.name: Problem(ring_velocity, peak, LINEAR, kernel, uniform(10), (2,)) for kernel in (ode, ddim())}
 methods = SteerThenChoose(Guide(), 5), SVDD(chains=1, copies=5, guide=Guide())
-ours, theirs = (
-    search(steps["gaussian(1)"], m, max_nfe=250, generator=torch.Generator().manual_seed(0)) for m in methods
-)
+ours, theirs = (search(steps["ddim(1)"], m, max_nfe=250, generator=torch.Generator().manual_seed(0)) for m in methods)
 assert torch.equal(ours.best, theirs.best) and ours.nfe == theirs.nfe, "our SVDD and the package's disagree"
 print(f"{ours.nfe} NFE: 1 for the noise, 9 transitions of 5 candidates, {ours.gradients} gradients at 3")
 
 # %% [markdown]
-# In RBF it is the same line: the accepted state is steered before the quota is spent on candidates. On the ring, 250 NFE, 20 seeds, ten steps, exact transitions for the searches:
+# In RBF it is the same line: the accepted state is steered before the quota is spent on candidates. On the ring, 250 NFE, 20 seeds, ten steps, DDPM transitions for the searches:
 
 # %%
 contest = {
     "best-of-N": ("ode", BestOfN()),
     "DPS": ("ode", DPS(Guide())),
-    "SVDD": ("gaussian(1)", SVDD(init=4)),
-    "SVDD + DPS": ("gaussian(1)", SVDD(init=4, guide=Guide())),
-    "RBF": ("gaussian(1)", RBF()),
-    "RBF + DPS": ("gaussian(1)", RBF(guide=Guide())),
+    "SVDD": ("ddim(1)", SVDD(init=4)),
+    "SVDD + DPS": ("ddim(1)", SVDD(init=4, guide=Guide())),
+    "RBF": ("ddim(1)", RBF()),
+    "RBF + DPS": ("ddim(1)", RBF(guide=Guide())),
 }
 given = {}
 for name, (kernel, method) in contest.items():
@@ -368,9 +366,11 @@ assert all(abs(gain.mean) < 0.005 for gain in gains.values()), "and add next to 
 # - **Colourful.** The more colour the better, as a simple stand-in for the aesthetic scores that are popular as rewards. It knows nothing of the prompt.
 
 # %%
-from flowscale_lite import Run, assets, experiments, logit_normal, rounded, shapes
-from flowscale_lite.held_out import HeldOutJudge
-from flowscale_lite.pipelines import Prompt, load
+from flowscale_lite import Run, experiments, logit_normal, rounded
+from flowscale_lite.flux import FlowModel, load
+from flowscale_lite.tiny import shapes
+from flowscale_lite.tiny.data import locate
+from flowscale_lite.tiny.judge import HeldOutJudge
 
 # %%
 HUE = torch.tensor(shapes.RGB - shapes.RGB.mean(1, keepdims=True)).float()
@@ -403,8 +403,8 @@ def colourful(scene):
 
 # %%
 TEXT = "three red circles and four blue triangles"
-pipe, scene = load(assets.data("tiny-flux/dev")), shapes.parse(TEXT)
-prompt, judge = Prompt.encode(pipe, TEXT, guidance=2.0), HeldOutJudge.load(assets.data("judge/held_out.safetensors"))
+pipe, scene = load(locate("tiny-flux/dev")), shapes.parse(TEXT)
+prompt, judge = FlowModel.encode(pipe, TEXT, guidance=2.0), HeldOutJudge.load(locate("judge/held_out.safetensors"))
 REWARDS = {"ink as asked": ink_as_asked, "colourful": colourful}
 drawings = shapes.to_tensor(shapes.render([scene] * 50, np.random.default_rng(0)))
 asked, colour = (make(scene)(drawings).mean() for make in REWARDS.values())
@@ -464,17 +464,17 @@ plots.show(
 #
 # ## Given and held-out reward over strength
 #
-# One noise shows little. Stored in `data/results/gradients.jsonl` are sixteen prompts of five to nine objects, eight samples each, for every strength and for two kernels, from the same noises each time (`python -m tools.gradients` makes them again). Two runs are repeated here. Intervals are 95 %, over prompts.
+# One noise shows little. Stored in `data/results/gradients.jsonl` are sixteen prompts of five to nine objects, eight samples each, for every strength and for two kernels, from the same noises each time (`python -m tools.runs.gradients` makes them again). Two runs are repeated here. Intervals are 95 %, over prompts.
 
 # %%
-rows = experiments.read(assets.data("results") / "gradients.jsonl")
+rows = experiments.read(locate("results") / "gradients.jsonl")
 
 
 def repeat(how, **wanted):
     """The stored run of this prompt that has the wanted settings, once more; it must come out the same."""
-    wanted |= {"prompt": TEXT, "seed": 0, "strength": 0.1, "below": 0.9, "kernel": "exact"}
+    wanted |= {"prompt": TEXT, "seed": 0, "strength": 0.1, "below": 0.9, "kernel": "DDPM"}
     row = next(row for row in rows if wanted.items() <= row.items())
-    problem = prompt.problem(REWARDS[row["reward"]](scene), gaussian(), times=logit_normal(10))
+    problem = prompt.problem(REWARDS[row["reward"]](scene), ddim(), times=logit_normal(10))
     found = search(problem, how, max_nfe=row["budget"], generator=torch.Generator().manual_seed(row["seed"]))
     latents = found.particles.x if row["method"] == "samples" else found.best[None]
     assert found.nfe == row["nfe"] and np.allclose(problem.reward(latents), row["given"], atol=0.02), "not as stored"
@@ -517,8 +517,8 @@ def gain(what, **wanted):
 # %%
 SETTINGS = {
     "ODE": {"kernel": "ode", "below": 0.9},
-    "exact transition": {"kernel": "exact", "below": 0.9},
-    "exact, from t = 0.6": {"kernel": "exact", "below": 0.6},
+    "DDPM transition": {"kernel": "DDPM", "below": 0.9},
+    "DDPM, from t = 0.6": {"kernel": "DDPM", "below": 0.6},
 }
 STRENGTHS = (0.0, 0.05, 0.1, 0.2, 0.4, 0.8)
 fig, axes = plt.subplots(2, 2, figsize=(9, 5.6), sharex=True)
@@ -546,7 +546,7 @@ plain = {
     label: level("held_out", method="samples", reward="colourful", strength=0.0, **SETTINGS[label])
     for label in SETTINGS
 }
-print(f"without guidance, share right: ODE {plain['ODE']}, exact transition {plain['exact transition']}")
+print(f"without guidance, share right: ODE {plain['ODE']}, DDPM transition {plain['DDPM transition']}")
 gains, lines = {}, []
 for name in REWARDS:
     for label, setting in SETTINGS.items():
@@ -564,8 +564,8 @@ for label in SETTINGS:
     assert more.low > 0 > right.high, "colour should grow, and the share of right pictures fall"
 early, late = (gains["colourful", label, 0.4] for label in list(SETTINGS)[1:])
 assert late[0].mean < early[0].mean and sum(t <= 0.6 for t in logit_normal(10)[:-2]) == 2, "two steps, less gained"
-assert all(gains["colourful", "exact transition", s][0].mean < gains["colourful", "ODE", s][0].mean for s in (0.1, 0.4))
-more, right = gains["ink as asked", "exact transition", 0.4]
+assert all(gains["colourful", "DDPM transition", s][0].mean < gains["colourful", "ODE", s][0].mean for s in (0.1, 0.4))
+more, right = gains["ink as asked", "DDPM transition", 0.4]
 assert right.high < 0 and more.mean < 0, "ink should be worse off, by both judges, at strength 0.4"
 assert all(gains["ink as asked", label, 0.1][0].low > 0 for label in SETTINGS), (
     "a weak push by ink should help its reward"
@@ -573,21 +573,21 @@ assert all(gains["ink as asked", label, 0.1][0].low > 0 for label in SETTINGS), 
 
 # %% [markdown]
 # Read the pairs of panels together. They show the change that guidance makes, on the same noises. *Colourful* is the textbook case of over-optimisation: the given reward grows with the strength up to 0.4, and the pictures stop being what was asked for, on the ODE first. For *ink as asked*, a weak push raises
-# the given reward in all three settings. It raises the held-out share by a few points at best, with intervals that reach down to zero: more ink of the right colour is not yet the right number of shapes. With exact transitions a strong push makes both worse. Late, when
+# the given reward in all three settings. It raises the held-out share by a few points at best, with intervals that reach down to zero: more ink of the right colour is not yet the right number of shapes. With DDPM transitions a strong push makes both worse. Late, when
 # the layout is settled (from $t = 0.6$ on, two transitions of ten), weak pushes change less, for better and for worse; strong ones, from 0.4 on, do about as much harm as early ones, and *colourful* gains less by them.
 #
-# *Why does ink suffer sooner under exact transitions than under the ODE?* Perhaps because the same shift $\Delta$ of $x_{0|t}$ moves the state further there. Both kernels land at $\alpha_s x_{0|t}' + c\,\varepsilon_{|t}'$ plus noise, with $c = \sigma_s$ for the ODE and $c = \sigma_s \rho$ for the exact transition, where
+# *Why does ink suffer sooner under DDPM transitions than under the ODE?* Perhaps because the same shift $\Delta$ of $x_{0|t}$ moves the state further there. Both kernels land at $\alpha_s x_{0|t}' + c\,\varepsilon_{|t}'$ plus noise, with $c = \sigma_s$ for the ODE and $c = \sigma_s \rho$ for the DDPM transition, where
 # $\rho = (\sigma_s/\alpha_s) / (\sigma_t/\alpha_t) < 1$ (notebook 04); and by (9.5) $\varepsilon_{|t}$ moves by $-\alpha_t/\sigma_t\,\Delta$. So the landing point moves by
 #
-# $$\Big(\alpha_s - c\,\frac{\alpha_t}{\sigma_t}\Big) \Delta = \alpha_s (1 - \rho)\, \Delta \ \text{ (ODE)}, \qquad \alpha_s (1 - \rho^2)\, \Delta \ \text{ (exact transition)}, \tag{9.6}$$
+# $$\Big(\alpha_s - c\,\frac{\alpha_t}{\sigma_t}\Big) \Delta = \alpha_s (1 - \rho)\, \Delta \ \text{ (ODE)}, \qquad \alpha_s (1 - \rho^2)\, \Delta \ \text{ (DDPM transition)}, \tag{9.6}$$
 #
-# which is $1 + \rho$ times as far: strengths compare within a kernel only. That cannot be all: *colourful* gains less under exact transitions than under the ODE, at every strength. There, fresh noise may let the model undo part of a shift. Both are readings of the figure, no findings.
+# which is $1 + \rho$ times as far: strengths compare within a kernel only. That cannot be all: *colourful* gains less under DDPM transitions than under the ODE, at every strength. There, fresh noise may let the model undo part of a shift. Both are readings of the figure, no findings.
 
 # %%
 t, s, shift = 0.7, 0.6, torch.ones(1, 1, dtype=torch.float64)
 x, x0 = torch.zeros_like(shift), 0.3 * shift
 rho = (s / (1 - s)) / (t / (1 - t))
-for kernel, expected in ((ode, 1 - rho), (gaussian(), 1 - rho**2)):
+for kernel, expected in ((ode, 1 - rho), (ddim(), 1 - rho**2)):
     velocities = [(x - (1 - t) * y) / t - y for y in (x0, x0 + shift)]  # eps - x0, at unchanged x
     landings = [kernel(LINEAR, x, v, t, s)[0] for v in velocities]
     moved = (landings[1] - landings[0]).item()
@@ -612,7 +612,7 @@ TEN, FORTY, finer, lines = "samples", "samples in 40 steps", {}, []
 for name in REWARDS:
     for s in (0.0, 0.1, 0.4):
         for steps, method in ((10, TEN), (40, FORTY)):
-            cell = {"method": method, "kernel": "exact", "reward": name, "strength": s}
+            cell = {"method": method, "kernel": "DDPM", "reward": name, "strength": s}
             levels, both = ([f(what, **cell) for what in ("given", "held_out")] for f in (level, gain))
             finer[name, s, steps] = both
             line = {"reward": name, "strength": s, "steps": steps, "given": levels[0], "share right": levels[1]}
@@ -626,7 +626,7 @@ assert strong[0].low > 0 and strong[1].low > 0, "in small steps a strong push by
 # %%
 def more(name, first, second):
     """Given reward and share right of the first runs (method, strength) minus those of the second, paired."""
-    runs = [stored(method=method, strength=s, reward=name, kernel="exact") for method, s in (first, second)]
+    runs = [stored(method=method, strength=s, reward=name, kernel="DDPM") for method, s in (first, second)]
     return [experiments.paired_difference(*runs, what) for what in ("given", "held_out")]
 
 
@@ -647,7 +647,7 @@ assert contrasts["colourful", (TEN, 0.0)][1].high < 0, "colourful: worse than pl
 #
 # ## At equal budget
 #
-# Guidance costs budget that a search could spend on candidates: with ten steps, eight of them steered, a steered sample takes 34 evaluations and a plain one ten. The same prompts, three seeds, 250 NFE, exact transitions, strength 0.1. SVDD and RBF keep two states each; this RBF is `RBF(init=1, chains=2, compete=True, select_below=0.8)`, a beam: candidates of both states compete, and selection begins at $t = 0.8$, while SVDD selects at every step.
+# Guidance costs budget that a search could spend on candidates: with ten steps, eight of them steered, a steered sample takes 34 evaluations and a plain one ten. The same prompts, three seeds, 250 NFE, DDPM transitions, strength 0.1. SVDD and RBF keep two states each; this RBF is `RBF(init=1, chains=2, compete=True, select_below=0.8)`, a beam: candidates of both states compete, and selection begins at $t = 0.8$, while SVDD selects at every step.
 
 # %%
 METHODS = {"best-of-n": "best-of-N", "svdd": "SVDD", "rbf": "RBF, competing"}
@@ -659,7 +659,7 @@ for ax, name in zip(axes, REWARDS, strict=True):
         at, error = np.arange(len(METHODS)) + 0.2 * (k - 0.5), (mean - low, high - mean)
         label = "with guidance" if s else "no gradient"
         ax.errorbar(at, mean, yerr=error, marker="os"[k], linestyle="", capsize=2, label=label)
-    ax.axhline(plain["exact transition"].mean, color="0.5", linestyle=":", label="one plain sample")
+    ax.axhline(plain["DDPM transition"].mean, color="0.5", linestyle=":", label="one plain sample")
     ax.set(title=name, xticks=range(len(METHODS)), xticklabels=METHODS.values(), xlim=(-0.5, 2.5), ylim=(-0.03, 1.03))
 axes[0].set_ylabel("right, by the held-out judge")
 axes[1].legend(fontsize=8)
@@ -681,7 +681,7 @@ for name in REWARDS:
         assert name == "ink as asked" or method != "rbf" or added[0].low > 0, "guided RBF should find more colour"
         lines.append({"reward": name, "method": label} | dict(zip(titles, without + added, strict=True)))
 display(Markdown(experiments.markdown(lines)))
-single = plain["exact transition"]
+single = plain["DDPM transition"]
 assert all(alone["ink as asked", method].mean > single.mean + 0.2 for method in METHODS), "searches beat single samples"
 assert all(gains["ink as asked", method].low <= 0 for method in METHODS), "guidance should not pay here"
 assert all(alone["colourful", method].high < single.low for method in METHODS), "choosing by colour ruins the count"
@@ -732,7 +732,7 @@ plots.show(
 # - **small steps**, against overshoots. They cost budget: four times as many steps cost more than four times as much.
 # - **a held-out judge**, which holds back nothing, but is the only one to notice.
 #
-# Two things that one might expect on this list are not. *Noise* lets the model mend some of the harm, on the line and the ring; on tiny-flux, in ten steps, exact transitions start from better pictures than the ODE, but lose about as many of them for as much colour. *Selection* chooses among pictures that the model itself has drawn, and
+# Two things that one might expect on this list are not. *Noise* lets the model mend some of the harm, on the line and the ring; on tiny-flux, in ten steps, DDPM transitions start from better pictures than the ODE, but lose about as many of them for as much colour. *Selection* chooses among pictures that the model itself has drawn, and
 # still, with nothing but colour to go by, it chooses the wrong ones.
 #
 # ## What goes wrong: no gradient, and no word of it
@@ -875,7 +875,7 @@ def copies_for(budget, chains, init, paid, guided):
 
 
 # %% tags=["exercise-test"]
-problem_ = Problem(ring_velocity, peak, LINEAR, gaussian(), uniform(10), (2,))
+problem_ = Problem(ring_velocity, peak, LINEAR, ddim(), uniform(10), (2,))
 
 
 def affordable(budget, chains, init, copies, guide):
@@ -889,7 +889,7 @@ def affordable(budget, chains, init, copies, guide):
 
 for budget_, chains_, init_, below_ in ((250, 2, 4, 1.0), (400, 3, 1, 0.5), (101, 1, 7, 0.7)):
     guide_ = Guide(below=below_)
-    n_ = copies_for(budget_, chains_, init_, problem_.paid(), guide_.cost(problem_) // 3)
+    n_ = copies_for(budget_, chains_, init_, problem_.evaluations_ahead(), guide_.cost(problem_) // 3)
     assert affordable(budget_, chains_, init_, n_, guide_), f"{n_} copies cost more than {budget_} NFE"
     assert not affordable(budget_, chains_, init_, n_ + 1, guide_), f"{budget_} NFE pay for more than {n_} copies"
 print("Well done.")

@@ -39,15 +39,17 @@ import numpy as np
 import torch
 from IPython.display import Markdown, display
 
-from flowscale_lite import RBF, BestOfN, Refine, assets, experiments, kernels, plots, schedules, search, shapes
+from flowscale_lite import RBF, BestOfN, Refine, experiments, kernels, plots, schedules, search
 from flowscale_lite.experiments import clustered_mean, paired_difference
-from flowscale_lite.held_out import HeldOutJudge
-from flowscale_lite.pipelines import Prompt, load
+from flowscale_lite.flux import FlowModel, load
+from flowscale_lite.tiny import shapes
+from flowscale_lite.tiny.data import locate
+from flowscale_lite.tiny.judge import HeldOutJudge
 
 # %% [markdown]
 # ## What was run
 #
-# `python -m tools.results` ran searches with both variants of tiny-flux and stored a row for each: prompt, seed, method, budget, and what came of it. This notebook replays the rows and
+# `python -m tools.runs.results` ran searches with both variants of tiny-flux and stored a row for each: prompt, seed, method, budget, and what came of it. This notebook replays the rows and
 # recomputes a few. The rules of the comparison:
 #
 # - **Hard prompts**: two groups, five to ten objects, three quarters of them with a relation ("left of", "above"). One *easy* list, of one to three objects, shows that the model can draw at all.
@@ -65,14 +67,14 @@ from flowscale_lite.pipelines import Prompt, load
 # | `rbf` | `RBF.few_step`: a quarter of the budget on first noises; then, eight draws at a time, the first that beats the record |
 # | `rbf, published` | the paper's settings: two independent chains, a fifth of the budget on their first noises; then, one draw at a time, the first that beats the record |
 # | `rbf, best of quota` | `RBF()`, as in notebook 08, with a quarter of the budget on first noises: the best of at most 24 of a quota, at 250 NFE all; `enough 16`: of at most 16; `equal quotas`: nothing rolls over; `reserve`: stops by our own rule; `competing`: two chains draw alike, the best draws are kept, whosever they are |
-# | `rbf, linear SDE`, `rbf, exact transition` | `rbf` with another kernel |
+# | `rbf, linear SDE`, `rbf, DDPM transition` | `rbf` with another kernel |
 # | `rbf, best, linear SDE`, `rbf, 2 t^2` | best of quota under the linear SDE with $g_t = 3t^2$ and with $2t^2$ |
 # | `zero-order` | climbs on the first noise: samples its neighbours, moves to the best |
 # | `funnel` | ours: a beam that narrows from eight states to one |
 # | `refine` | ours, see below |
 
 # %%
-rows = experiments.read(assets.data("results/search.jsonl"))
+rows = experiments.read(locate("results/search.jsonl"))
 hard = [r for r in rows if r["level"] == "hard" and r["model"] == "schnell"]
 
 
@@ -226,9 +228,9 @@ print(f"chance of a try for k = 1, {k[mended.argmax()]}, {n}: {mended[0]:.3f}, {
 
 
 # %%
-pipe, second = load(assets.data("tiny-flux/schnell")), HeldOutJudge.load(assets.data("judge/held_out.safetensors"))
+pipe, second = load(locate("tiny-flux/schnell")), HeldOutJudge.load(locate("judge/held_out.safetensors"))
 text = "two red circles right of eight green circles"
-prompt, records = Prompt.encode(pipe, text, guidance=2.0), []
+prompt, records = FlowModel.encode(pipe, text, guidance=2.0), []
 problem = prompt.problem(shapes.CountReward(shapes.parse(text)), kernels.ode, times=schedules.levels(10))
 
 
@@ -355,7 +357,7 @@ assert level == [True, True, True, False] and not any(ahead(line) for line in li
 # The kernel matters as much as the rule. The same search, RBF with first improvements and its own quarter on first noises, with three kernels:
 
 # %%
-kernels_ = {"rbf": "VP-SDE", "rbf, linear SDE": "linear SDE", "rbf, exact transition": "exact transition"}
+kernels_ = {"rbf": "VP-SDE", "rbf, linear SDE": "linear SDE", "rbf, DDPM transition": "DDPM transition"}
 lines = [
     {"kernel": name} | {j: accuracy(j, method, 250) for j in ("exact", "held_out")} for method, name in kernels_.items()
 ]
@@ -365,7 +367,7 @@ print(f"VP-SDE minus linear SDE: counter {gain['counter']}, held-out {gain['held
 
 # %% [markdown]
 # Notebook 05 told why: VP conversion is a change of grid and diffusion, and its early steps are small and noisy, which suits a model whose look-ahead is sharp from the start.
-# On the *multi-step* variant the opposite holds: near $t = 1$ its look-ahead is an average and selecting by it is selecting by chance. There `RBF.multi_step` selects only below $t = 0.8$, with exact transitions. It was tuned on prompts of this hard list, which favours it, so the last table has the untouched list too:
+# On the *multi-step* variant the opposite holds: near $t = 1$ its look-ahead is an average and selecting by it is selecting by chance. There `RBF.multi_step` selects only below $t = 0.8$, with DDPM transitions. It was tuned on prompts of this hard list, which favours it, so the last table has the untouched list too:
 
 # %%
 dev = [r for r in rows if r["level"] == "hard" and r["model"] == "dev"]
@@ -408,11 +410,11 @@ for j in ("counter", "held-out"):
 #
 # ## Variety and foresight
 #
-# Two more things that a table of winners does not show. Does a search find the same picture again and again? `python -m tools.variety` ran each method with five seeds on twenty prompts, 100 NFE, and stored the mean distance of the pictures found
+# Two more things that a table of winners does not show. Does a search find the same picture again and again? `python -m tools.runs.variety` ran each method with five seeds on twenty prompts, 100 NFE, and stored the mean distance of the pictures found
 # (root mean squared difference). We compare with the distance of plain samples of the same prompt:
 
 # %%
-finds = experiments.read(assets.data("results/variety.jsonl"))
+finds = experiments.read(locate("results/variety.jsonl"))
 plain = {r["prompt"]: r["distance"] for r in finds if r["method"] == "plain"}
 lines = []
 for method in dict.fromkeys(r["method"] for r in finds):
@@ -493,7 +495,7 @@ vp = kernels.sde(kernels.vp_diffusion()), schedules.paper_vp(10, finish=1)
 
 def again(row):
     """The stored run once more: result, picture, and whether each judge finds it exact."""
-    scene, prompt = shapes.parse(row["prompt"]), Prompt.encode(pipe, row["prompt"], guidance=2.0)
+    scene, prompt = shapes.parse(row["prompt"]), FlowModel.encode(pipe, row["prompt"], guidance=2.0)
     method, kernel, times = {
         "rbf": (RBF.few_step(row["budget"]), *vp),
         "best-of-n": (BestOfN(), kernels.ode, prompt.times(10)),

@@ -47,24 +47,11 @@ import numpy as np
 import torch
 from IPython.display import Markdown, display
 
-from flowscale_lite import (
-    RBF,
-    BestOfN,
-    assets,
-    experiments,
-    hub,
-    kernels,
-    memory,
-    ode,
-    planner,
-    plots,
-    schedules,
-    search,
-    shapes,
-)
-from flowscale_lite.held_out import HeldOutJudge
-from flowscale_lite.pipelines import Prompt
-from flowscale_lite.scheduler import FlowSDEScheduler
+from flowscale_lite import RBF, BestOfN, experiments, kernels, ode, plots, schedules, search
+from flowscale_lite.flux import FlowModel, FlowSDEScheduler, cost, hub, memory
+from flowscale_lite.tiny import shapes
+from flowscale_lite.tiny.data import locate
+from flowscale_lite.tiny.judge import HeldOutJudge
 
 # %%
 real = torch.cuda.is_available()
@@ -72,7 +59,7 @@ if real:  # needs weights: 34 GB, and their licence accepted on the hub
     device, model, side, budget, seeds = "cuda", "black-forest-labs/FLUX.1-schnell", 1024, 200, 1
     text, target = "three red apples and two blue cups on a table", {"red apple": 3, "blue cup": 2}
 else:
-    device, model, side, budget, seeds = "cpu", assets.data("tiny-flux/schnell"), 64, 30, 20
+    device, model, side, budget, seeds = "cpu", locate("tiny-flux/schnell"), 64, 30, 20
     text = "three red circles and two blue squares"
 machine = torch.cuda.get_device_name() if real else "CPU, one thread"
 print(f"model {getattr(model, 'name', model)} on {device}, pictures of {side} x {side}, {budget} NFE a search")
@@ -108,7 +95,7 @@ print(f"{sum(p.numel() for p in bare.parameters()) / 1e9:.2f} billion weights: {
       f"{held(bare, 1):.1f} in int8, {held(bare, 9 / 16):.1f} in nf4")  # fmt: skip
 
 # %% [markdown]
-# Activations are counted on the meta device too, by running the pipeline there and noting which tensors are alive at once (`python -m tools.memory`, notebook 12). Put together:
+# Activations are counted on the meta device too, by running the pipeline there and noting which tensors are alive at once (`python -m tools.runs.memory`, notebook 12). Put together:
 
 # %%
 parts = {kind: memory.Plan("", flux, free=0, weights=kind).parts for kind in ("full", "int8", "nf4")}
@@ -166,7 +153,7 @@ print(plan)
 # %%
 pipe = memory.load(model, plan, device, prompts=[text])
 tiny_decoder = hub.preview(device=device, dtype=pipe.vae.dtype) if real else None  # downloads; tiny-flux's is small
-prompt = Prompt.encode(pipe, text, chunk=plan.chunk, preview=tiny_decoder)
+prompt = FlowModel.encode(pipe, text, chunk=plan.chunk, preview=tiny_decoder)
 print(f"{type(pipe).__name__}, states of shape {tuple(prompt.shape)}, {prompt.cost} NFE a row")
 
 # %% [markdown]
@@ -175,7 +162,7 @@ print(f"{type(pipe).__name__}, states of shape {tuple(prompt.shape)}, {prompt.co
 # The prompt is encoded once, its encoding is kept with the pipeline, and a plan that drops the text encoders has to be told all prompts when it loads. A search decodes many pictures that nobody will look at, so on a GPU a small autoencoder makes the
 # *previews* that rewards are read from; the one returned is decoded in full (`prompt.leaders` does it for the best few).
 #
-# `Prompt` works for six families of pipelines, because it does not rebuild any: it runs the pipeline's own `__call__` with a listener in the scheduler's place, to which all of them hand the velocity $\varepsilon - x_0$.
+# `FlowModel` works for six families of pipelines, because it does not rebuild any: it runs the pipeline's own `__call__` with a listener in the scheduler's place, to which all of them hand the velocity $\varepsilon - x_0$.
 #
 # ## What goes wrong: a clock with eight bits
 #
@@ -199,7 +186,7 @@ def clock(model, ask):
 
 grid = schedules.paper_vp(10, finish=1)
 half = pipe if real else hub.load(model, dtype=torch.bfloat16)
-half_prompt = Prompt.encode(half, text) if not real else prompt
+half_prompt = FlowModel.encode(half, text) if not real else prompt
 state = torch.randn(1, *prompt.shape, generator=torch.Generator().manual_seed(0)).to(device)
 call = {"height": side, "width": side, "output_type": "latent", "guidance_scale": prompt.guidance}
 own = half.scheduler
@@ -208,7 +195,7 @@ told = clock(half, lambda: half(**half_prompt.encoded, num_inference_steps=10, *
 half.scheduler = own
 mended = clock(half, lambda: [half_prompt(state, torch.tensor([t], device=device)) for t in grid[:-1]])
 print(f"{len(set(grid[:-1]))} times on the grid; {len(set(told))} reach the model in diffusers' own loop, "
-      f"{len(set(mended))} through Prompt")  # fmt: skip
+      f"{len(set(mended))} through FlowModel")  # fmt: skip
 assert len(set(mended)) == 10 and np.allclose(mended, grid[:-1], atol=1e-6)
 assert real or len(set(told)) < 10
 
@@ -243,7 +230,7 @@ plots.show(
 print(f"largest error of the velocity: {max(errors):.4f}")
 
 # %% [markdown]
-# The error is small on this model, and it is systematic: the same at every candidate. What is lost is the *difference* between neighbouring steps, which is all that a fine grid is for. `Prompt` passes the exact time on: a hook
+# The error is small on this model, and it is systematic: the same at every candidate. What is lost is the *difference* between neighbouring steps, which is all that a fine grid is for. `FlowModel` passes the exact time on: a hook
 # puts float32 in place of the rounded number, right before the sinusoid, and states stay in float32 throughout. Around a call of your own, `with pipelines.exact_time(pipe):` does the same.
 #
 # **A question before you read on.** The sampler's own arithmetic uses the exact $t$ in both cases. Which of the two, sampler or model, would you rather have wrong?
@@ -262,7 +249,7 @@ print(f"largest error of the velocity: {max(errors):.4f}")
 # pipe.scheduler = FlowSDEScheduler.from_config(pipe.scheduler.config, kernel="sde", interpolant="vp")
 # ```
 #
-# Kernels are those of notebook 04: `"ode"`, `"sde"` with $g_t = g\,t^2$, and `"gaussian"`, the exact transition. `interpolant="vp"` is the conversion of notebook 05, a grid and a diffusion. Noise comes from the scheduler's own
+# Kernels are those of notebook 04: `"ode"`, `"sde"` with $g_t = g\,t^2$, and `"ddim"`, the DDPM transition. `interpolant="vp"` is the conversion of notebook 05, a grid and a diffusion. Noise comes from the scheduler's own
 # generator, because `FluxPipeline` does not hand its own to `step`.
 
 
@@ -284,7 +271,7 @@ kinds = {
     "ODE": {"kernel": "ode"},
     "linear SDE": {"kernel": "sde"},
     "VP-SDE": {"kernel": "sde", "interpolant": "vp", "finish": 1},
-    "exact transition": {"kernel": "gaussian"},
+    "DDPM transition": {"kernel": "ddim"},
 }
 film = {name: draw(6, seed=0, **kind) for name, kind in kinds.items()}
 assert torch.equal(film["VP-SDE"], draw(6, seed=0, **kinds["VP-SDE"])), "the same seed, the same pictures"
@@ -299,7 +286,7 @@ for line, (name, pictures) in zip(axes, film.items(), strict=True):
 plots.show(
     fig,
     alt="Six pictures from one initial noise for each sampler. The ODE's six are the same; those of the linear SDE, "
-    "the VP-SDE and the exact transition differ in what they show and where.",
+    "the VP-SDE and the DDPM transition differ in what they show and where.",
 )
 
 # %% [markdown]
@@ -330,10 +317,10 @@ table(lines)
 #
 # ### Why not diffusers' own noise?
 #
-# `FlowMatchEulerDiscreteScheduler` has a switch `stochastic_sampling`. On a mixture of two Gaussians with the exact velocity, where the right answer is known, `python -m tools.schedulers` stored the distance to exact samples, 20 seeds each:
+# `FlowMatchEulerDiscreteScheduler` has a switch `stochastic_sampling`. On a mixture of two Gaussians with the exact velocity, where the right answer is known, `python -m tools.runs.schedulers` stored the distance to exact samples, 20 seeds each:
 
 # %%
-rows = experiments.read(assets.data("results/schedulers.jsonl"))
+rows = experiments.read(locate("results/schedulers.jsonl"))
 steps = sorted({row["steps"] for row in rows})
 marks = iter("sDov^<>*")
 fig, ax = plt.subplots(figsize=(8, 3.8))
@@ -395,7 +382,7 @@ if real:  # needs weights: 10 GB
     verdicts = {"counts": eyes, "VQAScore": words, "PickScore": taste}
 else:
     scene = shapes.parse(text)
-    small = network(HeldOutJudge.load(assets.data("judge/held_out.safetensors")), scene.target)
+    small = network(HeldOutJudge.load(locate("judge/held_out.safetensors")), scene.target)
     verdicts = {"counts": shapes.CountReward(scene), "network": torch.no_grad()(small)}
 given = list(verdicts)[:2]
 
@@ -459,11 +446,11 @@ if not real:
 def priced(name, gib):
     """Dollars an hour that the planner assumes of a GPU of this name and memory; None where it knows none."""
     kinds = name.replace("-", " ").split()
-    known = [g for g in planner.GPUS.values() if g.name.split("-")[0] in kinds and 0.85 < gib / g.memory <= 1]
+    known = [g for g in cost.GPUS.values() if g.name.split("-")[0] in kinds and 0.85 < gib / g.memory <= 1]
     return known[0].dollars if known else None
 
 
-assert priced("NVIDIA A100-SXM4-80GB", 79.1) == planner.GPUS["A100-80"].dollars
+assert priced("NVIDIA A100-SXM4-80GB", 79.1) == cost.GPUS["A100-80"].dollars
 assert priced("NVIDIA L40S", 44.4) is priced("NVIDIA H200", 139.7) is None, "not an L4, and not a CPU"
 
 # dollars an hour: of the GPU as the planner assumes, of a CPU core at a round 5 cents

@@ -48,8 +48,10 @@ import torch
 from IPython.display import Markdown, display
 from matplotlib.ticker import LogLocator, NullLocator
 
-from flowscale_lite import RBF, BestOfN, assets, experiments, gaussian, ode, planner, plots, search, shapes
-from flowscale_lite.pipelines import Prompt, load
+from flowscale_lite import RBF, BestOfN, ddim, experiments, ode, plots, search
+from flowscale_lite.flux import FlowModel, cost, load
+from flowscale_lite.tiny import shapes
+from flowscale_lite.tiny.data import locate
 
 # %% [markdown]
 # ## One evaluation, counted
@@ -84,17 +86,17 @@ def operations(config, image, text):
 # %% [markdown]
 # The referee is PyTorch: its counter watches every operation of a forward pass and adds up. FLUX.1's weights need not fit into this machine for that:
 # on PyTorch's *meta device* a tensor has a shape and no contents, so the pass costs nothing and the count is the same.
-# `flowscale_lite.planner` does that for the transformer, for the decoder and for the text encoder.
+# `flowscale_lite.flux.cost` does that for the transformer, for the decoder and for the text encoder.
 
 # %%
-flux = planner.flux1(1024, 1024, text_tokens=256)  # schnell; dev reads 512 text tokens and has a guidance embedding
-by_hand = operations(planner.FLUX1["transformer"], 64 * 64, 256)
+flux = cost.flux1(1024, 1024, text_tokens=256)  # schnell; dev reads 512 text tokens and has a guidance embedding
+by_hand = operations(cost.FLUX1["transformer"], 64 * 64, 256)
 assert sum(by_hand) == flux.velocity.flops, "our count and PyTorch's differ"
 weights = flux.velocity.parameters
 print(f"FLUX.1's transformer: {weights / 1e9:.1f} billion weights, {2 * weights / 2**30:.1f} GiB that we do not hold")
 
-pipe = load(assets.data("tiny-flux/schnell"))
-tiny = planner.of_pipeline(pipe, 64, 64, text_tokens=16, name="tiny-flux 64 x 64")
+pipe = load(locate("tiny-flux/schnell"))
+tiny = cost.of_pipeline(pipe, 64, 64, text_tokens=16, name="tiny-flux 64 x 64")
 assert sum(operations(pipe.transformer.config, 4 * 4, 16)) == tiny.velocity.flops
 
 
@@ -119,7 +121,7 @@ table(
 
 # %%
 sides = np.array([256, 512, 768, 1024, 1536, 2048])
-parts = np.array([operations(planner.FLUX1["transformer"], (side // 16) ** 2, 256) for side in sides.tolist()]) / 1e12
+parts = np.array([operations(cost.FLUX1["transformer"], (side // 16) ** 2, 256) for side in sides.tolist()]) / 1e12
 fig, ax = plt.subplots()
 ax.loglog(sides, parts.sum(1), marker="o", label="all")
 ax.loglog(sides, parts[:, 0], marker="s", markersize=4, label="through weights, linear in tokens")
@@ -149,7 +151,7 @@ plots.show(
 
 # %% tags=["nbval-ignore-output"]
 TEXT = "three red circles and two blue squares"
-prompt = Prompt.encode(pipe, TEXT)
+prompt = FlowModel.encode(pipe, TEXT)
 reward = shapes.CountReward(shapes.parse(TEXT))
 
 
@@ -164,10 +166,10 @@ def clock(method, kernel, nfe):
 
 
 rbf = RBF(accept="best")
-runs = [("best-of-N", BestOfN(), ode, n) for n in (100, 300)] + [("RBF", rbf, gaussian(), n) for n in (50, 150)]
+runs = [("best-of-N", BestOfN(), ode, n) for n in (100, 300)] + [("RBF", rbf, ddim(), n) for n in (50, 150)]
 timed = [(name, nfe, *clock(method, kernel, nfe)) for name, method, kernel, nfe in runs]
-machine = planner.measured(tiny, timed[0][1], timed[0][2], reward_calls=timed[0][3])
-foretold = [planner.plan(tiny, machine, nfe, reward_calls=calls, utilisation=1).seconds for _, nfe, _, calls in timed]
+machine = cost.measured(tiny, timed[0][1], timed[0][2], reward_calls=timed[0][3])
+foretold = [cost.plan(tiny, machine, nfe, reward_calls=calls, utilisation=1).seconds for _, nfe, _, calls in timed]
 print(f"this CPU, one thread, on this work: {1000 * machine.tflops:.0f} · 10⁹ operations a second")
 
 
@@ -220,14 +222,14 @@ plots.show(
 #
 # ## The planner
 #
-# On a GPU the peak is on the data sheet and the utilisation is assumed: `planner.plan` takes 0.4, and prices an hour of each GPU with round numbers. Both are
+# On a GPU the peak is on the data sheet and the utilisation is assumed: `cost.plan` takes 0.4, and prices an hour of each GPU with round numbers. Both are
 # assumptions, the prices with a date: put in your own, and measure the utilisation as above once you have a GPU.
 
 
 # %%
 def line(gpu, nfe=500):
     """One GPU's row of the table."""
-    p = planner.plan(flux, gpu, nfe)
+    p = cost.plan(flux, gpu, nfe)
     return {
         "GPU": gpu.name, "peak, 10¹²/s": gpu.tflops, "assumed $/h": f"{gpu.dollars:.2f}",
         "minutes a picture": p.seconds / 60, "$ a picture": f"{p.dollars:.2f}",
@@ -235,9 +237,9 @@ def line(gpu, nfe=500):
     }  # fmt: skip
 
 
-print(f"FLUX.1-schnell, 1024 x 1024, RBF at 500 NFE, without a judge, prices assumed in {planner.PRICED}:")
-table([line(gpu) for gpu in planner.GPUS.values()])
-plans = [planner.plan(flux, gpu, 500) for gpu in planner.GPUS.values()]
+print(f"FLUX.1-schnell, 1024 x 1024, RBF at 500 NFE, without a judge, prices assumed in {cost.PRICED}:")
+table([line(gpu) for gpu in cost.GPUS.values()])
+plans = [cost.plan(flux, gpu, 500) for gpu in cost.GPUS.values()]
 assert all(p.dollars < 1 for p in plans if p.fits)
 
 # %% [markdown]
@@ -248,8 +250,8 @@ assert all(p.dollars < 1 for p in plans if p.fits)
 # %%
 budgets = np.array([1, 4, 10, 25, 50, 100, 250, 500, 1000])
 fig, axes = plt.subplots(1, 2, figsize=(9, 3.8))
-for gpu in planner.GPUS.values():
-    plans = [planner.plan(flux, gpu, n) for n in budgets.tolist()]
+for gpu in cost.GPUS.values():
+    plans = [cost.plan(flux, gpu, n) for n in budgets.tolist()]
     axes[0].loglog(budgets, [p.seconds for p in plans], label=gpu.name + ("" if plans[0].fits else ", too small"))
     axes[1].loglog(budgets, [p.dollars for p in plans], label=gpu.name)
 axes[0].axhline(60, color="0.7", linewidth=1, linestyle="-")
@@ -263,7 +265,7 @@ plots.show(
     "far apart in seconds, the H100 fastest and the T4 slowest, and close together in dollars. T4 and L4 are marked as "
     "too small to hold the model.",
 )
-at_500 = np.array([(p.seconds, p.dollars) for p in (planner.plan(flux, gpu, 500) for gpu in planner.GPUS.values())])
+at_500 = np.array([(p.seconds, p.dollars) for p in (cost.plan(flux, gpu, 500) for gpu in cost.GPUS.values())])
 spread = at_500.max(0) / at_500.min(0)
 print(f"between the GPUs: a factor of {spread[0]:.0f} in time, of {spread[1]:.1f} in money")
 
@@ -295,8 +297,8 @@ def queue(lengths, g):
     return max(free)
 
 
-a100 = planner.GPUS["A100-40"]  # the smallest that holds the model
-lengths = [planner.plan(flux, a100, nfe).seconds for nfe in (100, 250, 500) for _ in range(40)]  # 40 prompts a budget
+a100 = cost.GPUS["A100-40"]  # the smallest that holds the model
+lengths = [cost.plan(flux, a100, nfe).seconds for nfe in (100, 250, 500) for _ in range(40)]  # 40 prompts a budget
 fleet_sizes = np.arange(1, 65)
 work, longest = sum(lengths), max(lengths)
 times = np.array([[f(lengths, g) for g in fleet_sizes.tolist()] for f in (pieces, queue)])
@@ -327,12 +329,12 @@ assert np.isclose(first[49], lengths[-1] + lengths[40]), "someone does a run of 
 # Cutting beforehand gives some GPUs nothing but runs of 500 NFE, and everybody else waits for them. The queue knows nothing of lengths and does far better; told to start with
 # the long ones, it loses hardly anything on 32 GPUs. On 50 it does: runs do not split, and someone has a run of 250 NFE to do after one of 500. `experiments.sweep` is such a queue: **write the tasks with the longest first**.
 #
-# A GPU has to load the model before its first run, and is paid for until the last run of all has ended. `planner.fleet` adds that up; the efficiency is the share of
+# A GPU has to load the model before its first run, and is paid for until the last run of all has ended. `cost.fleet` adds that up; the efficiency is the share of
 # the paid time that went into pictures.
 
 # %%
-one = planner.plan(flux, a100, 500)
-fleets = [(g, planner.fleet(one, 100, g, startup=120)) for g in (1, 4, 16, 30, 50, 100)]
+one = cost.plan(flux, a100, 500)
+fleets = [(g, cost.fleet(one, 100, g, startup=120)) for g in (1, 4, 16, 30, 50, 100)]
 print("100 pictures at 500 NFE on A100s, 120 s to load:")
 table(
     [
@@ -360,13 +362,13 @@ assert fleets[3][1].dollars > fleets[4][1].dollars
 # %%
 JOB = """import sys, time, torch
 from flowscale_lite import LINEAR, RBF, GaussianMixture, Problem, QuadraticReward
-from flowscale_lite import experiments, gaussian, search, uniform
+from flowscale_lite import experiments, ddim, search, uniform
 
 RING = GaussianMixture.ring()
 TASKS = [{"budget": budget, "seed": seed} for budget in (80, 20) for seed in range(24)]  # the longest first
 
 def run(task):
-    problem = Problem(RING.velocity(LINEAR), QuadraticReward((2.4, 0.0)), LINEAR, gaussian(), uniform(10), (2,))
+    problem = Problem(RING.velocity(LINEAR), QuadraticReward((2.4, 0.0)), LINEAR, ddim(), uniform(10), (2,))
     generator = torch.Generator().manual_seed(task["seed"])
     result = search(problem, RBF(init=4), max_nfe=task["budget"], generator=generator)
     time.sleep(0.05)  # a picture would take longer
@@ -495,11 +497,11 @@ def throughput(a, b, g, batches=2000):
     return batches / judge_free
 
 
-h100, batch = planner.GPUS["H100"], 8
-vlm = planner.Count(flops=2 * 8e9 * 700, parameters=8 * 10**9)  # each of 8e9 weights meets each of some 700 tokens once
-p, q = (planner.plan(flux, a100, batch, reward_calls=batch, judge=j, batch=batch) for j in (vlm, planner.Count(0)))
+h100, batch = cost.GPUS["H100"], 8
+vlm = cost.Count(flops=2 * 8e9 * 700, parameters=8 * 10**9)  # each of 8e9 weights meets each of some 700 tokens once
+p, q = (cost.plan(flux, a100, batch, reward_calls=batch, judge=j, batch=batch) for j in (vlm, cost.Count(0)))
 print(f"on one GPU: {p.memory / 2**30:.1f} GiB with the judge, {q.memory / 2**30:.1f} without")
-assert q.fits and not p.fits and planner.plan(flux, h100, batch, judge=vlm, batch=batch).fits
+assert q.fits and not p.fits and cost.plan(flux, h100, batch, judge=vlm, batch=batch).fits
 a = p.parts["velocity"] + p.parts["decode"] * batch / (batch + 1)  # the plan decodes one more
 b = p.parts["judge"]
 knee = 1 + a / b
@@ -508,7 +510,7 @@ simulated = np.array([throughput(a, b, g) for g in generators.tolist()])
 bound = np.minimum(generators / (a + b), 1 / b)
 assert (simulated <= bound * (1 + 1e-9)).all() and (simulated > 0.98 * bound).all(), "(12.4) should be attained"
 print(f"a batch of {batch} on A100s: generator {a:.2f} s, judge {b:.2f} s; knee at {knee:.1f} generators")
-dearer = planner.plan(flux, a100, 500, judge=vlm).seconds / planner.plan(flux, a100, 500).seconds - 1
+dearer = cost.plan(flux, a100, 500, judge=vlm).seconds / cost.plan(flux, a100, 500).seconds - 1
 print(f"at 500 NFE the judge adds {dearer:.0%} to the GPU seconds of a picture")
 
 # %%
@@ -564,7 +566,7 @@ def bill(nfe, flops, decode, peak, u, dollars_an_hour):
 
 # %% tags=["exercise-test"]
 for nfe_, gpu_ in ((10, h100), (500, a100)):
-    p_ = planner.plan(flux, gpu_, nfe_)
+    p_ = cost.plan(flux, gpu_, nfe_)
     seconds_, dollars_ = bill(nfe_, flux.velocity.flops, flux.decode.flops, gpu_.tflops * 1e12, 0.4, gpu_.dollars)
     wanted = p_.seconds - p_.parts["text"]
     assert abs(seconds_ / wanted - 1) < 1e-6, f"{seconds_:.3f} s; the planner says {wanted:.3f} s without the text"
@@ -666,11 +668,11 @@ for pictures_, deadline_ in ((100, 3600), (100, 1100), (7, 2000), (64, 20000)):
     g_ = gpus_needed(pictures_, 900.0, 120.0, deadline_)
     assert (
         g_ is not None
-        and planner.fleet(planner.Plan(900.0, 0.1, 0.0, True, {}), pictures_, g_, startup=120.0).seconds <= deadline_
+        and cost.fleet(cost.Plan(900.0, 0.1, 0.0, True, {}), pictures_, g_, startup=120.0).seconds <= deadline_
     ), f"{g_} GPUs do not finish {pictures_} pictures in {deadline_} s"
     assert (
         g_ == 1
-        or planner.fleet(planner.Plan(900.0, 0.1, 0.0, True, {}), pictures_, g_ - 1, startup=120.0).seconds > deadline_
+        or cost.fleet(cost.Plan(900.0, 0.1, 0.0, True, {}), pictures_, g_ - 1, startup=120.0).seconds > deadline_
     ), f"fewer than {g_} would do"
 assert gpus_needed(10, 900.0, 120.0, 1000) is None, "in 1,000 s no GPU finishes a single picture"
 print("Well done.")

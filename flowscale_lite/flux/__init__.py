@@ -1,0 +1,9 @@
+"""Diffusers pipelines, tiny-flux, FLUX.1 and its relatives, as search problems."""
+
+from diffusers import SchedulerMixin  # where a pipeline saved with our scheduler looks for it
+
+from .hub import load
+from .prompt import FlowModel
+from .scheduler import FlowSDEScheduler
+
+__all__ = ["FlowModel", "FlowSDEScheduler", "SchedulerMixin", "load"]

@@ -1,0 +1,236 @@
+"""Which diffusers pipelines can be searched, and the little that has to be known of each.
+
+`FlowModel` runs a pipeline's own `__call__` and listens at the scheduler, to which every flow-matching pipeline
+hands the velocity eps - x0 whatever its transformer predicts. So clocks, signs, guidance formulas, time grids and
+decoding need no second implementation. What is left: how an encoded prompt is handed back to the call, the shape in
+which noise is drawn, how a state becomes the call's `latents`, and when guidance runs the model twice.
+
+| pipeline | models | guidance | clock of the transformer | NFE a row |
+|---|---|---|---|---|
+| FluxPipeline | FLUX.1 schnell, dev | distilled | t | 1 |
+| Flux2KleinPipeline | FLUX.2 klein 4B, 9B | none if distilled, else two forwards | t | 1 or 2 |
+| StableDiffusion3Pipeline | SD3, SD3.5 medium, large, turbo | two forwards above 1 | 1000 t | 1 or 2 |
+| QwenImagePipeline | Qwen-Image | two forwards above 1, norm kept | t | 1 or 2 |
+| ZImagePipeline | Z-Image, Z-Image-Turbo | two forwards above 0 | 1 - t, and minus the velocity | 1 or 2 |
+| SanaPipeline | Sana | two forwards above 1 | 1000 t, times a scale | 1 or 2 |
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+Arguments = dict[str, Any]
+"""Keyword arguments of a pipeline's `__call__`."""
+
+
+class Clock(NamedTuple):
+    """Where a transformer takes the sinusoid of time, and the unit in which: 1000 if it receives 1000 t."""
+
+    sinusoid: str
+    unit: float
+
+
+@dataclass(frozen=True)
+class Family:
+    """A pipeline class.
+
+    Attributes:
+        encode: (pipe, text, negative text or None if guidance needs none, token limit or None) -> the arguments of
+            `__call__` that stand for one prompt.
+        blank: config of the transformer -> the same without content, as long as `__call__` allows by default.
+        guided: (pipe, guidance) -> whether the model runs twice a row.
+        scale: the name of `__call__`'s argument for the guidance scale.
+        options: further arguments of `__call__`.
+        patch: sides of a picture are multiples of this many sites of the autoencoder's grid.
+        fold: latent channels of the transformer's input to one of the state: 4 where 2 x 2 patches are packed.
+        down: sites of the autoencoder's grid to one of the state, a side.
+        pack, unpack: (pipe, state (K, C, H, W)) -> `latents`, and (pipe, velocity, shape (K, C, H, W)) -> (K, C, H, W);
+            None if there is nothing to do.
+        clock: given if the class rounds time to the model's precision on the way; see `prompt.exact_time`.
+    """
+
+    encode: Callable[[Any, str, str | None, int | None], Arguments]
+    blank: Callable[[Any], Arguments]
+    guided: Callable[[Any, float], bool] = lambda pipe, guidance: guidance > 1
+    scale: str = "guidance_scale"
+    options: Callable[[], Arguments] = dict
+    patch: int = 2
+    fold: int = 1
+    down: int = 1
+    pack: Callable[[Any, Tensor], Tensor] | None = None
+    unpack: Callable[[Any, Tensor, tuple[int, ...]], Tensor] | None = None
+    clock: Clock | None = None
+
+    def shape(self, pipe: Any, height: int, width: int) -> tuple[int, int, int]:
+        """(C, H, W) of a state.
+
+        Raises:
+            ValueError: a side that is no positive multiple of the model's patch.
+        """
+        factor = pipe.vae_scale_factor
+        patch = factor * self.patch
+        if height % patch or width % patch or min(height, width) < patch:
+            raise ValueError(f"height and width must be multiples of {patch}; got {height} x {width}")
+        side = factor * self.down
+        return pipe.transformer.config.in_channels // self.fold, height // side, width // side
+
+    def default(self, pipe: Any, argument: str) -> Any:
+        """What `__call__` takes an argument to be if it is not given."""
+        return inspect.signature(type(pipe).__call__).parameters[argument].default
+
+    def call(self, pipe: Any, guidance: float) -> Arguments:
+        """Arguments of `__call__` for a guidance scale; 1 where the class would warn that it is not used."""
+        distilled = pipe.config.get("is_distilled", False)
+        return {self.scale: 1.0 if distilled else guidance, **self.options()}
+
+
+def family(pipe: Any) -> Family:
+    """The family of a pipeline, or of the name of a pipeline class.
+
+    Raises:
+        ValueError: the class is not supported.
+    """
+    names = [pipe] if isinstance(pipe, str) else [cls.__name__ for cls in type(pipe).__mro__]
+    for name in names:
+        if name in FAMILIES:
+            return FAMILIES[name]
+    raise ValueError(f"{names[0]} is not supported; supported are {', '.join(FAMILIES)}")
+
+
+def _pack(pipe: Any, x: Tensor) -> Tensor:
+    return pipe._pack_latents(x, *x.shape)
+
+
+def _unpack(pipe: Any, v: Tensor, shape: tuple[int, ...]) -> Tensor:
+    height, width = (side * pipe.vae_scale_factor for side in shape[-2:])
+    return pipe._unpack_latents(v, height, width, pipe.vae_scale_factor).reshape(shape)  # some have a frame axis
+
+
+def _tokens_last(pipe: Any, v: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return v.transpose(1, 2).reshape(shape)
+
+
+def _flux(pipe: Any, text: str, negative: str | None, tokens: int | None) -> Arguments:
+    limit = tokens or min(512, pipe.tokenizer_2.model_max_length)
+    embeds, pooled, _ = pipe.encode_prompt(text, None, max_sequence_length=limit)
+    return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+
+
+def _flux2_klein(pipe: Any, text: str, negative: str | None, tokens: int | None) -> Arguments:
+    texts = {"prompt_embeds": text, "negative_prompt_embeds": negative}
+    return {
+        name: pipe.encode_prompt(words, max_sequence_length=tokens or 512)[0]
+        for name, words in texts.items()
+        if words is not None
+    }
+
+
+def _stable_diffusion_3(pipe: Any, text: str, negative: str | None, tokens: int | None) -> Arguments:
+    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+    guided = negative is not None
+    encoded = pipe.encode_prompt(
+        text,
+        None,
+        None,
+        do_classifier_free_guidance=guided,
+        negative_prompt=negative,
+        max_sequence_length=tokens or 256,
+    )
+    return {name: value for name, value in zip(names, encoded, strict=True) if value is not None}
+
+
+def _qwen_image(pipe: Any, text: str, negative: str | None, tokens: int | None) -> Arguments:
+    out = {}
+    for prefix, words in (("", text), ("negative_", negative)):
+        if words is not None:
+            embeds, mask = pipe.encode_prompt(words, max_sequence_length=tokens or 512)
+            out[f"{prefix}prompt_embeds"] = embeds
+            # No mask means that all count; the call would warn of its lack.
+            out[f"{prefix}prompt_embeds_mask"] = embeds.new_ones(embeds.shape[:2]).long() if mask is None else mask
+    return out
+
+
+def _z_image(pipe: Any, text: str, negative: str | None, tokens: int | None) -> Arguments:
+    guided = negative is not None
+    embeds, against = pipe.encode_prompt(
+        text, do_classifier_free_guidance=guided, negative_prompt=negative, max_sequence_length=tokens or 512
+    )
+    return {"prompt_embeds": embeds, **({"negative_prompt_embeds": against} if guided else {})}
+
+
+def _sana(pipe: Any, text: str, negative: str | None, tokens: int | None) -> Arguments:
+    names = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask")
+    instruction = FAMILIES["SanaPipeline"].default(pipe, "complex_human_instruction")
+    guided = negative is not None
+    encoded = pipe.encode_prompt(
+        text,
+        guided,
+        negative_prompt=negative or "",
+        max_sequence_length=tokens or 300,
+        complex_human_instruction=instruction,
+    )
+    return {name: value for name, value in zip(names, encoded, strict=True) if value is not None}
+
+
+def _empty(*shape: int) -> Tensor:
+    return torch.empty((1, *shape), device="meta", dtype=torch.bfloat16)
+
+
+FAMILIES = {
+    "FluxPipeline": Family(
+        _flux,
+        blank=lambda c: {
+            "prompt_embeds": _empty(512, c.joint_attention_dim),
+            "pooled_prompt_embeds": _empty(c.pooled_projection_dim),
+        },
+        guided=lambda pipe, guidance: False,
+        fold=4,
+        pack=_pack,
+        unpack=_unpack,
+        clock=Clock("time_text_embed.time_proj", 1000.0),
+    ),
+    "Flux2KleinPipeline": Family(
+        _flux2_klein,
+        blank=lambda c: {"prompt_embeds": _empty(512, c.joint_attention_dim)},
+        guided=lambda pipe, guidance: guidance > 1 and not pipe.config.is_distilled,
+        down=2,
+        unpack=_tokens_last,
+        clock=Clock("time_guidance_embed.time_proj", 1000.0),
+    ),
+    "StableDiffusion3Pipeline": Family(
+        _stable_diffusion_3,
+        blank=lambda c: {
+            "prompt_embeds": _empty(77 + 256, c.joint_attention_dim),
+            "pooled_prompt_embeds": _empty(c.pooled_projection_dim),
+        },
+    ),
+    "QwenImagePipeline": Family(
+        _qwen_image,
+        blank=lambda c: {"prompt_embeds": _empty(512, c.joint_attention_dim)},
+        scale="true_cfg_scale",
+        fold=4,
+        pack=_pack,
+        unpack=_unpack,
+        clock=Clock("time_text_embed.time_proj", 1.0),
+    ),
+    "ZImagePipeline": Family(
+        _z_image,
+        blank=lambda c: {"prompt_embeds": [_empty(512, c.cap_feat_dim)[0]]},
+        guided=lambda pipe, guidance: guidance > 0,
+    ),
+    "SanaPipeline": Family(
+        _sana,
+        blank=lambda c: {
+            "prompt_embeds": _empty(300, c.caption_channels),
+            "prompt_attention_mask": _empty(300).long(),
+        },
+        options=lambda: {"use_resolution_binning": False, "negative_prompt": None},
+        patch=1,
+    ),
+}

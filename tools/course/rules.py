@@ -1,0 +1,227 @@
+"""What every notebook must keep to: rules read off its source and its outputs.
+
+Each function returns what it found wrong, one line each; an empty list is a pass.
+"""
+
+import ast
+import itertools
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from nbformat import NotebookNode
+
+from tools.course import build as notebooks
+
+CELL_LINES, FUNCTION_LINES, WIDTH, ALT_LETTERS = 25, 20, 120, 20
+SECONDS, MEGABYTES = 300, 5
+TAGS = {"setup", "exercise", "exercise-test", "wrong-answers", "network", "nbval-ignore-output"}
+WRONG = re.compile(r"^### WRONG: *(.+)$", re.M)
+MACHINE = re.compile(r"(?<![\w.:/])(/(work|root|tmp|home|Users|opt|mnt|content|private|var)/[\w.]|[A-Z]:\\\\?Users)")
+EXERCISE = re.compile(r"^### Exercise (\d+): .+ \(difficulty [1-5] of 5, \d+ minutes\)$", re.M)
+NUMBER = re.compile(r"[-+]?\d+\.?\d*(?:e[-+]?\d+)?")
+NETWORK = {"aiohttp", "ftplib", "gdown", "http", "httpx", "huggingface_hub", "requests", "socket", "urllib", "wget"}
+GLOBAL_SEEDS = {
+    "torch.manual_seed",
+    "torch.cuda.manual_seed_all",
+    "np.random.seed",
+    "random.seed",
+    "transformers.set_seed",
+}
+DRAWS = {f"torch.{name}" for name in ("rand", "randn", "randint", "randperm", "normal", "multinomial", "bernoulli")}
+UNSEEDABLE = {"torch.rand_like", "torch.randn_like", "torch.randint_like"}
+
+
+def source_problems(source: Path) -> list[str]:
+    """Rules that need nothing run."""
+    cells = notebooks.read(source).cells
+    text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    found = [*_head(cells), *_tail(cells, text), *_equations(text), *_exercises(cells), *_widgets(cells)]
+    for index, cell in enumerate(cells):
+        rules = [_paths(cell), _tags(cell)]
+        if cell.cell_type == "code" and "setup" not in notebooks.tags(cell):
+            rules.append(_code(cell))
+        found += [f"cell {index}: {problem}" for problem in itertools.chain(*rules)]
+    return found
+
+
+def _head(cells: list[NotebookNode]) -> Iterator[str]:
+    head = cells[0].source if cells and cells[0].cell_type == "markdown" else ""
+    if not head.startswith("# "):
+        yield "head: the first cell must be Markdown and begin with the title"
+    for part in ("**Question.**", "**Goals.**", "**Prerequisites.**", notebooks.BADGE, notebooks.MEASURED):
+        if part not in head:
+            yield f"head: {part} is missing"
+    goals = re.search(r"\*\*Goals\.\*\*\n+((?:- .*\n?(?:  .*\n?)*)+)", head)
+    if not goals or not 3 <= len(re.findall(r"^- ", goals[1], re.M)) <= 5:
+        yield "head: list 3 to 5 goals under **Goals.**"
+    setups = [index for index, cell in enumerate(cells) if "setup" in notebooks.tags(cell)]
+    if setups != [1]:
+        yield f"set-up: exactly one cell, the second, is tagged setup; found at {setups}"
+    elif any(line and not line.startswith("#") for line in cells[1].source.splitlines()):
+        yield "set-up: the build writes this cell, leave it empty in the source"
+
+
+def _tail(cells: list[NotebookNode], text: str) -> Iterator[str]:
+    tail = cells[-1].source if cells and cells[-1].cell_type == "markdown" else ""
+    for part in ("## Recap", "## Not shown", "## Further reading"):
+        if part not in tail:
+            yield f"tail: {part} is missing from the last cell"
+    recap = tail.partition("## Recap")[2].partition("\n## ")[0]
+    if len(re.findall(r"^- ", recap, re.M)) != 5:
+        yield "tail: the recap has five lines, each beginning with a dash"
+    if "](http" not in tail.partition("## Further reading")[2]:
+        yield "tail: further reading has no link"
+    if not re.search(r"^#+ .*goes? wrong", text, re.M):
+        yield "no failure case: show one under a heading with the words 'goes wrong'"
+
+
+def _equations(text: str) -> Iterator[str]:
+    numbers = re.findall(r"\\tag\{(.+?)\}", text)
+    if not numbers:
+        yield "no equation is numbered: use \\tag{...}"
+    for number in sorted({n for n in numbers if numbers.count(n) > 1}):
+        yield f"equation number {number} is used twice"
+
+
+def _exercises(cells: list[NotebookNode]) -> Iterator[str]:
+    kinds = ["exercise", "exercise-test", "wrong-answers"]
+    order = [(index, kind) for index, cell in enumerate(cells) for kind in kinds if kind in notebooks.tags(cell)]
+    if [kind for _, kind in order] != kinds * (len(order) // 3):
+        yield "exercises: each is three cells, tagged exercise, exercise-test and wrong-answers in this order"
+        return
+    if not 2 <= len(order) // 3 <= 4:
+        yield f"exercises: 2 to 4 are wanted, found {len(order) // 3}"
+    for number, (start, _) in enumerate(order[::3], 1):
+        before = cells[start - 1].source
+        heading = EXERCISE.search(before)
+        if not heading or int(heading[1]) != number:
+            yield f"exercise {number}: precede it by '### Exercise {number}: title (difficulty 2 of 5, 10 minutes)'"
+        if "<details><summary>Hint</summary>" not in before:
+            yield f"exercise {number}: has no hint: <details><summary>Hint</summary>"
+        marks = notebooks.SOLUTION.findall(cells[start].source)
+        if not marks or not all(marks):
+            yield f"exercise {number}: ### BEGIN SOLUTION and ### END SOLUTION go inside a function"
+        if len(WRONG.findall(cells[order[3 * number - 1][0]].source)) < 2:
+            yield f"exercise {number}: plant at least two wrong answers, each after a line '### WRONG: what is wrong'"
+
+
+def _widgets(cells: list[NotebookNode]) -> Iterator[str]:
+    calls = re.findall(r"\binteract(?:ive|ive_output|_manual)?\(", "\n".join(c.source for c in cells))
+    if len(calls) > 1:
+        yield f"widgets: one at most, found {len(calls)}"
+
+
+def _paths(cell: NotebookNode) -> Iterator[str]:
+    for match in MACHINE.finditer(cell.source):
+        yield f"machine path {match[0]}"
+
+
+def _tags(cell: NotebookNode) -> Iterator[str]:
+    unknown = notebooks.tags(cell) - TAGS
+    if unknown:
+        yield f"unknown tags {sorted(unknown)}; known are {sorted(TAGS)}"
+
+
+def _code(cell: NotebookNode) -> Iterator[str]:
+    try:
+        tree = ast.parse(cell.source)
+    except SyntaxError as error:
+        yield f"is not plain Python (magics and shell lines are not used): {error}"
+        return
+    kind = notebooks.tags(cell)
+    if "wrong-answers" not in kind and len(cell.source.splitlines()) > CELL_LINES:
+        yield f"has {len(cell.source.splitlines())} lines, more than {CELL_LINES}"
+    if max(map(len, cell.source.splitlines()), default=0) > WIDTH:
+        yield f"has a line of more than {WIDTH} characters"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            lines = (node.end_lineno or node.lineno) - node.lineno + 1
+            if lines > FUNCTION_LINES:
+                yield f"function {node.name} has {lines} lines, more than {FUNCTION_LINES}"
+        elif isinstance(node, ast.Import | ast.ImportFrom) and "network" not in kind:
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            for name in names:
+                if name.split(".")[0] in NETWORK:
+                    yield f"imports {name}: no network use outside cells tagged network"
+        elif isinstance(node, ast.Call):
+            yield from _call(node, kind)
+
+
+def _call(node: ast.Call, kind: set[str]) -> Iterator[str]:
+    name, options = ast.unparse(node.func), {keyword.arg: keyword.value for keyword in node.keywords}
+    first = node.args[0].value if node.args and isinstance(node.args[0], ast.Constant) else None
+    if name in ("plt.show", "fig.show", "figure.show"):
+        yield f"{name}() shows a figure without alt text: use flowscale_lite.plots.show(fig, alt=...)"
+    elif name in ("show", "plots.show"):
+        alt = options.get("alt")
+        if alt is None or (isinstance(alt, ast.Constant) and len(str(alt.value).strip()) < ALT_LETTERS):
+            yield "show() needs alt=..., a sentence that says what the figure shows"
+    elif name in GLOBAL_SEEDS:
+        yield f"{name} sets a global seed: pass a generator"
+    elif name in UNSEEDABLE or (name in DRAWS and "generator" not in options):
+        yield f"{name} draws without a generator"
+    elif name.endswith("from_pretrained") and re.fullmatch(r"[\w-]+/[\w.-]+", str(first)) and "network" not in kind:
+        yield f"{name}({first!r}) downloads: only in a cell tagged network"
+
+
+def built_problems(target: Path) -> list[str]:
+    """Rules on what a built notebook shows."""
+    notebook = notebooks.nbformat.read(target, as_version=4)
+    found = []
+    for index, cell in enumerate(notebook.cells):
+        for output in cell.get("outputs", []):
+            found += [f"cell {index}: {problem}" for problem in _output(output)]
+    measured = notebooks.MEASURED_LINE.search(notebook.cells[0].source)
+    seconds = re.search(r"([\d.]+) s of CPU time", measured[0]) if measured else None
+    if not seconds:
+        found.append("head: nothing was measured")
+    elif float(seconds[1]) > SECONDS:
+        found.append(f"takes {seconds[1]} s, more than {SECONDS}")
+    if target.stat().st_size > MEGABYTES * 2**20:
+        found.append(f"is {target.stat().st_size / 2**20:.1f} MiB, more than {MEGABYTES}")
+    return found
+
+
+def _output(output: NotebookNode) -> Iterator[str]:
+    data = output.get("data", {})
+    if output.output_type == "error":
+        yield f"raises {output.ename}"
+    if output.get("name") == "stderr" and output.text.strip():
+        yield f"writes to stderr (a warning?): {output.text.strip().splitlines()[-1]}"
+    if any(kind.startswith("image/") for kind in data):
+        yield "shows an image without alt text: use flowscale_lite.plots.show(fig, alt=...)"
+    for image in re.findall(r"<img [^>]*>", data.get("text/html", "")):
+        alt = re.search(r'alt="([^"]*)"', image)
+        if not alt or len(alt[1]) < ALT_LETTERS:
+            yield "shows an image without alt text"
+    shown = words([output])
+    for match in MACHINE.finditer(shown):
+        yield f"shows a machine path {match[0]}"
+    if re.search(r"\bat 0x[0-9a-f]{6,}", shown):
+        yield "shows an object's address"
+
+
+def words(outputs: Iterable[NotebookNode]) -> str:
+    """What outputs say in words: printed text, values, alt texts; not progress bars, not warnings."""
+    parts = [o.get("text") or o.get("data", {}).get("text/plain", "") for o in outputs if notebooks.lasting(o)]
+    return " ".join("".join(parts).split())
+
+
+def matches(now: str, before: str, kind: Iterable[str] = ()) -> bool:
+    """The same words, and numbers that agree to 5 % or 0.001: processors differ in the last digits of a sum."""
+    if "nbval-ignore-output" in kind:
+        return True
+    pairs = zip(NUMBER.findall(now), NUMBER.findall(before), strict=False)
+    close = all(abs(float(a) - float(b)) <= max(1e-3, 0.05 * abs(float(b))) for a, b in pairs)
+    return NUMBER.sub("#", now) == NUMBER.sub("#", before) and close
+
+
+def difference(now: str, before: str, kind: Iterable[str] = ()) -> str:
+    """Where two sayings first differ, with the words around; empty when they match."""
+    if matches(now, before, kind):
+        return ""
+    words = now.split(), before.split()
+    first = next((i for i, pair in enumerate(zip(*words, strict=False)) if not matches(*pair)), min(map(len, words)))
+    here, there = (" ".join(part[max(0, first - 5) : first + 6]) for part in words)
+    return f"says '{here}', was '{there}'"
