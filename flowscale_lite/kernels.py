@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 
-import torch
 from torch import Tensor
 
 from .interpolants import LINEAR, VP, Interpolant, matching_time
@@ -113,26 +112,6 @@ def _renoise(path: Interpolant, x: Tensor, v: Tensor, t: float, s: float) -> tup
 
 renoise = Kernel("renoise", _renoise)
 """The forward transition from t up to s > t: mean b x with b = alpha_s/alpha_t, variance sigma_s^2 - b^2 sigma_t^2."""
-
-
-def redraw(where: Tensor | None = None, z: Tensor | None = None) -> Kernel:
-    """Puts the posterior means together again at any level s, with the noise z in place of eps|t in some places.
-
-    Mean alpha_s x0|t + sigma_s eps, eps being z where `where` holds and eps|t elsewhere; no noise is left to draw. Of
-    DDIM's family, as `ddim` is: eta = 0 where nothing is redrawn, and where it is the most that there can be,
-    std = sigma_s. It may go up, down, or stay at t.
-
-    Args:
-        where: bool, broadcastable to the states (K, *D); None redraws nothing.
-        z: standard normal noise (K, *D).
-    """
-
-    def moments(path: Interpolant, x: Tensor, v: Tensor, t: float, s: float) -> tuple[Tensor, float]:
-        alpha, sigma, _, _ = path.at(s)
-        x0, eps = path.endpoints(x, v, _times(t, x))
-        return alpha * x0 + sigma * (eps if where is None or z is None else torch.where(where, z, eps)), 0.0
-
-    return Kernel("redraw", moments, stochastic=False)
 
 
 def quadratic(scale: float = 3.0) -> Diffusion:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..search import Particles, Problem, Run
-from ._common import best_noises, best_of_each, require_budget, require_noise, require_positive
+from ._common import best_noises, best_of_each, require_budget, require_noise, require_positive, require_posterior_mean
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Blockwise:
     def check(self, problem: Problem, max_nfe: int) -> None:
         """Raises ValueError if the budget does not pay for a branch in every block, or if branches coincide."""
         require_noise(problem)
+        require_posterior_mean(problem)
         rows = self.chains * (self.init + (self.copies or 1) * problem.evaluations_ahead())
         require_budget(problem, max_nfe, rows, f"{self.chains} chain(s) with a branch in every block")
 

@@ -1,15 +1,14 @@
-"""Guidance by the gradient of the look-ahead reward: DPS (Chung et al., arXiv 2209.14687), alone or inside a search."""
+"""Guidance by the gradient of the look-ahead reward (DPS, Chung et al., arXiv 2209.14687)."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from torch.nn.functional import normalize
 
 from ..search import Particles, Problem, Run
-from ._common import best_noises, require_budget, require_positive
 
 
 @dataclass(frozen=True)
@@ -53,10 +52,11 @@ class Guide:
     def __call__(self, p: Particles, run: Run) -> Particles:
         """The particles, unscored, with their velocity and posterior mean steered; as they are where none is.
 
-        A steered row costs `Problem.gradient_cost` evaluations and one reward call.
+        A steered row costs the evaluations of `Run.gradient` and one reward call.
         """
         if p.t > self.below or run.next_time(p.t) == 0:
             return p
+        p = run.evaluate(p)
         a, s, da, ds = run.problem.path.at(p.t)
         g = run.gradient(p)
         if self.normalised:
@@ -70,7 +70,8 @@ class Guide:
     def cost(self, problem: Problem, t: float | None = None) -> int:
         """Evaluations that steering one particle from time t (None: from the start) to the end costs."""
         start = self.below if t is None else min(t, self.below)
-        return problem.gradient_cost * sum(u <= start and s > 0 for u, s in pairwise(problem.times))
+        steered = sum(u <= start and s > 0 for u, s in pairwise(problem.times))
+        return steered * problem.gradient_cost * problem.look_ahead.price
 
     def check(self, problem: Problem) -> None:
         """Raises ValueError if no transition would be steered."""
@@ -88,41 +89,3 @@ def guide_price(guide: Guide | None, problem: Problem, t: float | None = None) -
     if t is None:
         guide.check(problem)
     return guide.cost(problem, t)
-
-
-@dataclass(frozen=True)
-class DPS:
-    """Draws n steered samples without selecting on the way, and keeps the one of highest reward. Any kernel will do.
-
-    Attributes:
-        guide: how they are steered.
-        n: number of samples; None for as many as the budget pays for, less than one being left.
-        init: initial noises of each sample, of which the best by look-ahead reward is kept.
-
-    Raises:
-        ValueError: n or init below 1.
-    """
-
-    guide: Guide = field(default_factory=Guide)
-    n: int | None = None
-    init: int = 1
-
-    def __post_init__(self) -> None:
-        require_positive(self, "n", "init")
-
-    def check(self, problem: Problem, max_nfe: int) -> None:
-        """Raises ValueError if nothing would be steered, or n samples (one, if n is None) cannot be paid for."""
-        n = self.n or 1
-        require_budget(problem, max_nfe, n * self._price(problem), f"{n} steered sample(s)")
-
-    def start(self, run: Run) -> Particles:
-        """The best of the initial noises of every sample."""
-        return best_noises(run, self.n or run.evaluations_left // self._price(run.problem), self.init)
-
-    def advance(self, p: Particles, run: Run) -> Particles:
-        """One steered child each."""
-        return run.propose(self.guide(p, run))
-
-    def _price(self, problem: Problem) -> int:
-        """Evaluations a sample."""
-        return self.init + problem.evaluations_ahead() + guide_price(self.guide, problem)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ..kernels import ode, renoise
 from ..search import Particles, Problem, Run
-from ._common import best_noises, require_budget, require_positive
+from ._common import best_noises, require_budget, require_positive, require_posterior_mean
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class SearchOverPaths:
 
     def check(self, problem: Problem, max_nfe: int) -> None:
         """Raises ValueError if the schedule is over in one leg, or the budget does not pay for a copy in every leg."""
+        require_posterior_mean(problem)
         first, *rest = self._legs(problem, problem.times[0])
         if not rest:
             raise ValueError(f"a schedule of {len(problem.times) - 1} intervals is over in one leg of {self.down}")
@@ -60,7 +61,7 @@ class SearchOverPaths:
             p, leg = run.propose(p, copies, s=leg[0], kernel=renoise), leg[1:]
         for s in leg:
             p = run.propose(p, s=s, kernel=ode)
-        return p if first else (q := run.score(p))[q.reward.topk(self.paths).indices]
+        return p if first else run.score(p).top(self.paths)
 
     def _legs(self, problem: Problem, t: float) -> list[tuple[float, ...]]:
         """The times visited in each leg ahead of t."""

@@ -91,6 +91,7 @@ class SMC:
         """One child each, its weight corrected if it was steered."""
         if self.guide is None:
             return run.propose(p)
+        p = run.evaluate(p)
         mean, std = run.transition(p)
         if std == 0:  # no density to correct by, so no steering
             return run.propose(p)
@@ -102,7 +103,8 @@ class SMC:
 
     def _price(self, problem: Problem) -> int:
         """Evaluations a particle."""
-        return self.init + problem.evaluations_ahead() + guide_price(self.guide, problem)
+        judged = (self.init + problem.evaluations_ahead()) * problem.look_ahead.price
+        return judged + problem.evaluations_kept() + guide_price(self.guide, problem)
 
     def _weigh(self, p: Particles) -> Particles:
         """Multiplies the weights by the gains."""

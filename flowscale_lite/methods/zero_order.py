@@ -9,7 +9,7 @@ import torch
 
 from ..kernels import ode
 from ..search import Particles, Problem, Run
-from ._common import best_noises, require_budget, require_positive
+from ._common import best_noises, evaluations_at_noise, require_budget, require_positive
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,13 @@ class ZeroOrder:
 
     def check(self, problem: Problem, max_nfe: int) -> None:
         """Raises ValueError if the budget does not pay for one sample."""
-        require_budget(
-            problem, max_nfe, self.init + problem.evaluations_ahead(), f"one sample, the best of {self.init} noise(s),"
-        )
+        evaluations = evaluations_at_noise(problem, self.init) + problem.evaluations_ahead()
+        require_budget(problem, max_nfe, evaluations, f"one sample, the best of {self.init} noise(s),")
 
     def start(self, run: Run) -> Particles:
         """The first noise."""
         p = best_noises(run, 1, self.init)
-        return replace(p, carry={"pivot": p.x, "sample": p.x0, "record": torch.full_like(p.logw, -math.inf)})
+        return replace(p, carry={"pivot": p.x, "sample": p.x, "record": torch.full_like(p.logw, -math.inf)})
 
     def advance(self, p: Particles, run: Run) -> Particles:
         """The pivot's neighbours, after a round; when the budget is spent, the best sample of all rounds."""
