@@ -20,7 +20,19 @@ import torch
 from flowscale_lite import experiments, kernels, schedules
 from flowscale_lite.flux import FlowModel, load
 from flowscale_lite.kernels import Kernel
-from flowscale_lite.methods import RBF, SMC, SVDD, BestOfN, Blockwise, Funnel, Refine, SearchOverPaths, ZeroOrder
+from flowscale_lite.methods import (
+    RBF,
+    SMC,
+    SVDD,
+    Beam,
+    BestOfEnough,
+    BestOfN,
+    BestOfQuota,
+    Blockwise,
+    Refine,
+    SearchOverPaths,
+    ZeroOrder,
+)
 from flowscale_lite.schedules import Times
 from flowscale_lite.search import Method, search
 from flowscale_lite.tiny import shapes
@@ -45,7 +57,7 @@ COMMON = {"plain": Recipe(lambda nfe: BestOfN(1), kernels.ode), "best-of-n": Rec
 RECIPES: dict[str, dict[str, Recipe]] = {
     "dev": COMMON
     | {
-        "rbf": Recipe(RBF.multi_step, kernels.ddim(), schedules.logit_normal(10)),
+        "beam": Recipe(Beam.multi_step, kernels.ddim(), schedules.logit_normal(10)),
         "refine": Recipe(Refine.few_step, kernels.ode, schedules.levels(10)),  # which is not made for it
     },
     "schnell": COMMON
@@ -57,32 +69,32 @@ RECIPES: dict[str, dict[str, Recipe]] = {
         "refine, 3 x 3 regions": Recipe(lambda nfe: Refine(nfe // 4, cells=3), kernels.ode, schedules.levels(10)),
         "best-of-n, 4 steps": Recipe(lambda nfe: BestOfN(), kernels.ode, schedules.uniform(4)),
         "svdd": Recipe(lambda nfe: SVDD(init=nfe // 8), *VP),
-        "funnel": Recipe(lambda nfe: Funnel(init=nfe // 4), *VP),
+        "beam, narrowing": Recipe(lambda nfe: Beam(init=nfe // 32, narrow=True), *VP),
         "code": Recipe(lambda nfe: Blockwise(init=nfe // 8), *VP),
         "smc": Recipe(lambda nfe: SMC(tau=0.5), *VP),
         "search over paths": Recipe(lambda nfe: SearchOverPaths(init=nfe // 8), kernels.ode),
         "zero-order": Recipe(lambda nfe: ZeroOrder(init=nfe // 4), kernels.ode),
-        "rbf, published": Recipe(lambda nfe: RBF.published(init=nfe // 10), *VP),
-        "rbf, best of quota": Recipe(lambda nfe: RBF(init=nfe // 4), *VP),
-        "rbf, enough 16": Recipe(lambda nfe: RBF(init=nfe // 4, enough=16), *VP),
-        "rbf, equal quotas": Recipe(lambda nfe: RBF(init=nfe // 4, rollover=False), *VP),
-        "rbf, reserve": Recipe(lambda nfe: RBF(init=nfe // 4, accept="reserve", batch=4), *VP),
+        "rbf, published": Recipe(lambda nfe: RBF.published(), *VP),
+        "rbf, best of enough": Recipe(lambda nfe: RBF(init=nfe // 4), *VP),
+        "rbf, enough 16": Recipe(lambda nfe: RBF(init=nfe // 4, rule=BestOfEnough(16)), *VP),
+        "rbf, equal quotas": Recipe(lambda nfe: RBF(init=nfe // 4, rule=BestOfQuota()), *VP),
         "rbf, 2 t^2": Recipe(
             lambda nfe: RBF(init=nfe // 4), kernels.sde(kernels.quadratic(2.0)), schedules.uniform(10)
         ),
-        "rbf, competing": Recipe(lambda nfe: RBF(init=nfe // 8, chains=2, compete=True), *VP),
+        "beam, two states": Recipe(lambda nfe: Beam(states=2, init=nfe // 8), *VP),
         "rbf, linear SDE": Recipe(RBF.few_step, *LINEAR),
         "rbf, DDPM transition": Recipe(RBF.few_step, kernels.ddim(), schedules.uniform(10)),
-        "rbf, best, linear SDE": Recipe(lambda nfe: RBF(init=nfe // 4), *LINEAR),
+        "rbf, best of enough, linear SDE": Recipe(lambda nfe: RBF(init=nfe // 4), *LINEAR),
     },
 }
 MAIN = [("plain", 10), *(("best-of-n", n) for n in BUDGETS), *(("rbf", n) for n in BUDGETS)]
-LARGE = [("rbf, best of quota", 500), ("rbf, equal quotas", 500)]  # which are the same up to 250
+LARGE = [("rbf, best of enough", 500), ("rbf, equal quotas", 500)]  # which are the same up to 250
 FEWER = [("rbf, enough 16", 250), ("rbf, enough 16", 500)]
 APART = {*RECIPES["dev"], "rbf, equal quotas", "rbf, enough 16"}  # which have lists of their own
+DEV = [("beam" if method == "rbf" else method, n) for method, n in MAIN]  # the method that suits a multi-step model
 OTHERS = [(m, 250) for m in RECIPES["schnell"] if m not in APART and "refine" not in m]
 OTHERS += [("best-of-n, 4 steps", 100), ("best-of-n, 4 steps", 500), ("svdd", 100)]
-CLOSE = [(method, 250) for method in ("smc", "svdd", "code", "funnel")]
+CLOSE = [(method, 250) for method in ("smc", "svdd", "code", "beam, narrowing")]
 REFINE = [("refine", n) for n in BUDGETS]
 REGIONS = [(method, 100) for method in RECIPES["schnell"] if method.startswith("refine,")]
 FIFTH = [("rbf, 2 t^2", 100)]  # against best-of-n at 500, as refine at 100 is
@@ -97,9 +109,9 @@ def tasks() -> list[experiments.Task]:
     cells += [("schnell", "held_out", 7, CHECK)] + [("schnell", "held_out", seed, AGAIN) for seed in (8, 9)]
     cells += [("schnell", "hard", 0, REGIONS), ("dev", "hard", 0, REFINE[1:2])]
     cells += [("schnell", "hard", 0, OTHERS)] + [("schnell", "easy", seed, MAIN) for seed in range(SEEDS)]
-    cells += [("dev", "easy", 0, MAIN), ("dev", "hard", 0, MAIN), ("dev", "held_out", 7, CHECK[:3])]
+    cells += [("dev", "easy", 0, DEV), ("dev", "hard", 0, DEV), ("dev", "held_out", 7, [DEV[0], DEV[2], DEV[5]])]
     cells += [("schnell", "hard", 0, WIDE)] + [("schnell", "hard", seed, CLOSE) for seed in range(1, SEEDS)]
-    cells += [("dev", "hard", seed, MAIN) for seed in range(1, SEEDS)]
+    cells += [("dev", "hard", seed, DEV) for seed in range(1, SEEDS)]
     cells += [("schnell", "hard", seed, LARGE) for seed in range(SEEDS)]
     rest = [run for run in OTHERS if run not in CLOSE]
     cells += [("schnell", "hard", seed, rest) for seed in range(1, SEEDS)]
@@ -207,13 +219,13 @@ def main() -> None:
         (m, level, *cell)
         for m in ("schnell", "dev")
         for level in ("easy", "hard", "held_out")
-        for cell in MAIN + REFINE + REGIONS + FIFTH + FEWER + LARGE + OTHERS + WIDE
+        for cell in MAIN + DEV[4:] + REFINE + REGIONS + FIFTH + FEWER + LARGE + OTHERS + WIDE
     ]
     rows = experiments.read(PATH)
     if not args.print:
         rows = experiments.sweep(tasks(), run, PATH, workers=args.workers, title="runs")
     rows.sort(key=lambda r: order.index((r["model"], r["level"], r["method"], r["budget"])))
-    main_rows = [r for r in rows if (r["method"], r["budget"]) in MAIN + REFINE]
+    main_rows = [r for r in rows if (r["method"], r["budget"]) in MAIN + DEV + REFINE]
     insert(Path("README.md"), "results", f"{PROMPTS} prompts of each level.\n\n{headlines(rows)}\n\n{table(main_rows)}")
     print(table(rows))
 

@@ -22,12 +22,14 @@ import numpy as np
 import torch
 
 from flowscale_lite import (
-    DPS,
     LINEAR,
     RBF,
     SMC,
     SVDD,
+    Beam,
+    BestOfEnough,
     BestOfN,
+    BestOfQuota,
     Blockwise,
     GaussianMixture,
     Guide,
@@ -62,10 +64,9 @@ KERNELS: dict[str, tuple[Kernel, tuple[float, ...]]] = {
 }
 SEARCHES: dict[str, Method] = {
     "RBF": RBF(),
-    "RBF, equal quotas": RBF(rollover=False),
-    "RBF, reserve": RBF(accept="reserve", batch=4),
-    "RBF, competing": RBF(init=2, chains=2, compete=True),
-    "RBF, published": RBF.published(init=4, chains=1),
+    "RBF, equal quotas": RBF(rule=BestOfQuota()),
+    "beam": Beam(states=2, init=2),
+    "RBF, published": RBF.published(),
     "SVDD": SVDD(init=2),
     "CoDe": Blockwise(init=2),
     "SMC": SMC(tau=0.1),
@@ -76,23 +77,23 @@ WITHOUT_NOISE: dict[str, Method] = {
     "best-of-N": BestOfN(),
     "zero-order": ZeroOrder(init=4),
     "search over paths": SearchOverPaths(init=2),
-    "DPS": DPS(Guide(), init=4),
+    "best-of-N, guided": BestOfN(init=4, guide=Guide()),
 }
 
-CANDIDATES: dict[str, Method] = {f"RBF, enough {n}": RBF(enough=n) for n in (8, 12, 16, 24, 32)}
+CANDIDATES: dict[str, Method] = {f"RBF, enough {n}": RBF(rule=BestOfEnough(n)) for n in (8, 12, 16, 24, 32)}
 
 
 def tasks() -> list[experiments.Task]:
     """Every run of the table. A rounded reward has no gradient, so guided methods sit that one out."""
     cells = [(m, k) for m in SEARCHES for k in KERNELS if k != "ODE"]
-    cells += [(m, "ODE") for m in WITHOUT_NOISE] + [("DPS", "linear SDE"), ("DPS", "DDPM")]
+    cells += [(m, "ODE") for m in WITHOUT_NOISE] + [("best-of-N, guided", "linear SDE"), ("best-of-N, guided", "DDPM")]
     return [
         {"world": world, "reward": reward, "budget": budget, "method": method, "kernel": kernel, "seed": seed}
         for world in ("exact", "distilled")
         for reward in ("smooth", "rounded")
         for budget in BUDGETS
         for method, kernel in cells
-        if reward == "smooth" or not ("guided" in method or method == "DPS")
+        if reward == "smooth" or "guided" not in method
         for seed in range(SEEDS)
     ]
 
