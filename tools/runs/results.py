@@ -90,7 +90,7 @@ RECIPES: dict[str, dict[str, Recipe]] = {
 MAIN = [("plain", 10), *(("best-of-n", n) for n in BUDGETS), *(("rbf", n) for n in BUDGETS)]
 LARGE = [("rbf, best of enough", 500), ("rbf, equal quotas", 500)]  # which are the same up to 250
 FEWER = [("rbf, enough 16", 250), ("rbf, enough 16", 500)]
-APART = {*RECIPES["dev"], "rbf, equal quotas", "rbf, enough 16"}  # which have lists of their own
+APART = {*RECIPES["dev"], "rbf", "rbf, equal quotas", "rbf, enough 16"}  # which have lists of their own
 DEV = [("beam" if method == "rbf" else method, n) for method, n in MAIN]  # the method that suits a multi-step model
 OTHERS = [(m, 250) for m in RECIPES["schnell"] if m not in APART and "refine" not in m]
 OTHERS += [("best-of-n, 4 steps", 100), ("best-of-n, 4 steps", 500), ("svdd", 100)]
