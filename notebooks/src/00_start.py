@@ -38,7 +38,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-from flowscale_lite import RBF, BestOfN, ode, paper_vp, plots, sde, search, vp_diffusion
+from flowscale_lite import RBF, BestOfN, ode, paper_vp, plots, sde, search, steps, vp_diffusion
 from flowscale_lite.experiments import clustered_mean, paired_difference, read
 from flowscale_lite.flux import FlowModel, load
 from flowscale_lite.tiny import shapes
@@ -152,9 +152,11 @@ problems = {"best-of-N": prompt.problem(reward, ode), "RBF": prompt.problem(rewa
 methods = {"best-of-N": BestOfN(), "RBF": RBF.few_step(budget)}
 found, film = {}, []
 for name, method in methods.items():
-    generator = torch.Generator().manual_seed(3)
-    watch = (lambda p, run: film.append((p.t, p.best().x0))) if name == "RBF" else None
-    found[name] = search(problems[name], method, max_nfe=budget, generator=generator, on_step=watch)
+    run = steps(problems[name], method, max_nfe=budget, generator=torch.Generator().manual_seed(3))
+    for step in run:  # a search is stepped; what it keeps after each step is in run.particles
+        if name == "RBF":
+            film.append((step.t, run.particles.best().x0))
+    found[name] = run.result()
 for name, result in found.items():
     print(f"{name:10} reward {result.reward:6.2f}   NFE {result.nfe}   reward calls {result.reward_calls}")
 

@@ -40,7 +40,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from flowscale_lite import LINEAR, SMC, GaussianMixture, Problem, QuadraticReward, log_z, plots, search
+from flowscale_lite import LINEAR, SMC, GaussianMixture, Problem, QuadraticReward, log_z, plots, search, steps
 from flowscale_lite.flux import FlowModel, load
 from flowscale_lite.kernels import ddim, ode, quadratic, sde
 from flowscale_lite.resampling import SCHEMES, ess, systematic
@@ -833,15 +833,17 @@ task = prompt.problem(shapes.CountReward(shapes.parse(TEXT)), ddim(), times=logi
 found = {}
 for name, method in {"plain": SMC(threshold=0.0), "SMC": SMC(tau=1.0, tempering=1.0)}.items():
     for seed in range(SEEDS):
-        origin = []  # each particle's noise, followed through every step
-        follow = lambda p, run, o=origin: o.append(o[-1][p.parent] if o else p.parent)  # noqa: E731
-        result = search(task, method, max_nfe=250, generator=torch.Generator().manual_seed(seed), on_step=follow)
-        p = result.particles
+        run = steps(task, method, max_nfe=250, generator=torch.Generator().manual_seed(seed))
+        origin = None  # each particle's noise, followed through every step
+        for _ in run:
+            parent = run.particles.parent
+            origin = parent if origin is None else origin[parent]
+        result, p = run.result(), run.particles
         w = torch.full((len(p),), 1 / len(p)) if name == "plain" else p.logw.softmax(0)
         found[name, seed] = p
         top = round(result.reward, 2) + 0.0
         print(f"{name:5} seed {seed}: {len(p)} particles, mean reward {w @ p.reward:6.2f}, best {top:6.2f},", end=" ")
-        print(f"ESS {1 / w.square().sum():4.1f}, from {len(origin[-1].unique())} noises, {result.nfe} NFE")
+        print(f"ESS {1 / w.square().sum():4.1f}, from {len(origin.unique())} noises, {result.nfe} NFE")
 
 # %%
 fig, axes = plt.subplots(2, 6, figsize=(7.5, 3.0))

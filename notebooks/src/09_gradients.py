@@ -41,7 +41,19 @@ import torch
 from IPython.display import Markdown, display
 from torch.nn.functional import normalize
 
-from flowscale_lite import DPS, LINEAR, GaussianMixture, Guide, Problem, QuadraticReward, ode, plots, search, uniform
+from flowscale_lite import (
+    LINEAR,
+    BestOfN,
+    GaussianMixture,
+    Guide,
+    Problem,
+    QuadraticReward,
+    ode,
+    plots,
+    search,
+    steps,
+    uniform,
+)
 from flowscale_lite.experiments import clustered_mean
 
 # %% [markdown]
@@ -171,7 +183,7 @@ ours = torch.randn(500, 1, generator=torch.Generator().manual_seed(0))
 for t, s in pairwise(times[:-1]):
     ours = guided_step(problem.velocity, reward, ours, t, s, 1.0)
 ours = ours - times[-2] * problem.velocity(ours, torch.full((500,), times[-2]))  # the last step is not guided
-found = search(problem, DPS(Guide(1.0), n=500), max_nfe=10**6, generator=torch.Generator().manual_seed(0))
+found = search(problem, BestOfN(500, guide=Guide(1.0)), max_nfe=10**6, generator=torch.Generator().manual_seed(0))
 assert torch.allclose(ours, found.particles.x, atol=1e-4), "our loop and the package's disagree"
 print(f"{found.nfe} NFE for 500 samples: {20 * 500} velocities, and {found.gradients} gradients at 3 NFE each")
 
@@ -188,7 +200,7 @@ grid = torch.linspace(-3, 3, 400)
 fig, axes = plt.subplots(1, 3, figsize=(9.5, 2.8), sharey=True)
 for ax, (name, kernel) in zip(axes, kernels.items(), strict=True):
     problem = Problem(line.velocity(LINEAR), reward, LINEAR, kernel, uniform(50), (1,))
-    found = search(problem, DPS(Guide(1.0), n=3000), max_nfe=10**6, generator=torch.Generator().manual_seed(1))
+    found = search(problem, BestOfN(3000, guide=Guide(1.0)), max_nfe=10**6, generator=torch.Generator().manual_seed(1))
     samples = found.particles.x[:, 0]
     ax.hist(samples.numpy(), bins=60, range=(-3, 3), density=True, color="0.85", label="DPS")
     ax.plot(grid, target.log_prob(grid[:, None]).exp(), label="tilted law")
@@ -222,7 +234,9 @@ for strength in STRENGTHS:
     laws = {"exact tilt": tilted}
     for name, kernel in (("DPS, ODE", ode), ("DPS, SDE", sde(quadratic()))):
         problem = Problem(ring_velocity, peak, LINEAR, kernel, uniform(30), (2,))
-        found = search(problem, DPS(Guide(strength), n=800), max_nfe=10**6, generator=torch.Generator().manual_seed(0))
+        found = search(
+            problem, BestOfN(800, guide=Guide(strength)), max_nfe=10**6, generator=torch.Generator().manual_seed(0)
+        )
         laws[name] = found.particles.x
     for name, law in laws.items():
         curves[name].append((peak(law).mean().item(), ring.log_prob(law).mean().item()))
@@ -258,23 +272,26 @@ for name, values in curves.items():
 
 
 # %%
-def path_of_states(strength, steps):
+def path_of_states(strength, number):
     """Times, mean first coordinate of 300 states at each, and their ends."""
-    seen, problem = [], Problem(ring_velocity, peak, LINEAR, ode, uniform(steps), (2,))
-    method, generator = DPS(Guide(strength), n=300), torch.Generator().manual_seed(0)
-    found = search(problem, method, max_nfe=10**7, generator=generator, on_step=lambda p, run: seen.append(p))
-    return [p.t for p in seen], [p.x[:, 0].mean().item() for p in seen], found.particles.x
+    problem = Problem(ring_velocity, peak, LINEAR, ode, uniform(number), (2,))
+    method, generator = BestOfN(300, guide=Guide(strength)), torch.Generator().manual_seed(0)
+    run, times, first = steps(problem, method, max_nfe=10**7, generator=generator), [], []
+    for step in run:
+        times.append(step.t)
+        first.append(run.particles.x[:, 0].mean().item())
+    return times, first, run.particles.x
 
 
 # %%
 fig, ax = plt.subplots(figsize=(6, 3.2))
 for strength in (3.0, 30.0):
     judged = []
-    for steps in (30, 300):
-        t, state, ends = path_of_states(strength, steps)
+    for number in (30, 300):
+        t, state, ends = path_of_states(strength, number)
         judged.append(torch.stack([peak(ends).mean(), ring.log_prob(ends).mean()]))
-        print(f"strength {strength:2g}, {steps:3} steps: reward {judged[-1][0]:.3f}, log density {judged[-1][1]:.1f}")
-        if steps == 30:
+        print(f"strength {strength:2g}, {number:3} steps: reward {judged[-1][0]:.3f}, log density {judged[-1][1]:.1f}")
+        if number == 30:
             ax.plot(t, state, marker="o", markersize=3, label=f"DPS, strength {strength:g}, 30 steps")
     assert (judged[1] < judged[0]).all(), "more steps should not help"
 assert (judged[1] > 1.1 * judged[0]).all(), "nor change much at strength 30"
@@ -299,7 +316,7 @@ plots.show(
 
 
 # %%
-from flowscale_lite import RBF, SVDD, BestOfN
+from flowscale_lite import RBF, SVDD
 
 
 class SteerThenChoose:
@@ -333,7 +350,7 @@ print(f"{ours.nfe} NFE: 1 for the noise, 9 transitions of 5 candidates, {ours.gr
 # %%
 contest = {
     "best-of-N": ("ode", BestOfN()),
-    "DPS": ("ode", DPS(Guide())),
+    "DPS": ("ode", BestOfN(guide=Guide())),
     "SVDD": ("ddim(1)", SVDD(init=4)),
     "SVDD + DPS": ("ddim(1)", SVDD(init=4, guide=Guide())),
     "RBF": ("ddim(1)", RBF()),
@@ -441,7 +458,7 @@ shown, strengths = {}, (0.0, 0.1, 0.2, 0.4, 0.8)
 for name, make in REWARDS.items():
     problem = prompt.problem(make(scene), ode, times=logit_normal(10))
     for strength in strengths:
-        method = DPS(Guide(strength, normalised=True, below=0.9), n=3) if strength else BestOfN(3)
+        method = BestOfN(3, guide=Guide(strength, normalised=True, below=0.9) if strength else None)
         found = search(problem, method, max_nfe=200, generator=torch.Generator().manual_seed(4))
         picture = prompt.decode(found.particles.x[2:])
         shown[name, strength] = picture[0], found.particles.reward[2], judge.exact(scene, picture)[0]
@@ -483,7 +500,7 @@ def repeat(how, **wanted):
 
 
 settings = Guide(0.1, normalised=True, below=0.9)
-number = repeat(DPS(settings, n=8), method="samples", reward="ink as asked")
+number = repeat(BestOfN(8, guide=settings), method="samples", reward="ink as asked")
 number += repeat(SVDD(guide=settings), method="svdd", reward="colourful", budget=250)
 print(f"{len(rows)} stored runs; two of them repeated give the same {number} rewards and verdicts")
 
@@ -647,10 +664,10 @@ assert contrasts["colourful", (TEN, 0.0)][1].high < 0, "colourful: worse than pl
 #
 # ## At equal budget
 #
-# Guidance costs budget that a search could spend on candidates: with ten steps, eight of them steered, a steered sample takes 34 evaluations and a plain one ten. The same prompts, three seeds, 250 NFE, DDPM transitions, strength 0.1. SVDD and RBF keep two states each; this RBF is `RBF(init=1, chains=2, compete=True, select_below=0.8)`, a beam: candidates of both states compete, and selection begins at $t = 0.8$, while SVDD selects at every step.
+# Guidance costs budget that a search could spend on candidates: with ten steps, eight of them steered, a steered sample takes 34 evaluations and a plain one ten. The same prompts, three seeds, 250 NFE, DDPM transitions, strength 0.1. SVDD and a beam keep two states each; the beam is `Beam(states=2, select_below=0.8)`: candidates of both states compete, and selection begins at $t = 0.8$, while SVDD selects at every step.
 
 # %%
-METHODS = {"best-of-n": "best-of-N", "svdd": "SVDD", "rbf": "RBF, competing"}
+METHODS = {"best-of-n": "best-of-N", "svdd": "SVDD", "beam": "beam"}
 fig, axes = plt.subplots(1, 2, figsize=(9, 3.2), sharey=True)
 for ax, name in zip(axes, REWARDS, strict=True):
     for k, s in enumerate((0.0, 0.1)):
@@ -678,7 +695,7 @@ for name in REWARDS:
         added = [gain(what, strength=0.1, **cell) for what in ("given", "held_out")]
         alone[name, method], gains[name, method] = without[1], added[1]
         titles = "given", "share right", "given, by guidance", "share right, by guidance"
-        assert name == "ink as asked" or method != "rbf" or added[0].low > 0, "guided RBF should find more colour"
+        assert name == "ink as asked" or method != "beam" or added[0].low > 0, "the guided beam should find more colour"
         lines.append({"reward": name, "method": label} | dict(zip(titles, without + added, strict=True)))
 display(Markdown(experiments.markdown(lines)))
 single = plain["DDPM transition"]
@@ -689,7 +706,7 @@ assert all(alone["colourful", method].high < single.low for method in METHODS), 
 # %% [markdown]
 # For *ink as asked* the searches are far better than any single sample, and guidance adds nothing to them at this budget, neither in given reward nor in the held-out share. The draws that its gradients cost are worth as much or more: selection needs no gradient to find the few hundredths that are left.
 #
-# For *colourful* look at the shares without any gradient: best-of-N, SVDD and RBF bring them close to zero. Choosing by the wrong reward ruins as surely as climbing it. To the given reward guidance does add something here, in SVDD and in RBF, at equal budget: more colour can always be had, while ink that is right cannot be righter. The held-out judge has nothing left to lose. (Guided best-of-N does a little less harm; its samples cost more, so it has seven to choose among in place of 25.)
+# For *colourful* look at the shares without any gradient: best-of-N, SVDD and the beam bring them close to zero. Choosing by the wrong reward ruins as surely as climbing it. To the given reward guidance does add something here, in SVDD and in the beam, at equal budget: more colour can always be had, while ink that is right cannot be righter. The held-out judge has nothing left to lose. (Guided best-of-N does a little less harm; its samples cost more, so it has seven to choose among in place of 25.)
 #
 # Here is given against held-out reward for all that we have seen.
 
@@ -742,13 +759,13 @@ plots.show(
 # %%
 problem = prompt.problem(rounded(ink_as_asked(scene)), ode, times=logit_normal(10))
 plain = search(problem, BestOfN(2), max_nfe=100, generator=torch.Generator().manual_seed(0))
-steered = search(problem, DPS(Guide(1.0), n=2), max_nfe=100, generator=torch.Generator().manual_seed(0))
+steered = search(problem, BestOfN(2, guide=Guide(1.0)), max_nfe=100, generator=torch.Generator().manual_seed(0))
 assert torch.allclose(plain.particles.x, steered.particles.x, atol=1e-4), "a zero gradient should not move anything"
 print(f"{steered.nfe - plain.nfe} NFE for {steered.gradients} gradients, and the same two pictures")
 print("largest gradient:", max(gradient_sizes(rounded(ink_as_asked(scene))).values()))
 try:
     counter = prompt.problem(shapes.CountReward(scene), ode)
-    search(counter, DPS(Guide(), n=1), max_nfe=100, generator=torch.Generator().manual_seed(0))
+    search(counter, BestOfN(1, guide=Guide()), max_nfe=100, generator=torch.Generator().manual_seed(0))
 except ValueError as error:
     print("the counter:", error)
 

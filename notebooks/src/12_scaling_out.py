@@ -165,7 +165,7 @@ def clock(method, kernel, nfe):
     return min(taken), result.reward_calls
 
 
-rbf = RBF(accept="best")
+rbf = RBF()
 runs = [("best-of-N", BestOfN(), ode, n) for n in (100, 300)] + [("RBF", rbf, ddim(), n) for n in (50, 150)]
 timed = [(name, nfe, *clock(method, kernel, nfe)) for name, method, kernel, nfe in runs]
 machine = cost.measured(tiny, timed[0][1], timed[0][2], reward_calls=timed[0][3])
