@@ -29,7 +29,7 @@ from .methods import (
 )
 from .problem import Particles, Problem, Result, Step
 from .resampling import ess, multinomial, residual, stratified, systematic
-from .rewards import Decoded, Reward, chunked, rounded
+from .rewards import Reward, chunked, decoded, rounded
 from .schedules import levels, logit_normal, paper_vp, shifted, uniform
 from .search import BudgetExceeded, Method, Run, Search, search, steps
 from .toys import GaussianMixture, LinearReward, QuadraticReward
@@ -45,7 +45,7 @@ __all__ = [  # noqa: RUF022  in the order of the imports
     "Refine", "SearchOverPaths", "ZeroOrder", "log_z",
     "Particles", "Problem", "Result", "Step",
     "ess", "multinomial", "residual", "stratified", "systematic",
-    "Decoded", "Reward", "chunked", "rounded",
+    "decoded", "Reward", "chunked", "rounded",
     "levels", "logit_normal", "paper_vp", "shifted", "uniform",
     "BudgetExceeded", "Method", "Run", "Search", "search", "steps",
     "GaussianMixture", "LinearReward", "QuadraticReward",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -27,29 +26,17 @@ def chunked(fn: Callable[[Tensor], Tensor], chunk: int) -> Callable[[Tensor], Te
     return lambda x: torch.cat([fn(rows) for rows in x.split(chunk)])
 
 
-@dataclass(frozen=True)
-class Decoded:
-    """A reward of pictures as a reward of latents: decodes and judges `chunk` rows at a time.
+def decoded(decode: Callable[[Tensor], Tensor], reward: Reward, chunk: int = 16) -> Reward:
+    """A reward of pictures as a reward of latents: decodes and judges `chunk` rows at a time, which bounds the memory.
 
-    Attributes:
+    Args:
         decode: latents (K, *D) -> pictures (K, ...).
         reward: pictures (K, ...) -> (K,).
-        chunk: rows held decoded at once, which is what bounds the memory.
 
     Raises:
         ValueError: chunk < 1.
     """
-
-    decode: Callable[[Tensor], Tensor]
-    reward: Reward
-    chunk: int = 16
-
-    def __post_init__(self) -> None:
-        if self.chunk < 1:
-            raise ValueError(f"chunk must be at least 1; got {self.chunk}")
-
-    def __call__(self, latents: Tensor, /) -> Tensor:
-        return chunked(lambda rows: self.reward(self.decode(rows)), self.chunk)(latents)
+    return chunked(lambda latents: reward(decode(latents)), chunk)
 
 
 def rounded(reward: Reward) -> Reward:

@@ -47,9 +47,9 @@ def uniform(steps: int) -> Times:
 def paper_vp(steps: int, finish: int = 1, vp: Interpolant = VP, path: Interpolant = LINEAR) -> Times:
     """The paper's grid (arXiv 2503.19385): s_k = sqrt(1 - (1 - t_k)^2) in VP time with t_k uniform, as times of `path`.
 
-    Its steps are small early, where the posterior varies most. Two things to know. It starts at VP's noisiest state,
-    linear time 0.9934 rather than 1. And its last interval is long: with 10 steps it goes from linear time 0.71
-    straight to 0, which is sound for a few-step model only; `finish` cuts that interval into equal parts.
+    Its steps are small early, where the posterior varies most. It starts at VP's noisiest state, linear time 0.9934.
+    Its last interval is long: with 10 steps it goes from linear time 0.71 straight to 0, which is sound for a few-step
+    model only; `finish` cuts that interval into equal parts.
 
     Args:
         steps: transitions in all, those of `finish` included.
@@ -67,13 +67,13 @@ def paper_vp(steps: int, finish: int = 1, vp: Interpolant = VP, path: Interpolan
 
 
 def logit_normal(steps: int, mean: float = 0.7, std: float = 0.9) -> Times:
-    """Quantiles of a logit-normal law: as many steps where flow models train most, few at either end.
+    """Quantiles of the logit-normal distribution of training times (Stable Diffusion 3, arXiv 2403.03206).
 
-    The law of training times in Stable Diffusion 3 (Esser et al., arXiv 2403.03206). With mean > 0 it leans to the
-    noisy side of the middle, where a multi-step model decides what the picture will hold: a search wants steps there.
+    With mean > 0 it leans to the noisy side of the middle, where a multi-step model decides what the picture will hold:
+    a search wants steps there.
 
     Raises:
-        ValueError: steps < 1, std not positive, or a law so far out that neighbouring times coincide.
+        ValueError: steps < 1, std not positive, or times so far out that neighbours coincide.
     """
     if steps < 1 or not std > 0:
         raise ValueError(f"steps must be at least 1 and std positive; got {steps} and {std}")
