@@ -173,7 +173,7 @@ def test_make_targets_are_documented():
 
 
 def test_readme_examples_run(monkeypatch):
-    """The blocks of Python in the README, in their order; with a toy for your model, and tiny-flux for FLUX.1."""
+    """The blocks of Python in README and package page, in their order; with a toy for your model, and tiny-flux for FLUX.1."""
     from flowscale_lite import flux
     from flowscale_lite.tiny import shapes
     from flowscale_lite.tiny.data import locate
@@ -190,7 +190,8 @@ def test_readme_examples_run(monkeypatch):
         "load": flux.load,
         "pipe": flux.load(),
     }
-    blocks = re.findall(r"^```python\n(.+?)^```$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+    pages = "".join((ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "flowscale_lite/README.md"))
+    blocks = re.findall(r"^```python\n(.+?)^```$", pages, re.M | re.S)
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
     assert len(blocks) >= 3 and names["result"].nfe <= 250 and isinstance(names["prompt"], flux.FlowModel)
