@@ -655,7 +655,7 @@ def test_a_licence_not_accepted_is_said():
     with pytest.raises(
         PermissionError, match=r"accept a licence: do so on https://huggingface.co/some/model.*HF_TOKEN"
     ):
-        judges._pretrained(Gated, "some/model")
+        judges.pictures.pretrained(Gated, "some/model")
 
 
 def test_weights_that_are_pickles_are_refused(tmp_path, folder):

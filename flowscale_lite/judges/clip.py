@@ -68,7 +68,7 @@ class Clip:
 
     def pictures(self, images: Tensor) -> Tensor:
         """(K, 3, H, W) -> unit vectors (K, d), float32."""
-        pooled = self.model.visionload_model(pixel_values=self.pixels(images)).pooler_output
+        pooled = self.model.vision_model(pixel_values=self.pixels(images)).pooler_output
         return F.normalize(self.model.visual_projection(pooled).float(), dim=-1)
 
     @torch.no_grad()
@@ -76,7 +76,7 @@ class Clip:
         """A text as a unit vector (d,), float32; cut off at the model's length (77 tokens)."""
         limit = self.model.config.text_config.max_position_embeddings
         tokens = self.tokenizer(text, truncation=True, max_length=limit, return_tensors="pt").to(self.model.device)
-        pooled = self.model.textload_model(
+        pooled = self.model.text_model(
             input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
         ).pooler_output
         return F.normalize(self.model.text_projection(pooled).float(), dim=-1)[0]

@@ -42,7 +42,7 @@ def to_pil(images: Tensor) -> list[Image]:
 
 
 def pretrained(cls: Any, name: str | Path, **options: Any) -> Any:
-    """cls.frompretrained(name), with an error that says what to do.
+    """cls.from_pretrained(name), with an error that says what to do.
 
     Raises:
         PermissionError: the model's licence has to be accepted first.
@@ -52,7 +52,7 @@ def pretrained(cls: Any, name: str | Path, **options: Any) -> Any:
 
     try:
         with quiet(Path(name).exists()):  # a download shows its progress
-            return cls.frompretrained(str(name), **options)
+            return cls.from_pretrained(str(name), **options)
     except (OSError, ValueError) as error:
         causes = _causes(error)
         if any(type(cause).__name__ == "GatedRepoError" for cause in causes):
