@@ -1,25 +1,23 @@
 """Real reward models, all of them from transformers.
 
-| judge             | model                     | trusted for                                                  | gradient |
-|-------------------|---------------------------|--------------------------------------------------------------|----------|
-| `grounded_counts` | GroundingDINO and SAM     | how many there are of each kind of object                    | no       |
-| `vqa_score`       | Qwen-VL                   | whether the picture shows what the prompt says               | no       |
-| `clip_score`      | CLIP                      | whether picture and prompt are about the same; counts poorly | yes      |
-| `pick_score`      | CLIP-H trained on choices | which picture people prefer; to check gains, not to search   | yes      |
-| `aesthetic_score` | CLIP and a linear head    | whether the picture looks good, whatever the prompt          | yes      |
+| judge             | model                     | trusted for                                             | gradient |
+|-------------------|---------------------------|---------------------------------------------------------|----------|
+| `grounded_counts` | GroundingDINO and SAM     | how many there are of each kind of object               | no       |
+| `vqa_score`       | Qwen-VL                   | whether the picture shows what the prompt says          | no       |
+| `clip_score`      | CLIP                      | whether picture and prompt are about the same thing     | yes      |
+| `pick_score`      | CLIP-H trained on choices | which picture people prefer; to check gains of a search | yes      |
+| `aesthetic_score` | CLIP and a linear head    | whether the picture looks good, whatever the prompt     | yes      |
 
-A model (`Finder`, `VisionLanguage`, `Clip`) is loaded once, as safetensors, from a folder or from the hub. A judge binds
-it to a prompt and is a Reward: pictures (K, 3, H, W) in [0, 1] -> (K,), computed for `chunk` pictures at a time.
+A model (`Finder`, `VisionLanguage`, `Clip`) is loaded once, as safetensors, from a folder or from the hub. A judge
+binds it to a prompt, and is a Reward: pictures (K, 3, H, W) in [0, 1] -> (K,), computed for `chunk` pictures at a time.
 transformers is imported when a model is loaded. torchvision is not needed.
 """
 
-from .clip import CLIPS, Clip, aesthetic_score, clip_score, pick_score
+from .clip import Clip, aesthetic_score, clip_score, pick_score
 from .counts import Finder, Found, clean, grounded_counts
-from .vqa import VLMS, VisionLanguage, vqa_score
+from .vqa import VisionLanguage, vqa_score
 
 __all__ = [
-    "CLIPS",
-    "VLMS",
     "Clip",
     "Finder",
     "Found",

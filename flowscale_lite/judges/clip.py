@@ -22,24 +22,14 @@ CLIPS = {
 
 @dataclass(frozen=True)
 class Clip:
-    """A CLIP model: pictures and texts as unit vectors of one space.
-
-    Attributes:
-        model: a transformers CLIPModel.
-        tokenizer: its tokenizer.
-    """
+    """A CLIPModel of transformers and its tokenizer: pictures and texts as unit vectors of one space."""
 
     model: Any
     tokenizer: Any
 
     @classmethod
     def load(cls, name: str | Path = "clip-l", *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Clip:
-        """From a folder, a hub id, or a short name of `CLIPS`.
-
-        Raises:
-            ValueError: there is no such device.
-            FileNotFoundError, PermissionError, ConnectionError: see `flux.hub.explained`.
-        """
+        """From a folder, a hub id, or a short name of `CLIPS`. Raises what `pictures.load_model` does."""
         from transformers import AutoTokenizer, CLIPModel
 
         weights, tokenizer = CLIPS.get(str(name), (name, name))
@@ -79,8 +69,7 @@ class Clip:
 def clip_score(clip: Clip, prompt: str, *, chunk: int = 16) -> Reward:
     """CLIPScore, 2.5 max(cos, 0) of picture and prompt (Hessel et al., arXiv 2104.08718): (K, 3, H, W) -> (K,).
 
-    Raises:
-        ValueError: chunk < 1.
+    Raises ValueError if `chunk`, the pictures a forward pass, is less than 1.
     """
     text = clip.text(prompt)
     return chunked(lambda images: 2.5 * (clip.pictures(images) @ text).clamp_min(0).to(images.device), chunk)
@@ -93,8 +82,7 @@ def pick_score(clip: Clip, prompt: str, *, chunk: int = 16) -> Reward:
     A difference d means that the better one is chosen with probability 1 / (1 + exp(-d)). It works unlike the judges
     that count or answer questions, so use it to check what a search gained by them, and not as the reward.
 
-    Raises:
-        ValueError: chunk < 1.
+    Raises ValueError if `chunk`, the pictures a forward pass, is less than 1.
     """
     text = clip.text(prompt) * clip.model.logit_scale.detach().float().exp()
     return chunked(lambda images: (clip.pictures(images) @ text).to(images.device), chunk)
@@ -105,20 +93,17 @@ def aesthetic_score(clip: Clip, head: nn.Module, *, chunk: int = 16) -> Reward:
 
     Args:
         clip: the model.
-        head: unit vectors (K, d) of the model -> (K, 1). The LAION predictor is such a head over "clip-l", on a scale of
+        head: the model's unit vectors (K, d) -> (K, 1). The LAION predictor is such a head over "clip-l", on a scale of
             about 1 to 10: linear layers 768-1024-128-64-16-1, with dropout in training and no nonlinearity. It is
             published as a pickle: convert it once, with PyTorch's weights-only loader and safetensors' `save_file`.
         chunk: pictures a forward pass.
 
-    Raises:
-        ValueError: the head does not lead from one of the model's vectors to one number, or chunk < 1.
+    Raises ValueError if the head does not lead from the model's vectors to one number each, and for chunk < 1.
     """
-    size = clip.model.config.projection_dim
     head = head.eval().requires_grad_(False).to(clip.model.device)
+    vectors = torch.zeros(2, clip.model.config.projection_dim, device=clip.model.device)
     try:
-        shape = tuple(head(torch.zeros(1, size, device=clip.model.device)).shape)
+        head(vectors).view(2, 1)
     except RuntimeError as error:
-        raise ValueError(f"the head takes no vectors of {size} numbers, which are what the model gives") from error
-    if shape != (1, 1):
-        raise ValueError(f"the head must lead from (K, {size}) to (K, 1); it led from (1, {size}) to {shape}")
+        raise ValueError(f"the head must lead from vectors (K, {vectors.shape[1]}) to (K, 1)") from error
     return chunked(lambda images: head(clip.pictures(images))[:, 0].to(images.device), chunk)

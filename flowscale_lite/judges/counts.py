@@ -14,7 +14,7 @@ from torch import Tensor
 from ..rewards import Reward, chunked
 from .pictures import load_model, pretrained, to_pil
 
-_GRID = 256  # cells along a mask's longer side at most: SAM itself draws no finer
+_GRID = (256, 256)  # cells of a mask over the whole picture: SAM itself draws no finer
 
 
 @dataclass(frozen=True)
@@ -33,34 +33,22 @@ class Found:
     scores: Tensor
     labels: Tensor
 
-    def __getitem__(self, rows: Tensor) -> Found:
-        return Found(self.boxes[rows], self.masks[rows], self.scores[rows], self.labels[rows])
-
 
 def clean(
     found: Found, *, same: float = 0.5, inside: float = 0.85, made_of: float = 0.3, smallest: float = 2e-4
 ) -> Found:
-    """The objects among what a detector found, by falling score. Four mistakes of such detectors are mended:
+    """The objects among the finds of one picture, by falling score. Four mistakes of detectors are mended:
 
-    1. Specks are dropped.
-    2. A group is dropped, which is one find around several objects of its label: two or more others lie inside it,
-       apart from one another, and together they make up much of it. (Wheels in a car make up little of it, so the car
-       stays.) Where SAM gave a box no mask of its own, two objects of its label inside suffice.
-    3. Of finds that are one object the best scored stays, whatever the labels: an object has one label.
-    4. A part is dropped, which is a find inside another of its label.
+    1. A speck is dropped: a find of less than the share `smallest` of the picture.
+    2. A group is dropped: a find around several objects of its label. At least two other finds lie inside it, apart
+       from one another, and together they cover the share `made_of` of it. Wheels cover little of a car, so the car
+       stays. Where SAM gave a box no mask of its own, any two objects inside suffice.
+    3. Of several finds of one object only the best scored stays, whatever their labels. They are of one object if the
+       intersection over union of their masks is above `same`.
+    4. A part is dropped: a find inside another of its label. It is inside if the share `inside` of its mask is.
 
     Masks decide and not boxes, since the boxes of neighbours overlap. A box whose mask is empty, or mostly outside of
-    it, stands for itself as a rectangle.
-
-    Args:
-        found: the finds of one picture.
-        same: intersection over union of two masks above which they are one object.
-        inside: share of a mask within another from which it lies inside it.
-        made_of: share of a mask covered by the others inside it from which it is a group.
-        smallest: share of the picture below which a mask is a speck.
-
-    Raises:
-        ValueError: a share outside [0, 1].
+    it, stands for itself as a rectangle. Raises ValueError if a share is outside [0, 1].
     """
     if not all(0 <= share <= 1 for share in (same, inside, made_of, smallest)):
         raise ValueError(f"shares lie in [0, 1]; got {same=}, {inside=}, {made_of=}, {smallest=}")
@@ -81,7 +69,8 @@ def clean(
         if alive[i] and not one[i, kept].any():
             kept.append(i)
     part = within[kept][:, kept].any(0)
-    return found[torch.tensor(kept, dtype=torch.int64)[~part]]
+    rows = torch.tensor(kept, dtype=torch.int64)[~part]
+    return Found(found.boxes[rows], found.masks[rows], found.scores[rows], found.labels[rows])
 
 
 def _usable(found: Found) -> tuple[Tensor, Tensor]:
@@ -104,12 +93,7 @@ def _apart(finds: Tensor, shared: Tensor, area: Tensor) -> list[int]:
 
 @dataclass(frozen=True)
 class Finder:
-    """GroundingDINO, which boxes what a phrase names, and SAM, which outlines what is in a box.
-
-    Attributes:
-        detector, detector_processor: GroundingDINO and its processor.
-        segmenter, segmenter_processor: SAM and its processor.
-    """
+    """GroundingDINO, which boxes what a phrase names, SAM, which outlines what is in a box, and their processors."""
 
     detector: Any
     detector_processor: Any
@@ -125,12 +109,8 @@ class Finder:
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> Finder:
-        """From folders or hub ids. `dtype` is SAM's. The detector is small and stays in float32, since its deformable
-        attention fails in half precision in some versions of transformers.
-
-        Raises:
-            ValueError: there is no such device.
-            FileNotFoundError, PermissionError, ConnectionError: see `flux.hub.explained`.
+        """From folders or hub ids. `dtype` is SAM's. The detector is small and stays in float32: its attention fails in
+        half precision in some versions of transformers. Raises what `pictures.load_model` does.
         """
         from transformers import GroundingDinoForObjectDetection, GroundingDinoProcessor, SamModel, SamProcessor
 
@@ -145,19 +125,16 @@ class Finder:
     def find(self, images: Tensor, phrases: Sequence[str], threshold: float = 0.3) -> list[Found]:
         """Everything that scores above `threshold` for a phrase, a Found for each picture; not cleaned.
 
-        Raises:
-            ValueError: no phrases, an empty one, one with a full stop, or more than the model can read.
+        Raises ValueError for no phrases, an empty one, one with a full stop, or more than the model can read.
         """
         pictures = to_pil(images)
         scores, labels, boxes = self._detect(pictures, phrases)
         inputs = self.segmenter_processor(pictures, return_tensors="pt").to(self.segmenter.device)
         embeddings = self.segmenter.get_image_embeddings(inputs["pixel_values"].to(self.segmenter.dtype))
-        shrink = min(1.0, _GRID / max(images.shape[2:]))
-        grid = [max(1, round(side * shrink)) for side in images.shape[2:]]
         found = []
         for k, size in enumerate(inputs["reshaped_input_sizes"].tolist()):
             rows = scores[k] > threshold
-            masks = self._outline(embeddings[k : k + 1], boxes[k, rows], size, grid)
+            masks = self._outline(embeddings[k : k + 1], boxes[k, rows], size)
             found.append(Found(boxes[k, rows].cpu(), masks.cpu(), scores[k, rows].cpu(), labels[k, rows].cpu()))
         return found
 
@@ -177,29 +154,28 @@ class Finder:
         if len(ids) > limit or len(stops) != len(phrases):
             raise ValueError(f"{len(phrases)} phrases take {len(ids)} tokens, of which the model reads {limit}")
         answer = self.detector(**inputs.to(self.detector.device))
-        # A phrase scores by its own words. The processor's post_process_grounded_object_detection lets full stops score,
-        # and names a guess by words that may come from several phrases.
+        # A phrase scores by its own words. The processor's post_process_grounded_object_detection lets full stops count
+        # too, and names a guess by a string of words, which may come from several phrases.
         words = answer.logits.float().sigmoid()
         each = [words[:, :, start + 1 : stop].amax(-1) for start, stop in pairwise([0, *stops])]
         scores, labels = torch.stack(each, -1).max(-1)
         centre, size = answer.pred_boxes.float().chunk(2, -1)
         return scores, labels, torch.cat([centre - size / 2, centre + size / 2], -1).clamp(0, 1)
 
-    def _outline(self, embedding: Tensor, boxes: Tensor, size: list[int], grid: list[int]) -> Tensor:
-        """Masks (n, *grid) of what is in each box (n, 4), for a picture that SAM sees at this size."""
+    def _outline(self, embedding: Tensor, boxes: Tensor, size: list[int]) -> Tensor:
+        """Masks (n, *_GRID) of what is in each box (n, 4) of a picture which SAM sees at this size."""
         high, wide = size
-        masks = [boxes.new_zeros(0, 1, *grid, dtype=torch.bool)]
+        masks = [boxes.new_zeros(0, 1, *_GRID, dtype=torch.bool)]
         for part in (boxes * boxes.new_tensor([wide, high, wide, high])).split(64):
             if len(part):
                 drawn = self.segmenter(image_embeddings=embedding, input_boxes=part[None], multimask_output=False)
-                masks += self.segmenter_processor.post_process_masks(drawn.pred_masks, [grid], [size])
+                masks += self.segmenter_processor.post_process_masks(drawn.pred_masks, [_GRID], [size])
         return torch.cat(masks)[:, 0]
 
 
 def grounded_counts(finder: Finder, target: Mapping[str, int], *, threshold: float = 0.3, chunk: int = 4) -> Reward:
-    """Minus the residual sum of squares of counts, the quantity reward of arXiv 2503.19385: (K, 3, H, W) -> (K,).
-
-    It is at most 0, and 0 where every count is right.
+    """Minus the residual sum of squares of counts, the quantity reward of arXiv 2503.19385: (K, 3, H, W) -> (K,), 0
+    where every count is right and negative elsewhere.
 
     Args:
         finder: the models.
@@ -207,8 +183,7 @@ def grounded_counts(finder: Finder, target: Mapping[str, int], *, threshold: flo
         threshold: score from which the detector is believed.
         chunk: pictures a forward pass.
 
-    Raises:
-        ValueError: no target, or a negative one; chunk < 1.
+    Raises ValueError if there is no target or a negative one, and for chunk < 1.
     """
     if not target or any(number < 0 for number in target.values()):
         raise ValueError(f"target says how many of each phrase are wanted, 0 or more; got {dict(target)}")

@@ -17,9 +17,7 @@ def check_pictures(images: Tensor) -> Tensor:
         ValueError: they are not. A model would judge pictures in [-1, 1], bytes or NaN without complaint.
     """
     if images.ndim != 4 or images.shape[1] != 3 or not images.numel() or not images.is_floating_point():
-        raise ValueError(
-            f"pictures must be floats of shape (K, 3, H, W), one at least; got {images.dtype} {tuple(images.shape)}"
-        )
+        raise ValueError(f"pictures must be floats of shape (K, 3, H, W); got {images.dtype}, {tuple(images.shape)}")
     low, high = (float(v) for v in images.detach().aminmax())
     in_range = low >= -1e-3 and high <= 1 + 1e-3  # also false if a value is NaN: low and high are NaN then
     if not in_range:
@@ -28,11 +26,7 @@ def check_pictures(images: Tensor) -> Tensor:
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:
-    """Pictures (K, 3, H, W) in [0, 1] as PIL images, rounded to 8 bits.
-
-    Raises:
-        ValueError: shape or range is wrong.
-    """
+    """Pictures (K, 3, H, W) in [0, 1] as PIL images, rounded to 8 bits. Raises what `check_pictures` does."""
     pixels = check_pictures(images).detach().float().clamp(0, 1).mul(255).round().byte()
     return [Image.fromarray(pixel) for pixel in pixels.permute(0, 2, 3, 1).cpu().numpy()]
 
@@ -46,7 +40,12 @@ def pretrained(cls: Any, name: str | Path, **options: Any) -> Any:
 
 
 def load_model(cls: Any, name: str | Path, device: str, dtype: torch.dtype) -> Any:
-    """A model ready for inference, by `pretrained` from safetensors. Raises ValueError if there is no such device."""
+    """A model of transformers ready for inference, from safetensors in a folder or on the hub.
+
+    Raises:
+        ValueError: there is no such device.
+        FileNotFoundError, PermissionError, ConnectionError: see `flux.hub.explained`.
+    """
     from ..flux.hub import check_device
 
     check_device(device)

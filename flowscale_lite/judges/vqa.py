@@ -19,12 +19,8 @@ _FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")  # they prepare pictures, and
 
 @dataclass(frozen=True)
 class VisionLanguage:
-    """A vision-language model of the Qwen-VL family, asked one question about each of many pictures.
-
-    Attributes:
-        model: it answers with logits.
-        tokenizer: with a chat template.
-        pictures: its image processor for PIL images. The family's whole processor needs torchvision, for films.
+    """A vision-language model of the Qwen-VL family, its tokenizer with a chat template, and its image processor. The
+    family's processor for texts and pictures together is not used: its part for videos needs torchvision.
     """
 
     model: Any
@@ -42,9 +38,7 @@ class VisionLanguage:
     ) -> VisionLanguage:
         """From a folder, a hub id, or a short name of `VLMS`. Larger pictures are reduced to `max_pixels`.
 
-        Raises:
-            ValueError: a model of another family, or no such device.
-            FileNotFoundError, PermissionError, ConnectionError: see `flux.hub.explained`.
+        Raises ValueError for a model of another family, and what `pictures.load_model` does.
         """
         from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, ProcessorMixin
         from transformers import Qwen2VLImageProcessorPil as ImageProcessor
@@ -66,15 +60,12 @@ class VisionLanguage:
     def next_word(self, images: Tensor, question: str) -> Tensor:
         """Log-probabilities (K, vocabulary), float32, of the first token of the answer to `question`.
 
-        Raises:
-            ValueError: shape or range of the pictures is wrong, or the chat template does not place a picture.
+        Raises ValueError if shape or range of the pictures is wrong, or if the chat template does not place a picture.
         """
         seen = self.pictures(to_pil(images), return_tensors="pt").to(self.model.device)
         places = int(seen["image_grid_thw"][0].prod()) // self.pictures.merge_size**2
-        content = [{"type": "image"}, {"type": "text", "text": question}]
-        text = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-        )
+        chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+        text = self.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
         mark = self.model.config.image_token_id
         word = self.tokenizer.convert_ids_to_tokens(mark)
         ids = self.tokenizer(text.replace(word, word * places), return_tensors="pt", add_special_tokens=False).input_ids
@@ -114,13 +105,11 @@ def vqa_score(
 
     Args:
         vlm: the model.
-        prompt: what the picture should show; it takes the place of {} in `question`.
-        question: what the model is asked.
+        prompt, question: what the picture should show, and what the model is asked, with {} for the prompt.
         against_no: divide by P(Yes) + P(No), for models that like to begin their answer otherwise.
         chunk: pictures a forward pass.
 
-    Raises:
-        ValueError: "Yes" or "No" is not one token of the model, or chunk < 1.
+    Raises ValueError if "Yes" or "No" is not one token of the model, and for chunk < 1.
     """
     yes, no = vlm.token("Yes"), vlm.token("No")
 
