@@ -376,9 +376,9 @@ def network(judge, target):
 if real:  # needs weights: 10 GB
     from flowscale_lite import judges
 
-    eyes = judges.GroundedCounts(judges.Finder.load(device=device), target)
-    words = judges.VQAScore(judges.VisionLanguage.load("small", device=device), text)
-    taste = judges.PickScore(judges.Clip.load("pickscore", device=device), text)
+    eyes = judges.grounded_counts(judges.Finder.load(device=device), target)
+    words = judges.vqa_score(judges.VisionLanguage.load("small", device=device), text)
+    taste = judges.pick_score(judges.Clip.load("pickscore", device=device), text)
     verdicts = {"counts": eyes, "VQAScore": words, "PickScore": taste}
 else:
     scene = shapes.parse(text)
