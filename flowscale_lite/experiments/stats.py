@@ -53,14 +53,15 @@ def clustered_mean(
     if number == 1:
         return Interval(mean, mean, mean)
     sums, sizes = np.bincount(index, array.astype(float)), np.bincount(index)
-    rng = np.random.default_rng(seed)
-    found = stats.bootstrap((sums, sizes), _ratio, paired=True, n_resamples=resamples, method="percentile", rng=rng)
+    found = stats.bootstrap(
+        (sums, sizes),
+        lambda sums, sizes, axis: sums.sum(axis) / sizes.sum(axis),
+        paired=True,
+        n_resamples=resamples,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    )
     return Interval(mean, *map(float, found.confidence_interval))
-
-
-def _ratio(sums: np.ndarray, sizes: np.ndarray, axis: int) -> np.ndarray:
-    """Means of many drawings of clusters at once."""
-    return sums.sum(axis) / sizes.sum(axis)
 
 
 def table(rows: Rows, by: Sequence[str], values: Sequence[str], *, clusters: str = "prompt") -> pd.DataFrame:

@@ -82,7 +82,6 @@ def sweep(
     """
     tasks, path = list(tasks), Path(path)
     fields = _check(tasks, run, workers, retries, engine, resources)
-    path.parent.mkdir(parents=True, exist_ok=True)
     with _appending(path) as file:
         rows = _known(path, fields)
         _mend(path, file, len(rows))
@@ -101,15 +100,15 @@ def sweep(
                         error.add_note(f"This was the run of {task}.")
                         failures.append((task, error))
                     else:
-                        _append(file, row)
+                        print(json.dumps(row), file=file, flush=True)
+                        os.fsync(file.fileno())
                         rows[_key(task, fields)] = row
                         bar.update()
                 todo = [task for task, _ in failures]
     if failures:
+        count = f"{len(failures)} of {len(tasks)} runs failed in each of {1 + retries} tries"
         raise ExceptionGroup(
-            f"{len(failures)} of {len(tasks)} runs failed in each of {1 + retries} tries; the others are in {path}, "
-            f"and the same call tries the failed ones again. The first failure: {failures[0]}",
-            [reason for _, reason in failures],
+            f"{count}; the same call tries them again. The first: {failures[0]}", [e for _, e in failures]
         )
     return [rows[_key(task, fields)] for task in tasks]
 
@@ -153,7 +152,8 @@ def _joined(task: Task, found: Row) -> Row:
 # ---------------------------------------------------------------------------------------------------------- the file
 @contextmanager
 def _appending(path: Path) -> Iterator[TextIO]:
-    """The file, locked against a second sweep, open for appending."""
+    """The file, made when missing, open for appending and locked against a second sweep."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         try:
             import fcntl
@@ -184,12 +184,6 @@ def _mend(path: Path, file: TextIO, rows: int) -> None:
     file.truncate(sum(len(line) for line in lines))
     if lines and not lines[-1].endswith(b"\n"):
         file.write("\n")
-
-
-def _append(file: TextIO, row: Row) -> None:
-    file.write(json.dumps(row) + "\n")
-    file.flush()
-    os.fsync(file.fileno())
 
 
 # ------------------------------------------------------------------------------------------------------------ workers

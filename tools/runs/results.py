@@ -197,7 +197,8 @@ def headlines(rows: list[experiments.Row]) -> str:
             if first not in cells or second not in cells:
                 continue
             pairs = cells[first].merge(cells[second], on=["prompt", "seed"])
-            line = {"level": level, "difference": "{} at {} minus {} at {}".format(*first, *second), "runs": len(pairs)}
+            difference = "{} at {} minus {} at {}".format(*first, *second)
+            line: dict[str, Any] = {"level": level, "difference": difference, "runs": len(pairs)}
             for field, title in {"exact": "exact", "held_out": "held-out exact"}.items():
                 gains = pairs[f"{field}_x"].astype(float) - pairs[f"{field}_y"].astype(float)
                 line[title] = experiments.clustered_mean(gains, pairs["prompt"])
