@@ -20,7 +20,14 @@ ORDER = (
     *("tiny", "flux", "judges", "experiments", "plots", "cli"),
 )
 READERS = {"plots"}  # it reads results; nothing but the command line imports it
-HEAVY = {"accelerate", "diffusers", "matplotlib", "ray", "transformers"}  # not needed by `import flowscale_lite`
+HEAVY = {
+    "accelerate",
+    "diffusers",
+    "matplotlib",
+    "pandas",
+    "ray",
+    "transformers",
+}  # not needed by `import flowscale_lite`
 UNSAFE = re.compile(
     r"trust_remote_code\s*=\s*True|\btorch\.load\(|\b(?:c?[Pp]ickle|joblib|dill)\.loads?\(|allow_pickle=True"
 )

@@ -37,21 +37,16 @@ from itertools import pairwise
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import torch
-from IPython.display import Markdown, display
+from IPython.display import display
 from tqdm.auto import tqdm
 
-from flowscale_lite import COSINE, LINEAR, VP, GaussianMixture, experiments, kernels, plots, uniform
+from flowscale_lite import COSINE, LINEAR, VP, GaussianMixture, kernels, plots, uniform
 from flowscale_lite.experiments import clustered_mean
 from flowscale_lite.flux import FlowModel, load
 from flowscale_lite.tiny import shapes
 from flowscale_lite.tiny.data import locate
-
-
-def table(lines):
-    """Show a table, a dict a line."""
-    display(Markdown(experiments.markdown(lines)))
-
 
 # %% [markdown]
 # Symbols are those of notebook 01. Data $x_0$ sit at $t = 0$, noise $\varepsilon \sim N(0, I)$ at $t = 1$, and $x_t = \alpha_t x_0 + \sigma_t \varepsilon$ between them; $\alpha_t = 1 - t$,
@@ -190,7 +185,7 @@ for name, c in {"right, c = 1/2": 0.5, "wrong sign, c = -1/2": -0.5, "without th
     }
     assert (max(gaps.values()) < 2e-3) == (c == 0.5)
     lines.append({"drift": name} | {f"g = {g:g}": f"{gap:.3f}" for g, gap in gaps.items()})
-table(lines)
+pd.DataFrame(lines)
 
 # %% [markdown]
 # These are the largest errors relative to the largest $|\partial_t p|$. Only the first line vanishes for every $g$; and at $g = 0$ all three do, for then there is nothing to pay for.
@@ -472,7 +467,7 @@ for ax, (name, c) in zip(axes, constants.items(), strict=True):
     ax.plot(ticks, density(ticks, 0.0), color="black")
     ax.set(title=name, yticks=[])
     assert (found.low > floor.high) == (c != 0.5)
-table(lines)
+display(pd.DataFrame(lines))
 plots.show(
     fig,
     alt="Three histograms against the exact density. Right: it fills the density. Wrong sign: particles spread over "
@@ -504,7 +499,7 @@ for steps in (4, 10, 40, 200):
     start = torch.randn(BATCHES * SIZE, 1, generator=torch.Generator().manual_seed(8))
     flow = w1(simulate(kernels.ode, start, uniform(steps), torch.Generator())[-1])
     lines.append({"steps": steps, "$W_1$, stochastic sampling": noisy, "$W_1$, ODE": flow})
-table(lines)
+display(pd.DataFrame(lines))
 assert noisy.low > floor.high, "not the law of the data, however many steps"
 
 # %%
@@ -606,7 +601,7 @@ for name, kernel in samplers.items():
         ratio = exact_moments(kernel, grid)[:, 1] / [true_variance(t) for t in grid]
         line[f"{n} steps"] = f"{ratio[-1]:.3f} ({max(ratio, key=lambda r: abs(math.log(r))):.3f})"
     lines.append(line)
-table(lines)
+pd.DataFrame(lines)
 
 # %% [markdown]
 # Variance over true variance at the end, and in brackets the worst on the way. And on the mixture, $W_1$ of the final samples:
@@ -621,7 +616,7 @@ for name, kernel in samplers.items():
         final[name, n] = simulate(kernel, start, uniform(n), generator)[-1, :, 0]
         line[f"{n} steps"] = w1(final[name, n])
     lines.append(line)
-table(lines)
+pd.DataFrame(lines)
 
 # %%
 fig, axes = plt.subplots(3, 3, figsize=(9, 5), sharex=True, sharey=True)
@@ -758,12 +753,13 @@ cases = [(name, k) for name in ("SDE, $3t^2$", "DDPM transition") for k in paren
 family = {
     (n, k): siblings(samplers[n], parents[k], times[k:], torch.Generator().manual_seed(2)) for n, k in tqdm(cases)
 }
-table(
+states = pd.DataFrame(
     [
         {"kernel": n, "from $t$": times[k], "distance of siblings": mean(far), "gain of the best of four": mean(gain)}
         for (n, k), (far, gain) in family.items()
     ]
 )
+display(states)
 for name in ("SDE, $3t^2$", "DDPM transition"):
     less = mean(family[name, 0][1] - family[name, 6][1])
     print(f"{plain(name)}: gain from t = 1 minus gain from t = {times[6]:.3f}, paired by state: {less}")

@@ -39,8 +39,9 @@ from itertools import pairwise
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import torch
-from IPython.display import Markdown, display
+from IPython.display import display
 from scipy.stats import spearmanr
 from tqdm.auto import tqdm
 
@@ -51,12 +52,6 @@ from flowscale_lite.interpolants import COSINE, LINEAR, VP, convert
 from flowscale_lite.tiny import shapes
 from flowscale_lite.tiny.data import locate
 from flowscale_lite.toys import GaussianMixture
-
-
-def table(lines):
-    """Show a table, a dict a line."""
-    display(Markdown(experiments.markdown(lines)))
-
 
 # %% [markdown]
 # Symbols are those of notebook 01. Two paths will be around, so the second one gets a bar: the linear path has states $x_t = \alpha_t x_0 + \sigma_t\varepsilon$ with $\alpha_t = 1 - t$, $\sigma_t = t$, and the other one
@@ -214,7 +209,7 @@ for src, dst in ((LINEAR, COSINE), (LINEAR, VP), (COSINE, LINEAR)):
         cells = {f"s = {now:g}": f"{float(v):.6f}" for now, v in zip(s, values[:, 0], strict=True)}
         lines.append({"from": src.name, "to": dst.name, "how": how} | cells)
 assert theirs[0].isnan() and ours.isfinite().all()
-table(lines)
+pd.DataFrame(lines)
 
 # %% [markdown]
 # The endpoints avoid the trouble because nothing in them is ever divided by something small. The ratio may be 0 or infinite, the time answers with 0 or 1; the scale is a quotient of lengths $\sqrt{\alpha^2 + \sigma^2}$, which are never 0 (where ratios agree, $\bar\sigma/\sigma$,
@@ -452,7 +447,9 @@ for name, (kernel, times, _) in samplers.items():
     shares[name] = [math.sqrt(propagate(steps[k:]) / total) for k in range(len(times) - 1)]
     axes[0].plot(range(10), shares[name], marker=STYLES[name], markersize=4, label=name)
     axes[1].plot(times[:-1], shares[name], marker=STYLES[name], markersize=4, label=name)
-    lines.append({"sampler": name, "standard deviation of the ends, over the true one": math.sqrt(total) / 0.5})
+    lines.append(
+        {"sampler": name, "standard deviation of the ends, over the true one": f"{math.sqrt(total) / 0.5:.3f}"}
+    )
 axes[0].set(xlabel="step at which siblings part", ylabel="share (5.11)", ylim=(0, 1.05))
 axes[1].set(xlabel="linear time at which siblings part", xlim=(1.02, 0))
 fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncol=5, fontsize=9)
@@ -462,7 +459,7 @@ plots.show(
     "part. By step the paper's grid stays near 1 almost to the end, with VP-SDE below; the linear SDE falls steadily; "
     "diffusion alone starts at a half and falls to near zero at once. By time VP-SDE falls earlier than linear SDE.",
 )
-table(lines)
+pd.DataFrame(lines)
 
 # %% [markdown]
 # Two lessons. **By step** (left) the paper's grid keeps siblings different for most of the run: its *clock* stays where futures are open. That is what "VP explores more" means for a search, which pays by the step. **By time** (right) the advantage is gone, and more: at equal linear time
@@ -633,7 +630,7 @@ def kept(model, name, k):
     return f"{cell(model, name, f'part at {k}').mean / cell(model, name, 'strangers').mean:.0%}"
 
 
-table(
+pd.DataFrame(
     [
         {"siblings, as a share of strangers": name}
         | {f"{model}, from step {k}": kept(model, name, k) for model in ("dev", "schnell") for k in (0, 3, 6)}
@@ -657,7 +654,7 @@ for model in ("dev", "schnell"):
         lines.append({f"tiny-flux {model}": name} | found)
         more = against(model, "+ diffusion", name, "strangers") if name != "+ diffusion" else None
         assert more is None or more.low > 0, "strangers are furthest apart where the pictures are overfull"
-    table(lines)
+    display(pd.DataFrame(lines))
 
 # %% [markdown]
 # Is variety worth having? The tables show the reward of what comes out *without* a search, and the look-ahead reward after five steps.
@@ -673,7 +670,8 @@ pairs += [("dev", "VP-SDE, last step in three", "linear SDE"), ("dev", "DDPM tra
 pairs += [("schnell", name, "linear SDE") for name in ("VP-SDE", "+ grid", "DDPM transition")]
 pairs += [("schnell", "VP-SDE, on VP itself", "VP-SDE")]
 gains = {pair: against(*pair, "finished") for pair in pairs}
-table([{"model": m, "finished reward of": a, "minus that of": b, "is": gain} for (m, a, b), gain in gains.items()])
+lines = [{"model": m, "finished reward of": a, "minus that of": b, "is": gain} for (m, a, b), gain in gains.items()]
+display(pd.DataFrame(lines))
 signs = [(gain.low > 0) - (gain.high < 0) for gain in gains.values()]
 assert signs == [-1, 1, -1, 0, 1, 0, -1, -1], "worse, better, worse, not shown, ..."
 assert cell("schnell", "VP-SDE", "look-ahead").low > cell("dev", "VP-SDE", "look-ahead").high
@@ -707,15 +705,16 @@ searches = stored("interpolants_search.jsonl", search_run, 40, ("schnell",))
 searches = [row | {"exact": bool(row["exact"])} for row in searches]  # a share, with a share's interval
 mine = {name: [row for row in searches if row["sampler"] == name] for name in everything}
 lines = experiments.table(searches, ["sampler"], ["reward", "exact"])
-for line in lines:
-    other = experiments.paired_difference(mine["VP-SDE"], mine[line["sampler"]], "reward", by=("prompt",))
-    line["VP-SDE's reward minus this"] = other if line["sampler"] != "VP-SDE" else ""
-table(lines)
+lines["VP-SDE's reward minus this"] = [
+    experiments.paired_difference(mine["VP-SDE"], mine[name], "reward", by=("prompt",)) if name != "VP-SDE" else ""
+    for name in lines.index
+]
+lines
 
 # %%
 fig, axes = plt.subplots(1, 2, figsize=(8, 4.2), sharey=True)
 shown = {name: STYLES.get(name, marker) for name, marker in zip(everything, "os^DvPX*", strict=True)}
-best = {line["sampler"]: line["reward"].mean for line in lines}
+best = {name: reward.mean for name, reward in lines["reward"].items()}
 for ax, value in zip(axes, ("part at 6", "finished"), strict=True):
     known = {name: cell("schnell", name, value).mean for name in shown}
     for name, marker in shown.items():
@@ -796,7 +795,7 @@ for name, both in twins.items():
         line[f"{n} steps"] = f"{distance:.3f}" if distance > 1e-9 else "below 1e-9"
         assert (distance < 1e-9) == name.startswith("DDPM"), "(5.13) holds for DDIM and DDPM transitions only"
     lines.append(line)
-table(lines)
+pd.DataFrame(lines)
 
 # %% [markdown]
 # This is the mean distance of twins where it is largest on the way, in units of the data. It is zero for the DDPM transition (rounding aside), whatever $\eta$. For Euler's steps it vanishes with the step, slowly. So "which interpolant?" is a real question for Euler-Maruyama at ten steps, and no question at all for the DDPM transition.
@@ -862,7 +861,8 @@ for seed, text in enumerate(tqdm(HARD[:20])):
     for name, way in ways.items():
         ends = finished(way, each, 4, seed)
         found[name].append(float(shapes.CountReward(shapes.parse(text))(ends).mean()))
-table([{"VP-SDE run in": name, "finished reward": clustered_mean(found[name], HARD[:20])} for name in ways])
+lines = [{"VP-SDE run in": name, "finished reward": clustered_mean(found[name], HARD[:20])} for name in ways]
+display(pd.DataFrame(lines))
 euler = np.subtract(found["VP, Euler to the end"], found["linear coordinates"])
 exact = np.subtract(found["VP, last step exact"], found["linear coordinates"])
 gained, lacking = clustered_mean(exact - euler, HARD[:20]), clustered_mean(-exact, HARD[:20])

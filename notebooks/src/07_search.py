@@ -38,8 +38,9 @@ from dataclasses import replace
 from itertools import pairwise
 
 import matplotlib.pyplot as plt
+import pandas as pd
 import torch
-from IPython.display import Markdown, display
+from IPython.display import display
 from tqdm.auto import tqdm
 
 from flowscale_lite import experiments, kernels, plots, schedules
@@ -51,12 +52,6 @@ from flowscale_lite.search import Problem, search
 from flowscale_lite.tiny import shapes
 from flowscale_lite.tiny.data import locate
 from flowscale_lite.toys import GaussianMixture, QuadraticReward
-
-
-def table(lines):
-    """Show a table, a dict a line."""
-    display(Markdown(experiments.markdown(lines)))
-
 
 # %% [markdown]
 # ## The best rule, and three shortcuts
@@ -186,7 +181,7 @@ for name, x in ends.items():
     line = {"rule": name, "reward": r, "log density of the data": density, "share in the rare cloud": rare}
     lines.append(line | {"distance": f"{energy(x, exact):.3f}"})
     found[name] = r, rare, energy(x, exact)
-table(lines)
+pd.DataFrame(lines)
 
 # %%
 right, few, many, ahead = (found[name] for name in list(found)[:1] + list(found)[2:5])
@@ -385,7 +380,7 @@ for ax, (name, method) in zip(axes, METHODS.items(), strict=True):
         {"method": name, "NFE": result.nfe, "of them at $t \\le 0.5$": late, "reward calls": result.reward_calls}
     )
 axes[0].set_ylabel("NFE")
-table(lines)
+display(pd.DataFrame(lines))
 plots.show(
     fig,
     alt="NFE at each of ten times. Best-of-N: 25 at every time. Search over Paths: few near the noise, and more and "
@@ -420,7 +415,7 @@ for nfe in (100, 250):
         means.append(rewards.mean)
         line = {"method": name, "NFE": nfe, "reward": fine(rewards)}
         lines.append(line | {"log density": clustered_mean(density, range(40))})
-table(lines)
+display(pd.DataFrame(lines))
 assert means[0] < means[1] < means[2] < means[3] and means[4] < means[5] < means[6] < means[7], "in this order"
 
 # %% [markdown]
@@ -520,12 +515,10 @@ rows = [
     and (row["method"], row["budget"]) in [("plain", 10), *((name, 250) for name in names if name != "plain")]
 ]
 rows.sort(key=lambda row: list(names.values()).index(row["method"]))
-lines = []
-for line in experiments.table(rows, ["method"], ["exact", "held_out", "reward_calls", "nfe", "seconds"]):
-    spent = {"NFE": round(line["nfe"].mean), "reward calls": round(line["reward_calls"].mean)}
-    spent["CPU seconds"] = f"{line['seconds'].mean:.1f}"
-    lines.append({"method": line["method"], "exact": line["exact"], "held-out exact": line["held_out"]} | spent)
-table(lines)
+lines = experiments.table(rows, ["method"], ["exact", "held_out", "nfe", "reward_calls", "seconds"])
+for cost, digits in {"nfe": 0, "reward_calls": 0, "seconds": 1}.items():
+    lines[cost] = [f"{spent.mean:.{digits}f}" for spent in lines[cost]]
+display(lines)
 by = {name: [row for row in rows if row["method"] == name] for name in names.values()}
 gain = experiments.paired_difference(by["SVDD"], by["best-of-N"], "exact")
 held_out = experiments.paired_difference(by["SVDD"], by["best-of-N"], "held_out")

@@ -37,8 +37,9 @@ from itertools import pairwise
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import torch
-from IPython.display import Markdown, display
+from IPython.display import display
 from torch.nn.functional import normalize
 
 from flowscale_lite import (
@@ -543,7 +544,7 @@ for pair, name in zip(axes, REWARDS, strict=True):
     for k, (label, setting) in enumerate(SETTINGS.items()):
         for ax, what in zip(pair, ("given", "held_out"), strict=True):
             values = [gain(what, method="samples", reward=name, strength=s, **setting) for s in STRENGTHS]
-            mean, low, high = np.array(values).T
+            mean, low, high = np.array([[*value] for value in values]).T
             at, error = np.arange(6) + 0.08 * (k - 1), (mean - low, high - mean)
             ax.errorbar(at, mean, yerr=error, marker="osD"[k], markersize=4, capsize=2, label=label)
     pair[0].set_ylabel(f"{name}\ngain in given reward")
@@ -573,7 +574,7 @@ for name in REWARDS:
                 {"reward": name, "kernel": label, "strength": s, "gain, given": both[0], "gain, held-out": both[1]}
             )
             gains[name, label, s] = both
-display(Markdown(experiments.markdown(lines)))
+pd.DataFrame(lines)
 
 # %%
 for label in SETTINGS:
@@ -635,7 +636,7 @@ for name in REWARDS:
             line = {"reward": name, "strength": s, "steps": steps, "given": levels[0], "share right": levels[1]}
             added = zip(("gain, given", "gain, share right"), both if s else ("", ""), strict=True)
             lines.append(line | dict(added))
-display(Markdown(experiments.markdown(lines)))
+display(pd.DataFrame(lines))
 strong = finer["ink as asked", 0.4, 40]
 assert strong[0].low > 0 and strong[1].low > 0, "in small steps a strong push by ink should help, by both judges"
 
@@ -672,7 +673,7 @@ fig, axes = plt.subplots(1, 2, figsize=(9, 3.2), sharey=True)
 for ax, name in zip(axes, REWARDS, strict=True):
     for k, s in enumerate((0.0, 0.1)):
         values = [level("held_out", method=m, reward=name, budget=250, strength=s) for m in METHODS]
-        mean, low, high = np.array(values).T
+        mean, low, high = np.array([[*value] for value in values]).T
         at, error = np.arange(len(METHODS)) + 0.2 * (k - 0.5), (mean - low, high - mean)
         label = "with guidance" if s else "no gradient"
         ax.errorbar(at, mean, yerr=error, marker="os"[k], linestyle="", capsize=2, label=label)
@@ -697,7 +698,7 @@ for name in REWARDS:
         titles = "given", "share right", "given, by guidance", "share right, by guidance"
         assert name == "ink as asked" or method != "beam" or added[0].low > 0, "the guided beam should find more colour"
         lines.append({"reward": name, "method": label} | dict(zip(titles, without + added, strict=True)))
-display(Markdown(experiments.markdown(lines)))
+display(pd.DataFrame(lines))
 single = plain["DDPM transition"]
 assert all(alone["ink as asked", method].mean > single.mean + 0.2 for method in METHODS), "searches beat single samples"
 assert all(gains["ink as asked", method].low <= 0 for method in METHODS), "guidance should not pay here"

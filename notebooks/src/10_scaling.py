@@ -36,6 +36,7 @@ from itertools import pairwise
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import torch
 from IPython.display import Markdown, display
 
@@ -157,7 +158,7 @@ compute = [
     versus(("rbf, 2 t^2", 100), ("best-of-n", 500)),
     versus(("rbf, 2 t^2", 100), ("rbf", 100)),
 ]
-display(Markdown(experiments.markdown(compute)))
+display(pd.DataFrame(compute))
 assert all(ahead(line) for line in compute[:4]), "RBF should beat best-of-N at equal NFE, and at equal seconds"
 assert versus(("rbf", 50), ("best-of-n", 50))["counter"].low <= 0, "four draws a step should be too few"
 
@@ -189,7 +190,7 @@ untouched = [r for r in rows if r["level"] == "held_out" and r["model"] == "schn
 pairs = [(("rbf", 250), ("best-of-n", 250)), (("rbf", 250), ("best-of-n", 500))]
 pairs += [(("rbf, 2 t^2", 100), ("best-of-n", 500))]
 check = [versus(*pair, untouched) for pair in pairs]
-display(Markdown(experiments.markdown(check)))
+display(pd.DataFrame(check))
 verdict(check[2])
 assert ahead(check[0]) and ahead(check[1]), "the gain should hold on untouched prompts"
 
@@ -262,9 +263,9 @@ plots.show(
 lines = [versus(("refine", 100), ("best-of-n", 500)), versus(("refine", 100), ("best-of-n, 4 steps", 500))]
 lines += [versus(("refine", 100), ("best-of-n, 4 steps", 250)), versus(("refine", 50), ("best-of-n", 500))]
 lines += [versus(("refine", n), ("rbf", n)) for n in (100, 250, 500, 1000)]
-display(Markdown("On the hard prompts:\n\n" + experiments.markdown(lines)))
+display(Markdown("On the hard prompts:"), pd.DataFrame(lines))
 last = [versus(("refine", 100), ("best-of-n", 500), untouched), versus(("refine", 250), ("rbf", 250), untouched)]
-display(Markdown("On prompts and seeds on which nothing was tuned:\n\n" + experiments.markdown(last)))
+display(Markdown("On prompts and seeds on which nothing was tuned:"), pd.DataFrame(last))
 verdict(lines[3])
 assert ahead(lines[0]) and ahead(last[0]), "a fifth of the NFE should do better"
 assert ahead(lines[2]) and ahead(lines[4]) and ahead(lines[7]), "equal seconds, and RBF at 100 and 1,000 NFE"
@@ -285,7 +286,7 @@ lines = [
     {"regions redrawn": label} | {j: accuracy(j, method, 100, first) for j in ("exact", "held_out")}
     for method, label in variants.items()
 ]
-display(Markdown(experiments.markdown(lines)))
+display(pd.DataFrame(lines))
 gain = versus(("refine", 100), ("refine, all regions", 100))
 print(f"6 of 16 minus all: counter {gain['counter']}, held-out {gain['held-out']}")
 
@@ -300,12 +301,12 @@ print(f"6 of 16 minus all: counter {gain['counter']}, held-out {gain['held-out']
 
 # %%
 methods = sorted({r["method"] for r in hard if r["budget"] == 250}, key=lambda m: (-accuracy("exact", m, 250).mean, m))
-table = experiments.table([r for m in methods for r in cell(m, 250)], ["method"], ["exact", "held_out", "rss"])
-costs = experiments.table([r for m in methods for r in cell(m, 250)], ["method"], ["nfe", "reward_calls", "seconds"])
-for line, cost in zip(table, costs, strict=True):
-    line |= {"NFE": round(cost["nfe"].mean), "reward calls": round(cost["reward_calls"].mean)}
-    line |= {"CPU s": f"{cost['seconds'].mean:.1f}"}
-display(Markdown(experiments.markdown(table)))
+costs = {"nfe": 0, "reward_calls": 0, "seconds": 1}  # digits
+found = [r for m in methods for r in cell(m, 250)]
+table = experiments.table(found, ["method"], ["exact", "held_out", "rss", *costs])
+for cost, digits in costs.items():
+    table[cost] = [f"{spent.mean:.{digits}f}" for spent in table[cost]]
+table
 
 # %%
 others = [m for m in methods if m != "rbf"]
@@ -342,7 +343,7 @@ assert all(
 # %%
 near = {n: [("rbf, best of enough", n), ("rbf, enough 16", n), ("rbf, equal quotas", n)] for n in (250, 500)}
 lines = [versus(*near[500][::2]), versus(near[500][0], ("rbf", 500)), versus(*near[250][1::-1]), versus(*near[500][1:])]
-display(Markdown(experiments.markdown(lines)))
+display(pd.DataFrame(lines))
 level = [all(line[judge].low <= 0 <= line[judge].high for judge in ("counter", "held-out")) for line in lines]
 assert level == [True, True, True, False] and not any(ahead(line) for line in lines)
 
@@ -358,7 +359,7 @@ kernels_ = {"rbf": "VP-SDE", "rbf, linear SDE": "linear SDE", "rbf, DDPM transit
 lines = [
     {"kernel": name} | {j: accuracy(j, method, 250) for j in ("exact", "held_out")} for method, name in kernels_.items()
 ]
-display(Markdown(experiments.markdown(lines)))
+display(pd.DataFrame(lines))
 gain = versus(("rbf", 250), ("rbf, linear SDE", 250))
 print(f"VP-SDE minus linear SDE: counter {gain['counter']}, held-out {gain['held-out']}")
 
@@ -372,10 +373,10 @@ lines = [
     {"dev": method, "NFE": n} | {j: accuracy(j, method, n, dev) for j in ("exact", "held_out")}
     for method, n in (("plain", 10), ("best-of-n", 250), ("beam", 250), ("refine", 250))
 ]
-display(Markdown(experiments.markdown(lines)))
+display(pd.DataFrame(lines))
 fresh = [r for r in rows if r["level"] == "held_out" and r["model"] == "dev"]
 gains = [versus(("beam", 250), ("best-of-n", 250), source) for source in (dev, fresh)]
-display(Markdown(experiments.markdown([{"dev": n} | g for n, g in zip(("hard", "untouched"), gains, strict=True)])))
+display(pd.DataFrame([{"dev": n} | g for n, g in zip(("hard", "untouched"), gains, strict=True)]))
 assert ahead(gains[0]) and max(gains[1]["counter"].low, gains[1]["held-out"].low) <= 0
 assert versus(("refine", 250), ("best-of-n", 250), dev)["counter"].high < 0, "Refine should fail on dev"
 
@@ -396,7 +397,7 @@ for name, source in (("hard", hard), ("untouched", untouched)):
         line["best-of-n at 250"] = accuracy("exact", "best-of-n", 250, part)
         gap = versus(("rbf", 250), ("best-of-n", 250), part)
         groups.append(line | {"runs": gap["runs"]} | {f"gain, {j}": gap[j] for j in ("counter", "held-out")})
-display(Markdown(experiments.markdown(groups)))
+display(pd.DataFrame(groups))
 for j in ("counter", "held-out"):
     related, rest = (groups[i]["prompts"] * groups[i][f"gain, {j}"].mean for i in (0, 1))
     print(f"{j}: of RBF's gain on the hard list, {related / (related + rest):.0%} is on prompts with a relation")
@@ -420,7 +421,7 @@ for method in dict.fromkeys(r["method"] for r in finds):
     ratio = clustered_mean([r["distance"] / plain[r["prompt"]] for r in mine], names)
     lines.append({"method": method, "distance, plain = 1": ratio})
     lines[-1] |= {j: clustered_mean([np.mean(r[j]) for r in mine], names) for j in ("exact", "held_out")}
-display(Markdown(experiments.markdown(lines)))
+display(pd.DataFrame(lines))
 assert all(line["distance, plain = 1"].low > 0.8 for line in lines), "finds of different seeds differ as samples do"
 
 # %% [markdown]
@@ -478,7 +479,7 @@ for method, budget in [("plain", 10), *cells, ("rbf", 500), ("refine", 500)]:
     share = clustered_mean([not r["held_out"] for r in clear], [r["prompt"] for r in clear])
     line = {"method": method, "NFE": budget, "below -0.5": len(found) - len(clear), "others": len(clear)}
     doubt[method, budget] = line | {"doubted": sum(not r["held_out"] for r in clear), "share of the others": share}
-display(Markdown(experiments.markdown(list(doubt.values()))))
+display(pd.DataFrame(list(doubt.values())))
 shares = {which: line["share of the others"].mean for which, line in doubt.items()}
 assert shares["rbf", 250] < 0.12 and shares["rbf", 500] < 0.05 and shares["rbf, published", 250] == 0
 
@@ -560,7 +561,7 @@ for a, b in pairs:
     there = f"{THEIRS[a] - THEIRS[b]:+.3f}" if {a, b} <= THEIRS.keys() else "none"
     gap = versus((a, 250), (b, 250))
     beside[a, b] = {"first": a, "second": b, "theirs, 500 NFE": there} | {j: gap[j] for j in ("counter", "held-out")}
-display(Markdown(experiments.markdown(list(beside.values()))))
+display(pd.DataFrame(list(beside.values())))
 assert all(ahead(beside[pair]) for pair in [pairs[3], pairs[4], pairs[5], pairs[8], pairs[9]])
 assert not any(ahead(beside[pair]) for pair in [pairs[0], pairs[1], pairs[2], pairs[6], pairs[7]])
 

@@ -44,8 +44,8 @@ import time
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import torch
-from IPython.display import Markdown, display
 
 from flowscale_lite import RBF, BestOfN, experiments, kernels, ode, plots, schedules, search
 from flowscale_lite.flux import FlowModel, FlowSDEScheduler, cost, hub, memory
@@ -127,17 +127,13 @@ plots.show(
 
 
 # %%
-def table(lines):
-    """A table, a dict a line."""
-    display(Markdown(experiments.markdown(lines)))
-
-
 lines = []
 for name in ("FLUX.1-dev", "FLUX.2-klein-4B", "stable-diffusion-3.5-large", "Qwen-Image", "Z-Image-Turbo"):
     plans = {card: memory.plan(name, found.gib, dtype=found.dtype) for card, found in memory.CARDS.items()}
     assert all(plan.peak <= plan.free - plan.keep for plan in plans.values())
     lines.append({"model": name, **{card: plan.summary() for card, plan in plans.items()}})
-table(lines)
+pd.options.display.max_colwidth = None
+pd.DataFrame(lines)
 
 # %% [markdown]
 # A T4 has no fast bfloat16, so it computes in float16. *Tiles*: pictures are decoded piece by piece. Any choice can be overridden: `memory.plan(name, 22.0, weights="nf4", text="dropped")`. These plans are arithmetic, and wait for a GPU to confirm them.
@@ -309,7 +305,7 @@ lines = []
 for name in list(kinds)[1:]:
     values = [spread(draw(3, seed=100 + k, noise_seed=k, **kinds[name])) for k in range(seeds)]
     lines.append({"sampler": name, "spread": mean(values), "noises": seeds})
-table(lines)
+pd.DataFrame(lines)
 
 # %% [markdown]
 # All three spread, and much alike. That is not what the paper shows for FLUX, where pictures of the VP-SDE differ three times as much as those of the linear SDE, by a perceptual distance. Two things differ here. The paper's pictures part from one $x_t$, ours from the initial noise at $t = 1$, where
@@ -355,7 +351,7 @@ for n in steps:
     lines.append({"steps": n, **means, "its last step starts at t =": f"{schedules.paper_vp(n)[-2]:.2f}"})
     assert (means["finish = 1"] > means["stochastic_sampling"]) == (n == 10)
 assert min(seen["stochastic_sampling"]) > 5 * max(seen["our SDE"]), "at 200 steps"
-table(lines)
+pd.DataFrame(lines).round(3)
 
 # %% [markdown]
 # It does not converge: each step forgets the noise it had, which is right for a model that jumps straight to the data, and wrong for a flow. LTX's ancestral scheduler and DPM-Solver's SDE do converge; they have no $g$ to choose. Note `finish = 1`, the paper's grid, whose last step is long: on this flow, which needs many steps, it costs more than all else at 10 steps, and less the further down that step starts. The scheduler crosses it in half of all steps unless told otherwise; on schnell above we told it so.
@@ -418,8 +414,8 @@ assert all(one[2].nfe + one[2].left == runs[name][3] for name, many in found.ite
 lines = []
 for name, many in found.items():
     scores = {j: mean([one[1][j] for one in many]) for j in verdicts}
-    lines.append({"search": name, **scores, "NFE": np.mean([one[2].nfe for one in many])})
-table(lines)
+    lines.append({"search": name, **scores, "NFE": f"{np.mean([one[2].nfe for one in many]):.3g}"})
+pd.DataFrame(lines)
 
 # %% [markdown]
 # Read each row across: the judge named in its first column was optimised, the other was not asked. A gain that only the first sees is the reward's and not the picture's. This is one prompt; notebook 10 has many, and intervals over prompts. Pictures of seed 0, one case and no evidence: here both RBF runs end with the same picture, and it is worse than best-of-N's. Over all seeds RBF is ahead, in the table and in pairs.

@@ -44,8 +44,9 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import torch
-from IPython.display import Markdown, display
+from IPython.display import display
 from matplotlib.ticker import LogLocator, NullLocator
 
 from flowscale_lite import RBF, BestOfN, ddim, experiments, ode, plots, search
@@ -99,16 +100,10 @@ pipe = load(locate("tiny-flux/schnell"))
 tiny = cost.of_pipeline(pipe, 64, 64, text_tokens=16, name="tiny-flux 64 x 64")
 assert sum(operations(pipe.transformer.config, 4 * 4, 16)) == tiny.velocity.flops
 
-
-def table(lines):
-    """A table, a dict a line."""
-    display(Markdown(experiments.markdown(lines)))
-
-
-table(
+pd.DataFrame(
     [
         {"model": m.name, "one NFE": f"{m.velocity.flops:.3g}", "a decode": f"{m.decode.flops:.3g}",
-         "a prompt": f"{m.text.flops:.3g}", "decode / NFE": m.decode.flops / m.velocity.flops}
+         "a prompt": f"{m.text.flops:.3g}", "decode / NFE": f"{m.decode.flops / m.velocity.flops:.3g}"}
         for m in (flux, tiny)
     ]
 )  # fmt: skip
@@ -232,13 +227,13 @@ def line(gpu, nfe=500):
     p = cost.plan(flux, gpu, nfe)
     return {
         "GPU": gpu.name, "peak, 10¹²/s": gpu.tflops, "assumed $/h": f"{gpu.dollars:.2f}",
-        "minutes a picture": p.seconds / 60, "$ a picture": f"{p.dollars:.2f}",
-        "GiB, all resident": p.memory / 2**30, "fits": "yes" if p.fits else "no",
+        "minutes a picture": f"{p.seconds / 60:.3g}", "$ a picture": f"{p.dollars:.2f}",
+        "GiB, all resident": f"{p.memory / 2**30:.3g}", "fits": "yes" if p.fits else "no",
     }  # fmt: skip
 
 
 print(f"FLUX.1-schnell, 1024 x 1024, RBF at 500 NFE, without a judge, prices assumed in {cost.PRICED}:")
-table([line(gpu) for gpu in cost.GPUS.values()])
+display(pd.DataFrame([line(gpu) for gpu in cost.GPUS.values()]))
 plans = [cost.plan(flux, gpu, 500) for gpu in cost.GPUS.values()]
 assert all(p.dollars < 1 for p in plans if p.fits)
 
@@ -336,12 +331,11 @@ assert np.isclose(first[49], lengths[-1] + lengths[40]), "someone does a run of 
 one = cost.plan(flux, a100, 500)
 fleets = [(g, cost.fleet(one, 100, g, startup=120)) for g in (1, 4, 16, 30, 50, 100)]
 print("100 pictures at 500 NFE on A100s, 120 s to load:")
-table(
-    [
-        {"GPUs": g, "hours": f.seconds / 3600, "$": f"{f.dollars:.1f}", "efficiency": f"{f.efficiency:.2f}"}
-        for g, f in fleets
-    ]
-)
+lines = [
+    {"GPUs": g, "hours": f"{f.seconds / 3600:.3g}", "$": f"{f.dollars:.1f}", "efficiency": f"{f.efficiency:.2f}"}
+    for g, f in fleets
+]
+display(pd.DataFrame(lines))
 assert fleets[3][1].dollars > fleets[4][1].dollars
 
 # %% [markdown]
@@ -442,7 +436,7 @@ print(f"{len(lines)} rows, none doubled, and the same numbers as the run on one 
 # were run with both budgets, we compare them in pairs, which takes out the luck of the seed.
 
 # %%
-table(experiments.table(lines, ["budget"], ["reward"], clusters="seed"))
+display(experiments.table(lines, ["budget"], ["reward"], clusters="seed"))
 large, small = ([row for row in lines if row["budget"] == budget] for budget in (80, 20))
 gain = experiments.paired_difference(large, small, "reward", by=["seed"], clusters="seed")
 print(f"80 NFE against 20, mean difference in pairs: {gain} (95 % interval, 24 seeds)")

@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import argparse
 import functools
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import NormalDist
 
 import numpy as np
+import pandas as pd
 import torch
 
 from flowscale_lite import (
@@ -52,6 +54,8 @@ from flowscale_lite import (
     uniform,
     vp_diffusion,
 )
+
+from .tables import markdown
 
 PATH = Path("data/results/toy.jsonl")
 PICK = Path("data/results/toy_enough.jsonl")
@@ -142,50 +146,52 @@ def run(task: experiments.Task) -> experiments.Row:
     }
 
 
-def cell_lines(rows: list[experiments.Row]) -> list[experiments.Row]:
-    """A line for every method and kernel of one world, reward and budget, the best first; intervals are 95 %."""
-    z, lines = NormalDist().inv_cdf(0.975), []
-    for method, kernel in dict.fromkeys((r["method"], r["kernel"]) for r in rows):
-        cell = [r for r in rows if (r["method"], r["kernel"]) == (method, kernel)]
-        found = np.array([r["found"] for r in cell])
-        error = found.std(ddof=1) / len(found) ** 0.5
-        drawn = np.mean([r["drawn"] for r in cell], axis=0)
-        lines.append(
-            {
-                "method": method,
-                "kernel": kernel,
-                "mean reward": f"{found.mean():.4f} ± {z * error:.4f}",
-                "NFE": f"{np.mean([r['nfe'] for r in cell]):.0f}",
-                "reward calls": f"{np.mean([r['reward_calls'] for r in cell]):.0f}",
-                "draws per step": " ".join(f"{d:.0f}" for d in drawn),
-                "_mean": found.mean(),
-                "_error": error,
-            }
-        )
-    return sorted(lines, key=lambda line: -line["_mean"])
+def cell_lines(rows: pd.DataFrame) -> pd.DataFrame:
+    """A line for every method and kernel of one world, reward and budget, the best first."""
+    groups = rows.groupby(["method", "kernel"], sort=False)
+    lines = groups.agg(
+        mean=("found", "mean"), error=("found", "sem"), nfe=("nfe", "mean"), reward_calls=("reward_calls", "mean")
+    )
+    lines["drawn"] = [np.mean(list(group["drawn"]), axis=0) for _, group in groups]
+    return lines.sort_values("mean", ascending=False, kind="stable").reset_index()
 
 
-def standing(lines: list[experiments.Row]) -> str:
+def shown(lines: pd.DataFrame) -> str:
+    """The lines as Markdown; intervals are 95 %."""
+    z = NormalDist().inv_cdf(0.975)
+    columns = {
+        "method": lines["method"],
+        "kernel": lines["kernel"],
+        "mean reward": [f"{line.mean:.4f} ± {z * line.error:.4f}" for line in lines.itertuples()],
+        "NFE": lines["nfe"].map("{:.0f}".format),
+        "reward calls": lines["reward_calls"].map("{:.0f}".format),
+        "draws per step": [" ".join(f"{draws:.0f}" for draws in drawn) for drawn in lines["drawn"]],
+    }
+    return markdown(pd.DataFrame(columns))
+
+
+def standing(lines: pd.DataFrame) -> str:
     """How RBF's default, with its best kernel, stands among the lines, which are sorted, and among other methods."""
-    place, ours = next((i, line) for i, line in enumerate(lines, 1) if line["method"] == "RBF")
-    other = next(line for line in lines if not line["method"].startswith("RBF"))
+    ours = lines[lines["method"] == "RBF"].iloc[0]
+    other = lines[~lines["method"].str.startswith("RBF")].iloc[0]
+    place = lines["method"].tolist().index("RBF") + 1
 
-    def ahead_of(line: experiments.Row) -> str:
-        error = (line["_error"] ** 2 + ours["_error"] ** 2) ** 0.5
-        gap = (ours["_mean"] - line["_mean"]) / error if error else 0.0
+    def ahead_of(line: pd.Series) -> str:
+        error = math.hypot(line["error"], ours["error"])
+        gap = (ours["mean"] - line["mean"]) / error if error else 0.0
         return f"{gap:+.1f} standard errors from {line['method']}"
 
-    first = "" if place == 1 else f", {ahead_of(lines[0])}"
+    first = "" if place == 1 else f", {ahead_of(lines.iloc[0])}"
     return f"RBF's default, with {ours['kernel']}: place {place} of {len(lines)}{first}; {ahead_of(other)}"
 
 
 def show(rows: list[experiments.Row]) -> None:
     """The lines of every world, reward and budget, and where RBF stands among them."""
-    for world, reward, budget in dict.fromkeys((r["world"], r["reward"], r["budget"]) for r in rows):
+    for (world, reward, budget), cell in pd.DataFrame(rows).groupby(["world", "reward", "budget"], sort=False):
         print(f"\n{world} flow, {reward} reward, {budget} NFE")
-        lines = cell_lines([r for r in rows if (r["world"], r["reward"], r["budget"]) == (world, reward, budget)])
-        print(experiments.markdown([{k: v for k, v in line.items() if not k.startswith("_")} for line in lines]))
-        if any(line["method"] == "RBF" for line in lines):
+        lines = cell_lines(cell)
+        print(shown(lines))
+        if "RBF" in set(lines["method"]):
             print(standing(lines))
 
 
