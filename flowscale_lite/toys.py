@@ -138,7 +138,7 @@ class GaussianMixture:
 
         `end` integrates the exact flow by Runge-Kutta's fourth-order rule in w = asinh(t/b), b twice the smallest
         scale: equal steps in w are small near the data, where the flow turns within times of the order of that scale.
-        On `ring()` 32 steps err by 1e-7 in the median and by 1e-4 at most in 2,000 states, twice the steps 16 times less.
+        On `ring()` 32 steps err by 1e-7 in the median, by 1e-4 at most in 2,000 states; twice the steps 16 times less.
 
         Raises:
             ValueError: steps < 1, or a scale of 0, near which the flow is singular.

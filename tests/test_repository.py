@@ -180,7 +180,7 @@ def test_make_targets_are_documented():
 
 
 def test_readme_examples_run(monkeypatch):
-    """The blocks of Python in README and package page, in their order; with a toy for your model, and tiny-flux for FLUX.1."""
+    """The blocks of Python on both pages, in their order; with a toy for your model, and tiny-flux for FLUX.1."""
     from flowscale_lite import flux
     from flowscale_lite.tiny import shapes
     from flowscale_lite.tiny.data import locate
