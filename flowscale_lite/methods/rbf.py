@@ -98,10 +98,10 @@ class RBF:
             q = run.score(run.propose(p, min(self.batch, most - drawn)))
             drawn += len(q)
             taken = None if last else self.rule.take(q.reward, record)
-            if taken is not None:
-                best = q[taken : taken + 1]
-            else:  # the best of the transition so far, for the case that the quota is spent without success
-                best = (q if best is None else Particles.cat([best, q])).best()
+            top = q.best() if taken is None else q[taken : taken + 1]
+            # Without success it is the best of the transition so far, for the case that the quota is spent.
+            if best is None or taken is not None or top.reward > best.reward:
+                best = top
         assert best is not None
         carry = {"record": best.reward.clamp_min(record), "left": p.carry["left"] - drawn * price}
         return replace(best, carry=p.carry | carry)
