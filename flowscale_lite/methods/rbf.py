@@ -63,11 +63,11 @@ class RBF:
 
     def check(self, problem: Problem, max_nfe: int) -> None:
         """Raises ValueError if a chain cannot pay for a candidate at every transition, or if candidates coincide."""
+        require_noise(problem)
         ahead = problem.evaluations_ahead()
         each = self._reserved(problem) + ahead * problem.look_ahead.price
         what = f"{self.chains} chain(s) of {self.init} first noises and a candidate at each of {ahead} transitions"
         require_budget(problem, max_nfe, self.chains * each, what)
-        require_noise(problem)
 
     def start(self, run: Run) -> Particles:
         """The best of the first noises of every chain; its reward is the first record."""
