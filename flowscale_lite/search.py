@@ -124,9 +124,10 @@ class Run:
     def evaluate(self, p: Particles) -> Particles:
         """The particles with their velocity and posterior mean: one evaluation for each row that lacks them."""
         new = p.v.reshape(len(p), -1)[:, 0].isnan()
-        if not new.any():
+        missing = int(new.sum())
+        if missing == 0:
             return p
-        if not new.all():
+        if missing < len(p):
             return p.put(new, self.evaluate(p[new]))
         self._charge(len(p))
         v, x0 = self._velocity(p.x, p.t)
@@ -142,9 +143,10 @@ class Run:
             ValueError: the reward's answer is not a finite tensor of shape (K,).
         """
         new = p.reward.isnan()
-        if not new.any():
+        missing = int(new.sum())
+        if missing == 0:
             return p
-        if not new.all():
+        if missing < len(p):
             return p.put(new, self.score(p[new]))
         ahead = self.problem.look_ahead
         if p.t > 0 and ahead.evaluates:

@@ -6,12 +6,11 @@ from itertools import pairwise
 
 import pytest
 import torch
-from conftest import MEAN, PATHS, STD, Counting, gaussian_flow, levels, marginal, never, seeded
+from conftest import MEAN, PATHS, PLANE, STD, Counting, gaussian_flow, levels, marginal, never, seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flowscale_lite import (
-    DPS,
     LINEAR,
     SMC,
     SVDD,
@@ -34,7 +33,6 @@ from flowscale_lite import (
 from flowscale_lite.tiny.data import locate
 
 BELL = GaussianMixture([[MEAN, MEAN]], STD)
-PLANE = GaussianMixture([[-1.0, 0.5], [1.0, -0.5], [0.3, 1.4]], [0.3, 0.4, 0.2], [0.5, 0.3, 0.2])
 SLOPE = (2.0, -1.0)
 GRID = uniform(5)
 each_path = pytest.mark.parametrize("path", PATHS, ids=lambda p: p.name)
@@ -188,7 +186,7 @@ def test_the_steered_flow_of_gaussian_data_is_the_flow_of_the_tilted_data(path, 
 def test_steering_is_finite_where_alpha_is_zero(guide):
     """At t = 1 of the linear path, for a velocity that knows x0 there (one step from the noise lands on it)."""
     run = opened(velocity=lambda x, t: (1 - STD) * x - MEAN)
-    p = run.start(5)
+    p = run.evaluate(run.start(5))
     q = guide(p, run)
     uphill = STD * p.x.new_tensor(SLOPE)
     length = uphill.square().mean().sqrt()

@@ -53,15 +53,15 @@ class Beam:
     def check(self, problem: Problem, max_nfe: int) -> None:
         """Raises ValueError if the budget does not pay for a candidate of every state at every transition, if none of
         them selects, or if all candidates coincide."""
+        require_noise(problem)
         price, ahead = problem.look_ahead.price, problem.evaluations_ahead()
-        each = (self.init + ahead) * price + problem.evaluations_kept() + guide_price(self.guide, problem)
-        what = f"{self.states} state(s) of {self.init} first noises and a candidate at each of {ahead} transitions"
-        require_budget(problem, max_nfe, self.states * each, what)
         if ahead and not self._selecting(problem):
             raise ValueError(
                 f"no transition lands at select_below = {self.select_below} or below; times {problem.times}"
             )
-        require_noise(problem)
+        each = (self.init + ahead) * price + problem.evaluations_kept() + guide_price(self.guide, problem)
+        what = f"{self.states} state(s) of {self.init} first noises and a candidate at each of {ahead} transitions"
+        require_budget(problem, max_nfe, self.states * each, what)
 
     def start(self, run: Run) -> Particles:
         """The best of the first noises of every state."""
@@ -82,11 +82,12 @@ class Beam:
         each = self.init + run.evaluations_ahead() - selecting
         reserved = each * price + problem.evaluations_kept() + guide_price(self.guide, problem)
         share = run.max_nfe // problem.cost - self.states * reserved
-        left = run.evaluations_left - self.states * (problem.evaluations_kept(s) + guide_price(self.guide, problem, s))
+        kept = round(self.states ** ((ahead - 1) / run.evaluations_ahead())) if self.narrow else self.states
+        left = run.evaluations_left - kept * (problem.evaluations_kept(s) + guide_price(self.guide, problem, s))
         quota = left - share * (ahead - 1) // selecting
         k = len(p) * price
         q = run.score(run.propose(p, BestOfEnough(self.enough).most(quota // k, left // k, ahead)))
-        return q.top(round(self.states ** ((ahead - 1) / run.evaluations_ahead())) if self.narrow else self.states)
+        return q.top(kept)
 
     def _selecting(self, problem: Problem) -> int:
         """Transitions to pay for in which candidates are selected."""

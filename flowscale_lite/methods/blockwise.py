@@ -43,7 +43,7 @@ class Blockwise:
 
     def start(self, run: Run) -> Particles:
         """The best of the initial noises of every chain."""
-        return best_noises(run, self.chains, self.init)
+        return run.evaluate(best_noises(run, self.chains, self.init))
 
     def advance(self, p: Particles, run: Run) -> Particles:
         """The best branch of each, a block later."""

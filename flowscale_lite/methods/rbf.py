@@ -63,11 +63,11 @@ class RBF:
 
     def check(self, problem: Problem, max_nfe: int) -> None:
         """Raises ValueError if a chain cannot pay for a candidate at every transition, or if candidates coincide."""
+        require_noise(problem)
         ahead = problem.evaluations_ahead()
         each = self._reserved(problem) + ahead * problem.look_ahead.price
         what = f"{self.chains} chain(s) of {self.init} first noises and a candidate at each of {ahead} transitions"
         require_budget(problem, max_nfe, self.chains * each, what)
-        require_noise(problem)
 
     def start(self, run: Run) -> Particles:
         """The best of the first noises of every chain; its reward is the first record."""
@@ -98,10 +98,10 @@ class RBF:
             q = run.score(run.propose(p, min(self.batch, most - drawn)))
             drawn += len(q)
             taken = None if last else self.rule.take(q.reward, record)
-            if taken is not None:
-                best = q[taken : taken + 1]
-            else:  # the best of the transition so far, for the case that the quota is spent without success
-                best = (q if best is None else Particles.cat([best, q])).best()
+            top = q.best() if taken is None else q[taken : taken + 1]
+            # Without success it is the best of the transition so far, for the case that the quota is spent.
+            if best is None or taken is not None or top.reward > best.reward:
+                best = top
         assert best is not None
         carry = {"record": best.reward.clamp_min(record), "left": p.carry["left"] - drawn * price}
         return replace(best, carry=p.carry | carry)

@@ -54,6 +54,7 @@ class SearchOverPaths:
 
     def advance(self, p: Particles, run: Run) -> Particles:
         """The ends of one leg: all of the first, the best of every other."""
+        p = run.evaluate(p)
         leg, *rest = self._legs(run.problem, p.t)
         first = p.t == run.problem.times[0]
         if not first:
