@@ -2,8 +2,7 @@
 
 A flow model gives the velocity v = alpha' x0|t + sigma' eps|t, where x0|t = E[x0 | x_t] and eps|t = E[eps | x_t].
 The pair (x0|t, eps|t) therefore solves a 2x2 linear system, and everything else here is a reading of that pair:
-the score is -eps|t / sigma_t, and a model of one path is a model of every other (`convert`).
-Source of the formulas: arXiv 2503.19385, sections on the SDE and on the conversion of interpolants.
+the score is -eps|t / sigma_t, and a model of one path is a model of every other (`convert`; arXiv 2503.19385).
 """
 
 from __future__ import annotations
@@ -47,11 +46,7 @@ class Interpolant:
         return self.alpha(u).item(), self.sigma(u).item(), self.d_alpha(u).item(), self.d_sigma(u).item()
 
     def coeffs(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(alpha, sigma, alpha', sigma') at times t (K,), each shaped (K, 1, ..., 1) to multiply x (K, *D).
-
-        Raises:
-            ValueError: t is not a tensor of shape (K,).
-        """
+        """(alpha, sigma, alpha', sigma') at times t (K,), each shaped (K, 1, ..., 1) to multiply x (K, *D)."""
         _check_time(t, x)
         t = t.view(-1, *[1] * (x.ndim - 1))
         return self.alpha(t), self.sigma(t), self.d_alpha(t), self.d_sigma(t)
@@ -107,11 +102,8 @@ COSINE = Interpolant(
 def vp(beta_min: float = 0.1, beta_max: float = 20.0) -> Interpolant:
     """The variance-preserving path: alpha = exp(-T/2), sigma^2 = 1 - exp(-T).
 
-    T(t) = beta_min t + (beta_max - beta_min) t^2/2. The path ends at sigma/alpha = 152 (with the usual constants), not
-    at infinity, and sigma' is infinite at t = 0.
-
-    Raises:
-        ValueError: unless 0 < beta_min < beta_max.
+    T(t) = beta_min t + (beta_max - beta_min) t^2/2. With the usual constants the path ends at sigma/alpha = 152. Raises
+    ValueError: unless 0 < beta_min < beta_max.
     """
     if not 0 < beta_min < beta_max:
         raise ValueError(f"need 0 < beta_min < beta_max; got {beta_min} and {beta_max}")
@@ -146,10 +138,7 @@ VP = vp()
 
 
 def matching_time(t: float, src: Interpolant, dst: Interpolant) -> float:
-    """The time of `dst` at which it holds the states of `src` at time t, up to scale: where sigma/alpha agree.
-
-    Where `dst` never gets that noisy, its last time.
-    """
+    """The time of `dst` at which it holds the states of `src` at time t, up to scale; its last if never that noisy."""
     a, s, _, _ = src.at(t)
     return dst.time_of_ratio(torch.tensor(s / a if a > 0 else math.inf, dtype=torch.float64)).item()
 

@@ -1,11 +1,8 @@
 """One step of a sampler, t -> s, as the mean and standard deviation of x_s given x_t.
 
-Kernels draw no noise: the search does, in one place. So their moments can be tested exactly, and a method can ask for
-many candidates from one velocity.
-
-The paper (arXiv 2503.19385) converts the linear path to VP before it samples with the SDE. In continuous time that
-conversion changes the *grid* and the *diffusion coefficient* and nothing else: `schedules.paper_vp` is the paper's
-grid, `vp_diffusion` its diffusion, and each can be used without the other.
+Kernels draw no noise: the search does, in one place. The paper (arXiv 2503.19385) converts the linear path to VP before
+it samples with the SDE. In continuous time that changes the *grid* and the *diffusion coefficient* and nothing else:
+`schedules.paper_vp` is the paper's grid, `vp_diffusion` its diffusion, and each can be used without the other.
 """
 
 from __future__ import annotations
@@ -72,14 +69,11 @@ def sde(g: Diffusion) -> Kernel:
 def ddim(eta: float = 1.0) -> Kernel:
     """DDIM with noise eta (Song et al., arXiv 2010.02502); `ddim(1)` is the DDPM posterior.
 
-    It is the transition x_s | x_t, x0 of the Gaussian path with x0 and eps replaced by their posterior means. With
-    rho = (sigma_s / alpha_s) / (sigma_t / alpha_t): std = eta sigma_s sqrt(1 - rho^2) and mean
+    The transition x_s | x_t, x0 of the Gaussian path with x0 and eps replaced by their posterior means. With rho = (sigma_s / alpha_s) / (sigma_t / alpha_t): std = eta sigma_s sqrt(1 - rho^2) and mean
     alpha_s x0|t + sqrt(sigma_s^2 - std^2) eps|t. At eta = 1 it is exact where x0 is known. Where it is not, the spread
     of x0 around its mean is left out, and few steps give too little variance (40 % too little in the example of `sde`).
     It depends on the path through sigma/alpha only, so converting the interpolant changes nothing but the grid.
-
-    Raises:
-        ValueError: eta outside [0, 1]; when called, s >= t.
+    Raises ValueError: eta outside [0, 1]; when called, s >= t.
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must lie in [0, 1]: 0 is the ODE, 1 the full posterior; got {eta}")
@@ -115,9 +109,7 @@ def memoryless(path: Interpolant) -> Diffusion:
     """The one g whose *forward* SDE is linear in x, with no score: g^2 = 2 (sigma sigma' - sigma^2 alpha'/alpha).
 
     On VP it is sqrt(T'), the diffusion of the VP-SDE in the literature. The name is of arXiv 2409.08861.
-
-    Raises:
-        ValueError: when called where alpha = 0 (t = 1 of the linear path), where it is infinite.
+    Raises ValueError: when called where alpha = 0 (t = 1 of the linear path), where it is infinite.
     """
 
     def g(t: float) -> float:
@@ -141,9 +133,7 @@ def equivalent_sde(
 
     Args:
         times: of `src`, strictly decreasing.
-
-    Raises:
-        ValueError: two of the times are noisier than anything on `dst`, so that they fall together there.
+    Raises ValueError: two of the times, strictly decreasing on `src`, fall together on `dst`.
     """
 
     def moved(t: float) -> float:

@@ -18,8 +18,7 @@ class Reward(Protocol):
 def chunked(fn: Callable[[Tensor], Tensor], chunk: int) -> Callable[[Tensor], Tensor]:
     """The row-wise function fn applied to `chunk` rows at a time, the answers joined: the same numbers in less memory.
 
-    Raises:
-        ValueError: chunk < 1.
+    Raises ValueError: chunk < 1.
     """
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1; got {chunk}")
@@ -27,15 +26,7 @@ def chunked(fn: Callable[[Tensor], Tensor], chunk: int) -> Callable[[Tensor], Te
 
 
 def decoded(decode: Callable[[Tensor], Tensor], reward: Reward, chunk: int = 16) -> Reward:
-    """A reward of pictures as a reward of latents: decodes and judges `chunk` rows at a time, which bounds the memory.
-
-    Args:
-        decode: latents (K, *D) -> pictures (K, ...).
-        reward: pictures (K, ...) -> (K,).
-
-    Raises:
-        ValueError: chunk < 1.
-    """
+    """A reward of pictures (K, ...) -> (K,) as a reward of latents (K, *D) -> (K,): `chunk` rows decoded at a time."""
     return chunked(lambda latents: reward(decode(latents)), chunk)
 
 

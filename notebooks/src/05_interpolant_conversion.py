@@ -51,7 +51,7 @@ from flowscale_lite.flux import FlowModel, load
 from flowscale_lite.interpolants import COSINE, LINEAR, VP, convert
 from flowscale_lite.tiny import shapes
 from flowscale_lite.tiny.data import locate
-from flowscale_lite.toys import GaussianMixture
+from flowscale_lite.tiny.toys import GaussianMixture
 
 # %% [markdown]
 # Symbols are those of notebook 01. Two paths will be around, so the second one gets a bar: the linear path has states $x_t = \alpha_t x_0 + \sigma_t\varepsilon$ with $\alpha_t = 1 - t$, $\sigma_t = t$, and the other one

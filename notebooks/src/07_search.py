@@ -51,7 +51,7 @@ from flowscale_lite.methods import SVDD, BestOfN, Blockwise, SearchOverPaths
 from flowscale_lite.search import Problem, search
 from flowscale_lite.tiny import shapes
 from flowscale_lite.tiny.data import locate
-from flowscale_lite.toys import GaussianMixture, QuadraticReward
+from flowscale_lite.tiny.toys import GaussianMixture, QuadraticReward
 
 # %% [markdown]
 # ## The best rule, and three shortcuts

@@ -327,13 +327,13 @@ class SteerThenChoose:
         self.guide, self.copies = guide, copies
 
     def check(self, problem, max_nfe):
-        self.guide.check(problem)
+        self.guide.price(problem)  # refuses a guide that steers nothing
 
     def start(self, run):
         return run.start(1)
 
     def advance(self, p, run):
-        if run.evaluations_ahead(p.t) == 0:  # the last step, to t = 0, is free and draws nothing
+        if run.problem.evaluations_ahead(p.t) == 0:  # the last step, to t = 0, is free and draws nothing
             return run.propose(p)
         return run.score(run.propose(self.guide(p, run), self.copies)).best()
 
@@ -907,7 +907,7 @@ def affordable(budget, chains, init, copies, guide):
 
 for budget_, chains_, init_, below_ in ((250, 2, 4, 1.0), (400, 3, 1, 0.5), (101, 1, 7, 0.7)):
     guide_ = Guide(below=below_)
-    n_ = copies_for(budget_, chains_, init_, problem_.evaluations_ahead(), guide_.cost(problem_) // 3)
+    n_ = copies_for(budget_, chains_, init_, problem_.evaluations_ahead(), guide_.price(problem_) // 3)
     assert affordable(budget_, chains_, init_, n_, guide_), f"{n_} copies cost more than {budget_} NFE"
     assert not affordable(budget_, chains_, init_, n_ + 1, guide_), f"{budget_} NFE pay for more than {n_} copies"
 print("Well done.")

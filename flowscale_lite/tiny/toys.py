@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from .interpolants import Interpolant, Velocity
+from ..interpolants import Interpolant, Velocity
 
 
 @dataclass(frozen=True)
