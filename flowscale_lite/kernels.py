@@ -69,10 +69,11 @@ def sde(g: Diffusion) -> Kernel:
 def ddim(eta: float = 1.0) -> Kernel:
     """DDIM with noise eta (Song et al., arXiv 2010.02502); `ddim(1)` is the DDPM posterior.
 
-    The transition x_s | x_t, x0 of the Gaussian path with x0 and eps replaced by their posterior means. With rho = (sigma_s / alpha_s) / (sigma_t / alpha_t): std = eta sigma_s sqrt(1 - rho^2) and mean
-    alpha_s x0|t + sqrt(sigma_s^2 - std^2) eps|t. At eta = 1 it is exact where x0 is known. Where it is not, the spread
-    of x0 around its mean is left out, and few steps give too little variance (40 % too little in the example of `sde`).
-    It depends on the path through sigma/alpha only, so converting the interpolant changes nothing but the grid.
+    The transition x_s | x_t, x0 of the Gaussian path with x0 and eps replaced by their posterior means. Its mean is
+    alpha_s x0|t + sqrt(sigma_s^2 - std^2) eps|t and its std eta sigma_s sqrt(1 - rho^2), with rho the ratio of
+    sigma/alpha at s and at t. At eta = 1 it is exact where x0 is known. Where it is not, the spread of x0 around its
+    mean is left out, and few steps give too little variance (40 % too little in the example of `sde`). It depends on
+    the path through sigma/alpha only, so converting the interpolant changes nothing but the grid.
     Raises ValueError: eta outside [0, 1]; when called, s >= t.
     """
     if not 0 <= eta <= 1:

@@ -47,8 +47,8 @@ class RBF:
 
     @classmethod
     def few_step(cls, max_nfe: int, cost: int = 1) -> RBF:
-        """Settings found on tiny-flux schnell: a quarter of the budget on first noises, then the first improvement. To be
-        used with the paper's VP-SDE, `sde(vp_diffusion())` on `paper_vp(steps)`. `cost` is the problem's."""
+        """Settings found on tiny-flux schnell: a quarter of the budget on first noises, then first improvements. To be
+        used with the VP-SDE, `sde(vp_diffusion())` on `paper_vp(steps)`. `cost` is the problem's."""
         return cls(init=max(1, max_nfe // cost // 4), rule=FirstImprovement())
 
     def check(self, problem: Problem, max_nfe: int) -> None:
