@@ -24,7 +24,7 @@ help:  ## list the targets
 tutorial: $(VENV)/.notebooks  ## run every notebook headless (ONLY, FORCE=1); one table, results in build/tutorial/
 	@$(PY) -m tools.course.tutorial --jobs $(JOBS) $(if $(FORCE),--force) $(ONLY)
 
-test: $(VENV)/.dev  ## everything that must hold: ruff, mypy, built notebooks, pytest, notebooks rehearsed by nbval
+test: $(VENV)/.dev  ## everything that must hold: ruff, mypy, built notebooks, pytest, notebooks rehearsed
 	@$(PY) -m ruff check --quiet .
 	@$(PY) -m mypy --no-error-summary
 	@$(PY) -m tools.course.build --check

@@ -286,7 +286,7 @@ for seed, (name, g) in enumerate(tqdm(diffusions.items())):
     start = marginal(FIRST).sample(BATCHES * SIZE, generator)
     clouds[name] = simulate(euler_maruyama(g), start, fine, generator)
 
-# %%
+# %% alt="A row for each diffusion coefficient. Left, the paths of twelve particles: smooth for the ODE, rougher below. Right, histograms at four times: in all of them the histogram fills the exact marginal density, drawn as a line."
 fig, axes = plt.subplots(len(clouds), 5, figsize=(11, 7))
 ticks = torch.linspace(-3.2, 3.2, 400, dtype=torch.float64)[:, None]
 for name, states, row in zip(clouds, clouds.values(), axes, strict=True):
@@ -298,11 +298,7 @@ for name, states, row in zip(clouds, clouds.values(), axes, strict=True):
         ax.plot(ticks, density(ticks, fine[k]), color="black")
         ax.set(yticks=[], title=f"$t = {fine[k]:.2f}$" if name == "$g = 0$, the ODE" else "")
 axes[0, 0].set_title("twelve particles")
-plots.show(
-    fig,
-    alt="A row for each diffusion coefficient. Left, the paths of twelve particles: smooth for the ODE, rougher below. "
-    "Right, histograms at four times: in all of them the histogram fills the exact marginal density, drawn as a line.",
-)
+plt.show()
 
 # %% [markdown]
 # The line is the exact marginal, the grey area what the particles do. From top to bottom the particles move in utterly different ways, and the columns are the same.
@@ -375,7 +371,7 @@ def true_variance(t):
     return ((1 - t) * STD) ** 2 + t**2
 
 
-# %%
+# %% alt="The worst relative error of the variance on the way against the number of steps, both logarithmic, for four diffusion coefficients: three fall in parallel to a line of slope minus one; the memoryless one starts far above, falls faster, and joins them at about a thousand steps."
 counts = [10 * 2**k for k in range(9)]
 fig, ax = plt.subplots()
 for (name, g), marker in zip(diffusions.items(), "os^D", strict=True):
@@ -389,12 +385,7 @@ for (name, g), marker in zip(diffusions.items(), "os^D", strict=True):
 ax.loglog(counts, [0.4 / n for n in counts], color="0.6", linestyle="-", label="slope $-1$")
 ax.set(xlabel="steps", ylabel="worst error of the variance, relative")
 ax.legend(fontsize=8)
-plots.show(
-    fig,
-    alt="The worst relative error of the variance on the way against the number of steps, both logarithmic, for four "
-    "diffusion coefficients: three fall in parallel to a line of slope minus one; the memoryless one starts far above, "
-    "falls faster, and joins them at about a thousand steps.",
-)
+plt.show()
 
 # %% [markdown]
 # In the end all lines fall with slope $-1$: every $g$ is right in the limit, with an error of first order in the step. They differ in height. The memoryless $g$ grows without bound at $t \to 1$, and ten steps of (4.9) cannot follow it: its worst error is that of the first step, which falls with slope $-2$ until, beyond a thousand steps, it is small beside the rest.
@@ -451,7 +442,7 @@ assert abs(scale - mean.item()) < 1e-3 and abs(math.sqrt(variance) - std) < 1e-3
 #
 # **The sign, and the half.** Both mistakes are easily made, and both still give samples. Here with $g = 1$ and 100 steps, beside the right step.
 
-# %%
+# %% alt="Three histograms against the exact density. Right: it fills the density. Wrong sign: particles spread over the whole axis, what is left of the modes is displaced. Without the half: the peaks are too high and too narrow."
 constants = {"right": 0.5, "wrong sign": -0.5, "without the half": 1.0}
 lines = []
 fig, axes = plt.subplots(1, 3, figsize=(10, 2.8), sharey=True)
@@ -468,11 +459,7 @@ for ax, (name, c) in zip(axes, constants.items(), strict=True):
     ax.set(title=name, yticks=[])
     assert (found.low > floor.high) == (c != 0.5)
 display(pd.DataFrame(lines))
-plots.show(
-    fig,
-    alt="Three histograms against the exact density. Right: it fills the density. Wrong sign: particles spread over "
-    "the whole axis, what is left of the modes is displaced. Without the half: the peaks are too high and too narrow.",
-)
+plt.show()
 
 # %% [markdown]
 # With the wrong sign the noise is never paid for and the particles drift apart. Without the half it is paid for twice, and the modes come out too narrow (the left one has standard deviation 0.3 in truth). The second mistake is the more dangerous one, since it *looks* good: fewer odd samples, at the price of variety.
@@ -502,13 +489,13 @@ for steps in (4, 10, 40, 200):
 display(pd.DataFrame(lines))
 assert noisy.low > floor.high, "not the law of the data, however many steps"
 
-# %%
+# %% alt="Histogram of diffusers' stochastic samples against the exact density: all three modes too narrow."
 last = diffusers_sample(200, BATCHES * SIZE, torch.Generator().manual_seed(8))
 fig, ax = plt.subplots(figsize=(5, 2.8))
 ax.hist(last[:, 0].numpy(), bins=80, range=(-3.2, 3.2), density=True, color="0.75")
 ax.plot(ticks, density(ticks, 0.0), color="black")
 ax.set(yticks=[], title="stochastic_sampling, 200 steps")
-plots.show(fig, alt="Histogram of diffusers' stochastic samples against the exact density: all three modes too narrow.")
+plt.show()
 
 # %% [markdown]
 # From some point on more steps do not help: the modes stay too narrow. Its step is: guess the picture, then draw *all* the noise anew,
@@ -618,7 +605,7 @@ for name, kernel in samplers.items():
     lines.append(line)
 pd.DataFrame(lines)
 
-# %%
+# %% alt="Final histograms of three samplers at 4, 10 and 40 steps against the exact density. At 4 steps the ODE and the DDPM transition put too much into the narrow middle mode and too little into the outer ones; Euler-Maruyama is closer. At 40 steps all three are close."
 fig, axes = plt.subplots(3, 3, figsize=(9, 5), sharex=True, sharey=True)
 for row, name in zip(axes, samplers, strict=True):
     for ax, n in zip(row, (4, 10, 40), strict=True):
@@ -628,12 +615,7 @@ for row, name in zip(axes, samplers, strict=True):
     row[0].set_ylabel(name)
 for ax, n in zip(axes[0], (4, 10, 40), strict=True):
     ax.set_title(f"{n} steps")
-plots.show(
-    fig,
-    alt="Final histograms of three samplers at 4, 10 and 40 steps against the exact density. At 4 steps the ODE and "
-    "the DDPM transition put too much into the narrow middle mode and too little into the outer ones; Euler-Maruyama "
-    "is closer. At 40 steps all three are close.",
-)
+plt.show()
 
 # %% [markdown]
 # Read the tables with care. With few steps Euler-Maruyama with $3t^2$ ends *closer* to the data than the DDPM transition: at every number of steps on Gaussian data, at 4 and 10 on the mixture, where at 40 they are level. But on the way its variance is far too high (the number in brackets), and it is on the way that a search
@@ -669,7 +651,7 @@ for name in ("$g = 0$, the ODE", "$g = 3t^2$", "$g$ memoryless"):
     grid = tuple(t * k for k in uniform(200))
     families[name] = simulate(kernel, start, grid, torch.Generator().manual_seed(3))
 
-# %%
+# %% alt="Forty paths from one state at time 0.6, and below them the histogram of 4,000 ends with the exact posterior as a line. ODE: a single path and a single spike. 3 t squared: ends in all modes, the histogram differs from the posterior. Natural: the histogram fills the posterior."
 least = w1(law.sample(children, torch.Generator().manual_seed(4)), law)
 print("W1 from the posterior")
 print(f"{'exact draws':17} {least.mean:.3f} [{least.low:.3f}, {least.high:.3f}]")
@@ -684,12 +666,7 @@ for (above, below), (name, states) in zip(axes.T, families.items(), strict=True)
     print(f"{plain(name):17} {found.mean:.3f} [{found.low:.3f}, {found.high:.3f}]")
 axes[0, 0].set_ylabel("$t$")
 assert found.low < least.high, "the memoryless SDE draws from the posterior"
-plots.show(
-    fig,
-    alt="Forty paths from one state at time 0.6, and below them the histogram of 4,000 ends with the exact posterior "
-    "as a line. ODE: a single path and a single spike. 3 t squared: ends in all modes, the histogram differs from the "
-    "posterior. Natural: the histogram fills the posterior.",
-)
+plt.show()
 
 # %% [markdown]
 # This is why a search needs noise. Copies of a particle are of no use under the ODE: they all arrive at the same place. Under the SDE the copies are *proposals*, each by itself as legitimate as the other, and a search may keep the good ones.
@@ -713,21 +690,15 @@ def onwards(kernel, x, times, generator):
     return x
 
 
-# %%
+# %% alt="Six continuations of one state at time 0.75 under three samplers. ODE: the same picture six times. The SDE and the DDPM transition: six pictures alike in layout, with different objects here and there and rewards."
 first = torch.randn(20, *prompt.shape, generator=torch.Generator().manual_seed(0))
 parents = {k: onwards(kernels.ode, first, times[: k + 1], torch.Generator()) for k in (0, 4, 6)}
 fig, axes = plt.subplots(3, 6, figsize=(9, 4.9))
 for row, (name, kernel) in zip(axes, samplers.items(), strict=True):
     generator = torch.Generator().manual_seed(1)
     born = prompt.decode(onwards(kernel, parents[4][3:4].expand(6, -1, -1, -1), times[4:], generator))
-    for ax, picture, r in zip(row, born, reward(born), strict=True):
-        plots.picture(ax, picture, f"reward {r:.1f}")
-    row[0].set_ylabel(name)
-plots.show(
-    fig,
-    alt="Six continuations of one state at time 0.75 under three samplers. ODE: the same picture six times. The SDE "
-    "and the DDPM transition: six pictures alike in layout, with different objects here and there and rewards.",
-)
+    plots.strip(row, born, [f"reward {r:.1f}" for r in reward(born)], name)
+plt.show()
 
 # %% [markdown]
 # And in numbers, for 20 states at each of three times, four children each: how far apart the children are (root mean squared difference of two pictures), and the best child's reward minus the reward of the one child that the ODE has.

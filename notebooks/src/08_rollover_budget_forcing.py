@@ -132,7 +132,7 @@ def among_equals(runs=10000, most=64):
 
 draws, equals = np.array([needed(seed) for seed in range(60)]), among_equals()
 
-# %%
+# %% alt="Left: draws needed per transition: medians about 4 to 6, 10 at the last; the ninetieth percentile grows from 11 to 64. Right: the chance of no improvement falls slowly with the number of draws, for equals far more slowly."
 fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4))
 left.boxplot(draws, whis=(10, 90), showfliers=False, medianprops={"color": "black", "linewidth": 2})
 left.set(yscale="log", xlabel="paid transition", ylabel="draws until the record falls (or 64)")
@@ -145,11 +145,7 @@ right.plot(n, 4 / (4 + n), "C1--", label="equals, the first: (8.1), m = 4")
 right.plot(n, [(draws[:, 0] > k).mean() for k in n], "C1-", label="this flow, the first")
 right.set(xscale="log", xlabel="n", ylabel="no improvement in n draws")
 right.legend(fontsize=8)
-plots.show(
-    fig,
-    alt="Left: draws needed per transition: medians about 4 to 6, 10 at the last; the ninetieth percentile grows from "
-    "11 to 64. Right: the chance of no improvement falls slowly with the number of draws, for equals far more slowly.",
-)
+plt.show()
 quota = 10
 unused = np.maximum(quota - draws, 0).sum() / (quota * draws.size)
 short = (draws > quota).mean()
@@ -301,25 +297,20 @@ def shortfall(kernel, budget, method):
     return mean, np.mean([r["nfe"] for r in cell])
 
 
-# %%
+# %% alt="Mean shortfall of four searches under two kernels, at 100 and 500 NFE, log scale: the first improvement is worst by far, with the paper's settings and with one chain; best of quota and SVDD are best."
 fig, axes = plt.subplots(1, 2, figsize=(10, 3.4), sharey=True)
 for ax, name in zip(axes, ("linear SDE", "DDPM"), strict=True):
     for offset, budget, marker in ((-0.12, 100, "o"), (0.12, 500, "s")):
         means, spent = zip(*[shortfall(name, budget, method) for method in RULES], strict=True)
-        error = [[m.mean - m.low for m in means], [m.high - m.mean for m in means]]
         place = np.arange(len(RULES)) + offset
-        ax.errorbar(place, [m.mean for m in means], error, fmt=marker, label=f"{budget} NFE")
+        plots.intervals(ax, place, means, marker=marker, linestyle="", label=f"{budget} NFE")
         slow, rest = means[1:3], (means[0], means[3])
         assert min(m.low for m in slow) > max(m.high for m in rest) and min(spent[:3]) == budget
     ax.set(yscale="log", title="linear SDE" if name == "linear SDE" else "DDPM transition")
     ax.set_xticks(range(len(RULES)), RULES.values(), fontsize=9)
 axes[0].set_ylabel("mean of −reward")
 axes[0].legend(fontsize=8)
-plots.show(
-    fig,
-    alt="Mean shortfall of four searches under two kernels, at 100 and 500 NFE, log scale: the first improvement is "
-    "worst by far, with the paper's settings and with one chain; best of quota and SVDD are best.",
-)
+plt.show()
 
 # %% [markdown]
 # Both spend their whole budget, most of it in the last transition: from a bad place the last step does not get far. (One more thing to see: on the left, the best of quota does worse with five times the budget. A search can repair late only what noise still moves late, and $g_t = 3t^2$ has nearly died out by
@@ -416,13 +407,12 @@ for law, cells in all_missed.items():
     print(f"{law:12}at worst, times the best ".ljust(34) + "".join(f"{f:8.1f}" for f in factors[law]))
     assert factors[law][2] == factors[law].min()
 
-# %%
+# %% alt="Left and middle: mean shortfall for five answers and for equal quotas under each kernel, log scale: lowest between 8 and 24, and rising to equal quotas; 16 is lowest or near it. Intervals are wide at 8 on the multi-step flow, and under the linear SDE at 12 on the distilled one, where a bad seed makes the mean. Right: draws at 500 NFE: 24 each at first, then 82 and 246; or 55 each."
 fig, axes = plt.subplots(1, 3, figsize=(11, 3.6))
 for ax, (law, cells) in zip(axes[:2], all_missed.items(), strict=True):
     for k, ((world, budget), means) in enumerate(cells.items()):
-        error = [[m.mean - m.low for m in means], [m.high - m.mean for m in means]]
-        name = f"{FLOWS[world]}, {budget} NFE"
-        ax.errorbar(np.arange(6) + (k - 1.5) / 8, [m.mean for m in means], error, fmt="osD^"[k], ms=4, label=name)
+        place, name = np.arange(6) + (k - 1.5) / 8, f"{FLOWS[world]}, {budget} NFE"
+        plots.intervals(ax, place, means, marker="osD^"[k], linestyle="", label=name)
     ax.set(yscale="log", ylim=(6e-5, 0.1), xlabel="enough", title=f"{law} transition" if law == "DDPM" else law)
     ax.set_xticks(range(6), [m.split()[-1] if "enough" in m else "equal\nquotas" for m in ANSWERS])
 axes[0].set_ylabel("mean of −reward")
@@ -431,13 +421,7 @@ for method, style in (("RBF, enough 24", "o-"), ("RBF, equal quotas", "s--")):
     axes[2].plot(range(1, 10), missed("DDPM", "exact", 500, method)[1], style, label=method.removeprefix("RBF, "))
 axes[2].set(ylim=(0, None), xlabel="paid transition", ylabel="draws at 500 NFE")
 axes[2].legend(loc="upper left", fontsize=8)
-plots.show(
-    fig,
-    alt="Left and middle: mean shortfall for five answers and for equal quotas under each kernel, log scale: "
-    "lowest between 8 and 24, and rising to equal quotas; 16 is lowest or near it. Intervals are wide at 8 on the "
-    "multi-step flow, and under the linear SDE at 12 on the distilled one, where a bad seed makes the mean. Right: "
-    "draws at 500 NFE: 24 each at first, then 82 and 246; or 55 each.",
-)
+plt.show()
 
 # %% [markdown]
 # (At 250 NFE a quota holds 27, so 32 is the same as equal quotas.) Too few draws early are a mistake: on the multi-step flow no last step mends what is lost at 8, and on the distilled one, under the linear SDE, one seed of a hundred goes so wrong at 12 that it makes the mean. Too many leave too few for the end. By
@@ -507,7 +491,7 @@ for step in found.trace[1:]:
 kinds[-2:] = ["finish", "free"]
 COLOURS = {"first noises": "0.6", "success": "C3", "no success": "C2", "finish": "C1", "free": "white"}
 
-# %%
+# %% alt="Above, the posterior mean kept after each step, with its time and look-ahead reward, which rises to near 0 and falls twice on the way. Below, the draws of each step: 62 first noises, six steps with success of 8 to 32 draws, two without of 44 and 21, a finish of 35; the uniform quota is 21."
 strip = torch.cat([prompt.decode(x0) for _, x0, _ in film])
 fig, axes = plt.subplots(2, 1, figsize=(11, 3.6), height_ratios=(1.3, 1))
 axes[0].axis("off")
@@ -522,12 +506,7 @@ uniform_quota = np.mean(drawn_by_step[1:-1])
 axes[1].axhline(uniform_quota, color="black", linestyle="--", linewidth=1, label="uniform quota")
 axes[1].set(xlim=(-0.5, len(film) - 0.5), xticks=[], ylabel="draws")
 axes[1].legend(fontsize=8, ncols=2)
-plots.show(
-    fig,
-    alt="Above, the posterior mean kept after each step, with its time and look-ahead reward, which rises to near 0 "
-    "and falls twice on the way. Below, the draws of each step: 62 first noises, six steps with success of 8 to 32 "
-    "draws, two without of 44 and 21, a finish of 35; the uniform quota is 21.",
-)
+plt.show()
 print(", ".join(f"{n} ({kind})" for n, kind in zip(drawn_by_step, kinds, strict=True)))
 
 # %% [markdown]
@@ -535,12 +514,12 @@ print(", ".join(f"{n} ({kind})" for n, kind in zip(drawn_by_step, kinds, strict=
 # (Most bars are multiples of eight, because the package draws eight at a time; see the next section.) Move through the steps.
 
 
-# %%
+# %% alt="The posterior mean that RBF kept after the step chosen."
 def show_step(step=0):
     """The posterior mean that RBF kept after one step, and what the step cost."""
     fig, ax = plt.subplots(figsize=(2.4, 2.7))
     plots.picture(ax, strip[step], f"t = {film[step][0]:.2f}\n{drawn_by_step[step]} draws, reward {film[step][2]:.2f}")
-    plots.show(fig, alt=f"The posterior mean that RBF kept after step {step}.")
+    plt.show()
 
 
 try:

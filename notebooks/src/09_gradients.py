@@ -99,7 +99,7 @@ def dps_guidance(x, t):
     return torch.autograd.grad(look_ahead.sum(), x)[0]
 
 
-# %%
+# %% alt="Exact guidance and DPS against the state at three times. Between the modes DPS has a peak more than twice too high at t = 0.8 and 0.5; at t = 0.2 the curves nearly agree. At the right, at t = 0.8, DPS even points backwards."
 x = torch.linspace(-3, 3, 241)[:, None]
 between = x.abs()[:, 0] < 1
 fig, axes = plt.subplots(1, 3, figsize=(9.5, 2.9))
@@ -113,11 +113,7 @@ for ax, t in zip(axes, (0.8, 0.5, 0.2), strict=True):
     print(f"         at a hundredth of the strength {peak / low:.1f} times")
 axes[0].set_ylabel("added to the score")
 axes[0].legend(fontsize=8)
-plots.show(
-    fig,
-    alt="Exact guidance and DPS against the state at three times. Between the modes DPS has a peak more than twice too "
-    "high at t = 0.8 and 0.5; at t = 0.2 the curves nearly agree. At the right, at t = 0.8, DPS even points backwards.",
-)
+plt.show()
 
 # %% [markdown]
 # Look between the modes, at the two earlier times: DPS is more than twice too strong. There the posterior is undecided. A small step changes the mean $x_{0|t}$ much, and DPS takes that for a change of every picture, while the true guidance only asks how much likelier
@@ -193,7 +189,7 @@ print(f"{found.nfe} NFE for 500 samples: {20 * 500} velocities, and {found.gradi
 #
 # How good are the samples? Below are 3,000 of them under each of three kernels, at strength 1, beside the tilted law that they should follow. "DDPM transition" is (4.16) throughout: with the posterior mean in the place of $x_0$, it leaves some variance out (4.17).
 
-# %%
+# %% alt="Histograms of guided samples under three kernels beside the tilted law and the data. All put too little mass on the left mode; the ODE's right mode is far too narrow, those of the SDE and of the DDPM transition a little."
 from flowscale_lite import ddim, quadratic, sde
 
 kernels = {"ODE": ode, "SDE, g = 3t^2": sde(quadratic()), "DDPM transition": ddim()}
@@ -211,12 +207,7 @@ for ax, (name, kernel) in zip(axes, kernels.items(), strict=True):
     print(f"{name:17} mass of the right mode {right}")
 print(f"{'tilted law':17} mass of the right mode {target.weights[1]:.3f}, standard deviation {target.scales[1]:.2f}")
 axes[0].legend(fontsize=8)
-plots.show(
-    fig,
-    alt="Histograms of guided samples under three kernels beside the tilted law and the data. All put too little mass"
-    " on the left mode; the ODE's right mode is far too narrow, those of the SDE and of the DDPM transition a "
-    "little.",
-)
+plt.show()
 
 # %% [markdown]
 # Guidance finds the better mode, and forgets the other more than it should: the early peak between the modes, above, pulls nearly everything across. Inside the mode the width is too small by about a tenth where the kernel adds noise, for noise lets the model correct; the ODE's is too small by far more.
@@ -248,7 +239,7 @@ for n in (1, 4, 16, 64):
     best.append((peak(winners).mean().item(), ring.log_prob(winners).mean().item()))
 
 
-# %%
+# %% alt="Mean log density against mean reward, strength growing along each curve. The exact tilted law stays at a log density above -4 while its reward approaches 0. DPS leaves it: with the ODE the log density falls below -20 at strength 30, with the SDE to about -11, and the reward of both gets worse again."
 fig, ax = plt.subplots(figsize=(6, 3.6))
 for (name, values), marker in zip(curves.items(), "osD", strict=True):
     ax.plot(*np.array(values).T, marker=marker, label=name)
@@ -257,12 +248,7 @@ ax.annotate("strength 30", curves["DPS, ODE"][-1], xytext=(8, 2), textcoords="of
 ax.set_xscale("symlog", linthresh=0.05)
 ax.set(xlabel="mean reward (highest is 0)", ylabel="mean log density of the data", ylim=(-24, 0))
 ax.legend(fontsize=8, loc="lower left")
-plots.show(
-    fig,
-    alt="Mean log density against mean reward, strength growing along each curve. The exact tilted law stays at a log"
-    " density above -4 while its reward approaches 0. DPS leaves it: with the ODE the log density falls below -20"
-    " at strength 30, with the SDE to about -11, and the reward of both gets worse again.",
-)
+plt.show()
 for name, values in curves.items():
     print(f"{name:11}", "  ".join(f"{s:g}: {a:.2f}/{b:.1f}" for s, (a, b) in zip(STRENGTHS, values, strict=True)))
 
@@ -284,7 +270,7 @@ def path_of_states(strength, number):
     return times, first, run.particles.x
 
 
-# %%
+# %% alt="Mean first coordinate of the states over time. The exact tilted law goes straight from 0 to 2.2. DPS in 30 steps at strength 30 climbs to about 7.5 by t = 0.8 and falls back to 3.3; at strength 3 it rises to about 2.2, stays, and ends at 2.4."
 fig, ax = plt.subplots(figsize=(6, 3.2))
 for strength in (3.0, 30.0):
     judged = []
@@ -300,12 +286,7 @@ tilted_mean = ring.tilted(peak, 1 / 30)[0].sample(20_000, torch.Generator().manu
 ax.plot([1, 0], [0, tilted_mean], color="black", label="exact tilt, strength 30")
 ax.set(xlabel="time t (noise left, data right)", ylabel="mean first coordinate of the state", xlim=(1.02, -0.02))
 ax.legend(fontsize=8)
-plots.show(
-    fig,
-    alt="Mean first coordinate of the states over time. The exact tilted law goes straight from 0 to 2.2. DPS in 30 "
-    "steps at strength 30 climbs to about 7.5 by t = 0.8 and falls back to 3.3; at strength 3 it rises to about 2.2, "
-    "stays, and ends at 2.4.",
-)
+plt.show()
 
 # %% [markdown]
 # Ten times as many steps mend nothing, neither reward nor density, so it is not the step. Early on the posterior mean is an average over modes and answers slowly, so DPS goes on pushing, until the state is far outside anything that data plus noise ever gave. Later the model brings it back, but not all the way. The approximation is to blame, not the
@@ -454,7 +435,7 @@ for name, make in REWARDS.items():
 # The gradient runs from the reward through the decoder, the posterior mean and the transformer to the latents. Its size, printed above, depends on the reward and changes along the way, so a strength that is right at one time is wrong at the next. Therefore
 # we use the *normalised* form: $x_{0|t}$ moves in the gradient's direction by a fixed length, strength times $\sigma_t$ in the root mean square. We steer from $t = 0.9$ on; above that, dev's posterior mean is a blur.
 
-# %%
+# %% alt="One noise, steered by each reward with growing strength. By ink: right up to 0.2; at 0.4 a red circle is gone, at 0.8 the circles are a muddy mix of colours, and the reward has fallen. By colour: the reward grows at every step; at 0.1 the objects stay, at 0.2 a fourth circle replaces a triangle, at 0.4 an eighth object and a yellow triangle come in, at 0.8 orange stains."
 shown, strengths = {}, (0.0, 0.1, 0.2, 0.4, 0.8)
 for name, make in REWARDS.items():
     problem = prompt.problem(make(scene), ode, times=logit_normal(10))
@@ -468,13 +449,7 @@ for ax, ((_, strength), (picture, given, right)) in zip(axes.flat, shown.items()
     plots.picture(ax, picture, f"strength {strength:g}\n{given:.2f}, {'right' if right else 'wrong'}")
 for left, name in zip(axes[:, 0], REWARDS, strict=True):
     left.set_ylabel(name)
-plots.show(
-    fig,
-    alt="One noise, steered by each reward with growing strength. By ink: right up to 0.2; at 0.4 a red circle is "
-    "gone, at 0.8 the circles are a muddy mix of colours, and the reward has fallen. By colour: the reward grows at "
-    "every step; at 0.1 the objects stay, at 0.2 a fourth circle replaces a triangle, at 0.4 an eighth object and a "
-    "yellow triangle come in, at 0.8 orange stains.",
-)
+plt.show()
 
 # %% [markdown]
 # Above each picture: strength, given reward, and the held-out judge's verdict. All pictures come from one noise, whose plain sample is right. *Ink as asked* gains its last hundredths at small strengths; then objects go missing and colours mix, and the given reward itself falls. *Colourful* gets what it wants
@@ -532,7 +507,7 @@ def gain(what, **wanted):
     return experiments.paired_difference(stored(**wanted), stored(**wanted | {"strength": 0.0}), what)
 
 
-# %%
+# %% alt="What guidance adds to given reward and to held-out accuracy, against strength, for both rewards and three ways of steering. Ink: the reward rises a little, then falls, far at 0.8 except with the ODE; the accuracy hardly rises, then falls. Colourful: the reward rises, most with the ODE, which drops a little at 0.8. Accuracy falls."
 SETTINGS = {
     "ODE": {"kernel": "ode", "below": 0.9},
     "DDPM transition": {"kernel": "DDPM", "below": 0.9},
@@ -544,20 +519,13 @@ for pair, name in zip(axes, REWARDS, strict=True):
     for k, (label, setting) in enumerate(SETTINGS.items()):
         for ax, what in zip(pair, ("given", "held_out"), strict=True):
             values = [gain(what, method="samples", reward=name, strength=s, **setting) for s in STRENGTHS]
-            mean, low, high = np.array([[*value] for value in values]).T
-            at, error = np.arange(6) + 0.08 * (k - 1), (mean - low, high - mean)
-            ax.errorbar(at, mean, yerr=error, marker="osD"[k], markersize=4, capsize=2, label=label)
+            plots.intervals(ax, np.arange(6) + 0.08 * (k - 1), values, marker="osD"[k], label=label)
     pair[0].set_ylabel(f"{name}\ngain in given reward")
     pair[1].set(ylabel="gain in share right, held-out", ylim=(-0.5, 0.3))
 for ax in axes[1]:
     ax.set(xticks=range(6), xticklabels=STRENGTHS, xlabel="strength")
 axes[0, 0].legend(fontsize=8, loc="lower left")
-plots.show(
-    fig,
-    alt="What guidance adds to given reward and to held-out accuracy, against strength, for both rewards and three "
-    "ways of steering. Ink: the reward rises a little, then falls, far at 0.8 except with the ODE; the accuracy hardly "
-    "rises, then falls. Colourful: the reward rises, most with the ODE, which drops a little at 0.8. Accuracy falls.",
-)
+plt.show()
 
 # %%
 plain = {
@@ -667,25 +635,19 @@ assert contrasts["colourful", (TEN, 0.0)][1].high < 0, "colourful: worse than pl
 #
 # Guidance costs budget that a search could spend on candidates: with ten steps, eight of them steered, a steered sample takes 34 evaluations and a plain one ten. The same prompts, three seeds, 250 NFE, DDPM transitions, strength 0.1. SVDD and a beam keep two states each; the beam is `Beam(states=2, select_below=0.8)`: candidates of both states compete, and selection begins at $t = 0.8$, while SVDD selects at every step.
 
-# %%
+# %% alt="Held-out accuracy at 250 NFE of three methods with and without guidance. By ink all are far above one plain sample, with guidance no higher than without. By colour all are far below one plain sample, near zero."
 METHODS = {"best-of-n": "best-of-N", "svdd": "SVDD", "beam": "beam"}
 fig, axes = plt.subplots(1, 2, figsize=(9, 3.2), sharey=True)
 for ax, name in zip(axes, REWARDS, strict=True):
     for k, s in enumerate((0.0, 0.1)):
         values = [level("held_out", method=m, reward=name, budget=250, strength=s) for m in METHODS]
-        mean, low, high = np.array([[*value] for value in values]).T
-        at, error = np.arange(len(METHODS)) + 0.2 * (k - 0.5), (mean - low, high - mean)
-        label = "with guidance" if s else "no gradient"
-        ax.errorbar(at, mean, yerr=error, marker="os"[k], linestyle="", capsize=2, label=label)
+        at, label = np.arange(len(METHODS)) + 0.2 * (k - 0.5), "with guidance" if s else "no gradient"
+        plots.intervals(ax, at, values, marker="os"[k], linestyle="", label=label)
     ax.axhline(plain["DDPM transition"].mean, color="0.5", linestyle=":", label="one plain sample")
     ax.set(title=name, xticks=range(len(METHODS)), xticklabels=METHODS.values(), xlim=(-0.5, 2.5), ylim=(-0.03, 1.03))
 axes[0].set_ylabel("right, by the held-out judge")
 axes[1].legend(fontsize=8)
-plots.show(
-    fig,
-    alt="Held-out accuracy at 250 NFE of three methods with and without guidance. By ink all are far above one plain "
-    "sample, with guidance no higher than without. By colour all are far below one plain sample, near zero.",
-)
+plt.show()
 
 # %%
 alone, gains, lines = {}, {}, []
@@ -711,7 +673,7 @@ assert all(alone["colourful", method].high < single.low for method in METHODS), 
 #
 # Here is given against held-out reward for all that we have seen.
 
-# %%
+# %% alt="Held-out accuracy against given reward. Ink: samples over strength form a hook, the searches without gradients lie above and to the right of it. Colourful: all fall from left to right; guided samples in 40 steps fall least, the searches without gradients most."
 fig, axes = plt.subplots(1, 2, figsize=(9.5, 3.6), sharey=True)
 for ax, name in zip(axes, REWARDS, strict=True):
     for (label, setting), marker in zip(SETTINGS.items(), "osD", strict=True):
@@ -731,12 +693,7 @@ axes[0].set_xlim(-6.5, 0.15)
 axes[0].set(ylabel="right, by the held-out judge", xticks=[-5, -2, -1, -0.5, 0], xticklabels=[-5, -2, -1, -0.5, 0])
 axes[0].minorticks_off()
 axes[0].legend(fontsize=7, loc="upper left")
-plots.show(
-    fig,
-    alt="Held-out accuracy against given reward. Ink: samples over strength form a hook, the searches without "
-    "gradients lie above and to the right of it. Colourful: all fall from left to right; guided samples in 40 steps "
-    "fall least, the searches without gradients most.",
-)
+plt.show()
 
 # %% [markdown]
 # In the right panel, compare guidance in 40 steps with best-of-N at a similar reward. For about the same gain in a poor reward, small guided steps did less harm here than selection did. A likely reason: choosing among whole pictures finds more colour only in other pictures, with more objects in them, while a gradient can also enlarge or deepen the objects that are there. Some harm they did.

@@ -112,20 +112,15 @@ def curves(labels):
             ax.fill_between(budgets, low, high, color=line.get_color(), alpha=0.15)
         ax.axhline(accuracy(field, "plain", 10).mean, color="0.5", linestyle=":", linewidth=1, label="plain sample")
         ax.set(xlabel="NFE", xscale="log", title=title, ylim=(0, 1.02))
-        ax.set_xticks([50, 100, 250, 500, 1000], ["50", "100", "250", "500", "1000"])
-        ax.minorticks_off()
+        plots.ticks(ax.xaxis, [50, 100, 250, 500, 1000])
     axes[0].set(ylabel="pictures exact")
     axes[0].legend(fontsize=8, loc="upper left")
     return fig
 
 
-# %%
+# %% alt="Share of exact pictures against NFE, on a logarithmic axis, for best-of-N in ten and in four steps and for RBF, with bands, for both judges: RBF is no better at 50 NFE and far better from 250 on."
 fig = curves({"best-of-n": "best-of-N, 10 steps", "best-of-n, 4 steps": "best-of-N, 4 steps", "rbf": "RBF"})
-plots.show(
-    fig,
-    alt="Share of exact pictures against NFE, on a logarithmic axis, for best-of-N in ten and in four steps and for "
-    "RBF, with bands, for both judges: RBF is no better at 50 NFE and far better from 250 on.",
-)
+plt.show()
 
 # %% [markdown]
 # (Three seeds a prompt; one at 50 and at 1,000 NFE.) Two things to see. From 250 NFE on RBF's curve is above both of best-of-N, by either judge; at 50 it is not: then four draws a step are all there is. And best-of-N may choose its steps: on a few-step model a sample is nearly finished after a few
@@ -229,7 +224,7 @@ print(f"chance of a try for k = 1, {k[mended.argmax()]}, {n}: {mended[0]:.3f}, {
 # else, to 0.7, where it is only cleaned up; a quarter of the budget goes to first noises, as with RBF; a try redraws six regions of sixteen. Here are a hundred evaluations, and the record holders on the way:
 
 
-# %%
+# %% alt="Six record holders of one search, from the best first noise to the end: from one to the next the contents of up to four of the sixteen cells change, the others stay as they are."
 pipe, second = load(locate("tiny-flux/schnell")), HeldOutJudge.load(locate("judge/held_out.safetensors"))
 text = "two red circles right of eight green circles"
 prompt, records = FlowModel.encode(pipe, text, guidance=2.0), []
@@ -243,21 +238,13 @@ fig, axes = plt.subplots(1, len(shown), figsize=(11, 2.4))
 for ax, (nfe, value, x0) in zip(axes, shown, strict=True):
     plots.picture(ax, prompt.decode(x0)[0], f"{nfe} NFE: {value:.2f}")
 fig.suptitle(text, fontsize=10)
-plots.show(
-    fig,
-    alt="Six record holders of one search, from the best first noise to the end: from one to the next the contents of "
-    "up to four of the sixteen cells change, the others stay as they are.",
-)
+plt.show()
 cells = [second.cells(prompt.decode(x0))[0] for *_, x0 in shown]
 print("cells that changed, as the held-out judge reads them:", [int((a != b).sum()) for a, b in pairwise(cells)])
 
-# %%
+# %% alt="Share of exact pictures against NFE, on a logarithmic axis, for best-of-N, RBF and Refine, with bands, for both judges: Refine lies highest, by most at small budgets, and reaches 1 at the largest."
 fig = curves({"best-of-n": "best-of-N", "rbf": "RBF", "refine": "Refine"})
-plots.show(
-    fig,
-    alt="Share of exact pictures against NFE, on a logarithmic axis, for best-of-N, RBF and Refine, with bands, for "
-    "both judges: Refine lies highest, by most at small budgets, and reaches 1 at the largest.",
-)
+plt.show()
 
 # %%
 lines = [versus(("refine", 100), ("best-of-n", 500)), versus(("refine", 100), ("best-of-n, 4 steps", 500))]
@@ -308,7 +295,7 @@ for cost, digits in costs.items():
     table[cost] = [f"{spent.mean:.{digits}f}" for spent in table[cost]]
 table
 
-# %%
+# %% alt="Paired differences of accuracy between RBF and every other method at 250 NFE with 95 percent intervals, for both judges: Refine is left of zero; the narrowing beam, SMC and four rules of RBF are near it; best-of-N, CoDe, search over paths and RBF with other kernels are far to its right."
 others = [m for m in methods if m != "rbf"]
 fig, axes = plt.subplots(1, 2, figsize=(10, 0.33 * len(others) + 1), sharey=True)
 for ax, judge in zip(axes, ("counter", "held-out"), strict=True):
@@ -319,12 +306,7 @@ for ax, judge in zip(axes, ("counter", "held-out"), strict=True):
     ax.set(xlabel=f"RBF minus the other, {judge}")
 axes[0].set_yticks(range(len(others)), others, fontsize=8)
 axes[0].invert_yaxis()
-plots.show(
-    fig,
-    alt="Paired differences of accuracy between RBF and every other method at 250 NFE with 95 percent intervals, for "
-    "both judges: Refine is left of zero; the narrowing beam, SMC and four rules of RBF are near it; best-of-N, CoDe, search over "
-    "paths and RBF with other kernels are far to its right.",
-)
+plt.show()
 apart = [m for m in others if versus(("rbf", 250), (m, 250))["held-out"].low > 0]
 print("RBF is better by the held-out judge, the interval excluding 0, than:", "; ".join(apart) or "none")
 assert all(
@@ -429,7 +411,7 @@ assert all(line["distance, plain = 1"].low > 0.8 for line in lines), "finds of d
 #
 # And how far ahead does the look-ahead see? For the RBF runs, take the reward each went on with after a step (step 0 is the best first noise) and the one it ended with, subtract the prompt's mean from both, and correlate the ranks. Intervals draw whole prompts:
 
-# %%
+# %% alt="Rank correlation of the look-ahead reward after each step of RBF with the final reward: small in the first five steps, the intervals holding 0; then it rises, with a dip at step 7, to 1 at the last."
 from scipy.stats import spearmanr
 
 
@@ -447,11 +429,7 @@ fig, ax = plt.subplots(figsize=(5.4, 2.8))
 ax.errorbar(range(10), seen, yerr=(seen - low, high - seen), marker="o", markersize=4, capsize=3)
 ax.axhline(0, color="0.6", linewidth=0.8, linestyle="-")
 ax.set(xlabel="step", ylabel="rank correlation with the end", ylim=(-0.3, 1.05), xticks=range(10))
-plots.show(
-    fig,
-    alt="Rank correlation of the look-ahead reward after each step of RBF with the final reward: small in the first "
-    "five steps, the intervals holding 0; then it rises, with a dip at step 7, to 1 at the last.",
-)
+plt.show()
 assert (low[:5] < 0).all() and (low[6:] > 0).all(), "the first half should see little"
 print(", ".join(f"t = {t:.4f}: {c:.2f} [{a:.2f}, {b:.2f}]" for t, c, a, b in zip(grid, seen, low, high, strict=False)))
 
@@ -505,7 +483,7 @@ def again(row):
     return found, picture[0], bool(shapes.exact(scene, picture)[0]), bool(second.exact(scene, picture)[0])
 
 
-# %%
+# %% alt="Four pictures that the counter finds exact and the held-out judge does not. Each has an object that mixes two colours, red and green or red and yellow; the judge counts it as one object more than was asked for."
 fooled = [r for r in cell("rbf", 250, right) if not r["held_out"] and r["reward"] >= -0.5][:4]
 fig, axes = plt.subplots(1, len(fooled), figsize=(11, 3.8), squeeze=False)
 more = 0
@@ -517,11 +495,7 @@ for ax, row in zip(axes[0], fooled, strict=True):
         ax, picture, f"reward {result.reward:.3f}\njudge: a {' '.join(shapes.CLASSES[extra.argmax()])} too many"
     )
     ax.set_xlabel(row["prompt"].replace(" of ", " of\n").replace(" and ", "\nand "), fontsize=8)
-plots.show(
-    fig,
-    alt="Four pictures that the counter finds exact and the held-out judge does not. Each has an object that mixes two "
-    "colours, red and green or red and yellow; the judge counts it as one object more than was asked for.",
-)
+plt.show()
 assert more >= len(fooled) - 1, "the judge should see one object more, but where another processor tips a decision"
 
 # %% [markdown]
