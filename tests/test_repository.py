@@ -86,6 +86,13 @@ def test_arrows_point_one_way(path):
         assert wrong_arrows(name, imports(path)) == []
 
 
+def test_contributing_lists_the_rooms_in_their_order():
+    guide = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    table = re.search(r"^\| room \|.*\n\|[-|]+\n((?:\|.*\n)+)", guide, re.M)[1]
+    rooms = [name for line in table.splitlines() for name in re.findall(r"`(\w+)/?`", line.split("|")[1])]
+    assert rooms == list(ORDER)
+
+
 def test_wrong_arrows_are_found():
     assert wrong_arrows("search", {"flowscale_lite.kernels"}) == []
     assert wrong_arrows("kernels", {"flowscale_lite.search"}) == ["kernels imports search, which comes after it"]
