@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import subprocess
+import sys
 from functools import cache
 
 import httpx
@@ -571,3 +573,8 @@ def test_weights_that_are_pickles_are_refused(tmp_path, folder):
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04.")
     with pytest.raises(FileNotFoundError, match="lacks safetensors weights"):
         Clip.load(tmp_path)
+
+
+def test_importing_the_judges_loads_no_model_library():
+    code = "import sys, flowscale_lite.judges; print({'diffusers', 'transformers'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
