@@ -17,7 +17,7 @@ export HF_HUB_OFFLINE ?= 1
 unexport PYTHONPATH
 
 .DEFAULT_GOAL := help
-.PHONY: help tutorial test mutants lab notebooks release clean
+.PHONY: help tutorial test mutants lab notebooks api release clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -52,6 +52,9 @@ release: $(VENV)/.dev  ## check the notebooks, build wheel and sdist into dist/,
 	@rm -rf dist
 	@$(PY) -m hatchling build -d dist
 	@$(PY) -m tools.release
+
+api: $(VENV)/.dev  ## build the API reference from the docstrings into build/api/
+	@$(PY) -m pdoc -o build/api flowscale_lite
 
 clean:  ## remove the environment and everything generated outside git
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
