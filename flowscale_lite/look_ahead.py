@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from .interpolants import LINEAR, Interpolant, Velocity
@@ -59,10 +60,16 @@ def sibling(velocity: Velocity, path: Interpolant = LINEAR) -> LookAhead:
     """The posterior mean by another model of the same latents, such as the few-step version of a model: one evaluation.
 
     It is charged as one evaluation of the problem's own model. The own velocity is evaluated for states kept only.
+
+    Raises:
+        ValueError: by `Run.gradient`, if the other model is not differentiable.
     """
 
     def estimate(_: Velocity, x: Tensor, v: Tensor, t: float) -> Tensor:
         times = x.new_full((len(x),), t)
-        return path.endpoints(x, velocity(x, times).to(x.dtype), times)[0]
+        v = velocity(x, times).to(x.dtype)
+        if torch.is_grad_enabled() and x.requires_grad and not v.requires_grad:
+            raise ValueError("the sibling's velocity is not differentiable: no_grad or detach cuts its answer off")
+        return path.endpoints(x, v, times)[0]
 
     return LookAhead("sibling", evaluates=False, estimate=estimate)

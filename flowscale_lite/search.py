@@ -159,7 +159,8 @@ class Run:
                 if "grad" not in str(error):
                     raise
                 raise ValueError(f"the reward is not differentiable: {error}") from error  # numpy refuses such tensors
-            for name, value in (("velocity", x0), ("reward", r)):
+            # The posterior mean depends on x by itself as well, so it is the velocity that is asked.
+            for name, value in (("velocity", v if ahead.evaluates else x0), ("reward", r)):
                 if not value.requires_grad:
                     raise ValueError(f"the {name} is not differentiable: no_grad or detach cuts its answer off")
             (grad,) = torch.autograd.grad(r.sum(), x)

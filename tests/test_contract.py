@@ -368,6 +368,9 @@ def test_methods_are_frozen(line):
         setattr(line.method, fields(line.method)[0].name, 1)
 
 
+NOT_ZERO = [(SMC, "tau"), (Guide, "strength")]
+FRACTIONS = [(ZeroOrder, "radius"), (Refine, "share"), (Beam, "select_below"), (Guide, "below"), (Guide, "floor")]
+EDGES = [(*field, 0.0) for field in NOT_ZERO + FRACTIONS] + [(*field, 1.1) for field in [*FRACTIONS, (SMC, "threshold")]]
 KINDS = sorted({type(line.method) for line in METHODS} | {BestOfEnough, Guide}, key=lambda kind: kind.__name__)
 WRONG = {int: (0, -1, 1.5), float: (-1.0, math.nan, math.inf), str: ("no such",)}
 
@@ -381,7 +384,9 @@ def wrong_values(kind: type) -> list[tuple[str, object]]:
     return out
 
 
-@pytest.mark.parametrize(("kind", "name", "value"), [(kind, *wrong) for kind in KINDS for wrong in wrong_values(kind)])
+@pytest.mark.parametrize(
+    ("kind", "name", "value"), EDGES + [(kind, *wrong) for kind in KINDS for wrong in wrong_values(kind)]
+)
 def test_hyperparameters_out_of_range_are_refused(kind, name, value):
     with pytest.raises(ValueError, match=name):
         kind(**{name: value})

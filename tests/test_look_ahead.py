@@ -108,6 +108,12 @@ def test_a_gradient_goes_through_every_evaluation(look):
         torch.testing.assert_close(g[:, i], (up - down) / (2 * h), rtol=1e-5, atol=1e-6)
 
 
+def test_a_sibling_that_is_not_differentiable_is_named():
+    run = opened(sibling(torch.no_grad()(lambda x, t: x / 2)))
+    with pytest.raises(ValueError, match="sibling's velocity is not differentiable"):
+        run.gradient(run.start(2))
+
+
 def test_a_look_ahead_has_a_step_at_least():
     with pytest.raises(ValueError, match="at least 1 step"):
         ode(0)
