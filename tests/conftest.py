@@ -1,4 +1,4 @@
-"""Shared by the tests: oracles (the paths and the flow of Gaussian data, written out again and differently), a problem."""
+"""Shared by the tests: oracles (paths and the flow of Gaussian data, written out again and differently), a problem."""
 
 from __future__ import annotations
 
