@@ -242,7 +242,7 @@ for model in ("dev", "schnell"):
 fig, ax = plt.subplots(figsize=(5.6, 3.2))
 for (model, values), marker in zip(trust.items(), "os", strict=True):
     t = [times[model][i] for i in LOOK[model]]
-    mean, low, high = np.array(values).T
+    mean, low, high = np.array([[*value] for value in values]).T
     ax.errorbar(t, mean, yerr=(mean - low, high - mean), marker=marker, capsize=3, label=model)
 ax.axhline(0, color="0.6", linewidth=0.8, linestyle="-")
 ax.set(xlabel="time t (1 is noise)", ylabel="rank correlation with the final reward", xlim=(1.03, 0.2))
