@@ -1,4 +1,4 @@
-"""Oracles shared by the tests: the paths and the flow of Gaussian data, written out again and differently."""
+"""Shared by the tests: oracles (paths and the flow of Gaussian data, written out again and differently), a problem."""
 
 from __future__ import annotations
 
@@ -9,14 +9,36 @@ from itertools import pairwise
 import torch
 from torch import Generator, Tensor
 
-from flowscale_lite import COSINE, LINEAR, VP, Interpolant, Kernel
+from flowscale_lite import COSINE, LINEAR, VP, GaussianMixture, Interpolant, Kernel, Problem, Result, ddim, uniform
 
 PATHS = (LINEAR, COSINE, VP)
 MEAN, STD = 0.7, 0.5  # the Gaussian data N(MEAN, STD^2 I)
+PLANE = GaussianMixture([[-1.0, 0.5], [1.0, -0.5], [0.3, 1.4]], [0.3, 0.4, 0.2], [0.5, 0.3, 0.2])
+MIXTURE = PLANE.velocity(LINEAR)
 
 
 def seeded(seed: int = 0) -> Generator:
     return Generator().manual_seed(seed)
+
+
+def wish(x: Tensor) -> Tensor:
+    """A reward that peaks beside one of the mixture's modes."""
+    return -(x - x.new_tensor([1.2, 1.2])).square().sum(1)
+
+
+def flat(x: Tensor) -> Tensor:
+    """A reward that nothing improves."""
+    return x.new_zeros(len(x))
+
+
+def problem(steps: int = 5, velocity=MIXTURE, reward=wish, **changes) -> Problem:
+    """A search in the plane, small enough to be run a thousand times."""
+    rest = {"path": LINEAR, "kernel": ddim(), "times": uniform(steps), "shape": (2,)} | changes
+    return Problem(velocity, reward, **rest)
+
+
+def drawn(result: Result) -> list[int]:
+    return [step.drawn for step in result.trace]
 
 
 def levels(name: str, t: float) -> tuple[float, float, float, float]:

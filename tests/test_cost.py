@@ -15,7 +15,19 @@ import torch
 from conftest import seeded
 from scipy.stats import ks_2samp
 
-from flowscale_lite import LINEAR, RBF, GaussianMixture, Problem, QuadraticReward, ddim, flux, search, uniform
+from flowscale_lite import (
+    LINEAR,
+    RBF,
+    BestOfQuota,
+    FirstImprovement,
+    GaussianMixture,
+    Problem,
+    QuadraticReward,
+    ddim,
+    flux,
+    search,
+    uniform,
+)
 from flowscale_lite.tiny import shapes
 from flowscale_lite.tiny.data import locate
 
@@ -110,7 +122,7 @@ def test_where_the_velocity_is_a_formula_no_loop_is_a_tenth_of_the_time():
 @pytest.mark.parametrize("problem", [tiny_flux, toy], ids=["tiny-flux", "toy"])
 def test_speculation_is_twice_as_fast_as_one_draw_at_a_time(problem):
     """By the paper's rule, the whole budget spent. On tiny-flux, where most of the time is the reward's, 2.3 to 2.6."""
-    fast, slow = (timed(problem(), RBF(accept="first", batch=batch), 250, repeats=1)[0] for batch in (8, 1))
+    fast, slow = (timed(problem(), RBF(rule=FirstImprovement(), batch=batch), 250, repeats=1)[0] for batch in (8, 1))
     assert slow > 2 * fast, (slow, fast)
 
 
@@ -124,9 +136,9 @@ def test_speculation_leaves_the_law_of_results_as_it_is():
     """Two-sample Kolmogorov-Smirnov tests over 200 seeds. By the paper's rule a batch takes the first improvement, as
     draws one at a time do; only the rows drawn beyond it are lost to later transitions. A rule of another law is told.
     """
-    one_at_a_time, in_batches = (rewards(RBF(accept="first", batch=batch)) for batch in (1, 8))
+    one_at_a_time, in_batches = (rewards(RBF(rule=FirstImprovement(), batch=batch)) for batch in (1, 8))
     assert ks_2samp(one_at_a_time, in_batches).pvalue > 6e-5  # four standard errors
-    assert ks_2samp(one_at_a_time, rewards(RBF(accept="best"))).pvalue < 6e-5
+    assert ks_2samp(one_at_a_time, rewards(RBF(rule=BestOfQuota()))).pvalue < 6e-5
 
 
 def test_where_the_whole_quota_is_drawn_batches_change_nothing():
@@ -138,7 +150,9 @@ def test_where_the_whole_quota_is_drawn_batches_change_nothing():
 
 CODE = """
 import json, resource, sys, torch
-from flowscale_lite import RBF, assets, ddim, pipelines, search, shapes
+from flowscale_lite import RBF, ddim, flux, search
+from flowscale_lite.tiny import shapes
+from flowscale_lite.tiny.data import locate
 torch.set_num_threads(1)
 text = "four red circles and five blue squares"
 prompt = flux.FlowModel.encode(flux.load(locate("tiny-flux/dev")), text, guidance=2.0)

@@ -21,7 +21,6 @@ from flowscale_lite import (
     ode,
     paper_vp,
     quadratic,
-    redraw,
     renoise,
     sde,
     uniform,
@@ -150,22 +149,6 @@ def test_renoise_carries_one_marginal_to_another(path, t, s):
     b, slope = mean[0].item(), (mean[1] - mean[0]).item()
     m, var = marginal(path.name, t)
     assert (slope * m + b, slope**2 * var + std**2) == pytest.approx(marginal(path.name, s), rel=1e-9)
-
-
-@pytest.mark.parametrize("path", PATHS, ids=lambda p: p.name)
-@pytest.mark.parametrize("s", [0.2, 0.6, 0.9])
-def test_redraw_between_the_two_gaussian_transitions(path, s):
-    """Nothing redrawn is DDIM's step; all of it the mean of ddim's farthest candidate, sigma_s z away from b x0."""
-    v, z = gaussian_flow(path.name)(X, torch.full((3,), 0.6, dtype=float64)), torch.randn(X.shape, dtype=float64)
-    where = torch.tensor([[True], [False], [True]])
-    mean, std = redraw(where, z)(path, X, v, 0.6, s)
-    x0, eps = path.endpoints(X, v, torch.full((3,), 0.6, dtype=float64))
-    b, sigma, _, _ = path.at(s)
-    torch.testing.assert_close(mean, b * x0 + sigma * torch.where(where, z, eps))
-    torch.testing.assert_close(redraw()(path, X, v, 0.6, 0.6)[0], X)
-    assert std == 0
-    if s < 0.6:
-        torch.testing.assert_close(mean[1], ddim(0.0)(path, X, v, 0.6, s)[0][1])
 
 
 def test_natural_diffusion_by_hand():

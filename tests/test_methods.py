@@ -1,69 +1,81 @@
+"""Every search method against a loop written without the package, and what is particular to one of them."""
+
 import math
-import random
-from dataclasses import replace
 from itertools import pairwise
-from statistics import NormalDist
 
 import pytest
 import torch
-from conftest import MEAN, STD, Counting, never, seeded
+from conftest import MEAN, MIXTURE, STD, Counting, drawn, flat, problem, seeded, wish
 
 from flowscale_lite import (
     LINEAR,
     RBF,
+    SVDD,
+    Beam,
+    BestOfEnough,
     BestOfN,
+    BestOfQuota,
+    Blockwise,
+    FirstImprovement,
     GaussianMixture,
     Guide,
     Problem,
     Refine,
-    ddim,
+    SearchOverPaths,
+    ZeroOrder,
     ode,
     quadratic,
     sde,
     search,
+    steps,
     uniform,
 )
-from flowscale_lite.methods.rbf import reached
-
-MIXTURE = GaussianMixture([[-1.0, 0.5], [1.0, -0.5], [0.3, 1.4]], [0.3, 0.4, 0.2], [0.5, 0.3, 0.2]).velocity(LINEAR)
+from flowscale_lite.methods.refine import regions
 
 
-def reward(x):
-    return -(x - x.new_tensor([1.2, 1.2])).square().sum(1)
+def at(x, t):
+    return MIXTURE(x, torch.full((len(x),), t))
 
 
-def flat(x):
-    return x.new_zeros(len(x))
+def look(x, t):
+    """Look-ahead rewards (K,)."""
+    return wish(x - t * at(x, t))
 
 
-def problem(steps=5, velocity=MIXTURE, reward=reward, kernel=None, **rest) -> Problem:
-    return Problem(velocity, reward, LINEAR, kernel or ddim(1.0), uniform(steps), (2,), **rest)
+def ancestral(x, t, s, g):
+    """The DDPM transition on the linear path, by hand."""
+    v, rho = at(x, t), s * (1 - t) / ((1 - s) * t)
+    z = torch.randn(x.shape, generator=g) if s > 0 else 0.0
+    return (1 - s) * (x - t * v) + s * rho * (x + (1 - t) * v) + s * math.sqrt(1 - rho**2) * z
 
 
-def drawn(result) -> list[int]:
-    return [step.drawn for step in result.trace]
+def best_rows(x, t, groups):
+    """The best of each of `groups` runs of neighbouring rows."""
+    return x.view(groups, -1, 2)[torch.arange(groups), look(x, t).view(groups, -1).argmax(1)]
 
 
-# Best of N
+def assert_found(method, budget, seed, x, **changes):
+    """The search's result is the best of the samples x; returned for more questions."""
+    result = search(problem(**changes), method, max_nfe=budget, generator=seeded(seed))
+    torch.testing.assert_close(result.best, x[wish(x).argmax()], rtol=1e-4, atol=1e-4)
+    return result
+
+
+# Best-of-N
 
 
 @pytest.mark.parametrize(("n", "budget", "rows"), [(None, 53, 10), (None, 5, 1), (4, 53, 4), (10, 50, 10)])
-@pytest.mark.parametrize("cost", [1, 3])
-def test_best_of_n_spends_n_samples(n, budget, rows, cost):
-    velocity = Counting(MIXTURE)
-    result = search(problem(velocity=velocity, cost=cost), BestOfN(n), max_nfe=budget * cost, generator=seeded())
-    assert velocity.rows == 5 * rows and result.nfe == 5 * rows * cost and result.reward_calls == rows
-
-
-@pytest.mark.parametrize(("n", "budget"), [(None, 4), (3, 14)])
-def test_best_of_n_refuses_a_budget_too_small(n, budget):
-    with pytest.raises(ValueError, match="max_nfe >="):
-        search(problem(velocity=never, reward=never), BestOfN(n), max_nfe=budget, generator=seeded())
-
-
-def test_best_of_n_refuses_no_samples():
-    with pytest.raises(ValueError, match="n must"):
-        BestOfN(0)
+def test_best_of_n_is_this_loop_and_as_many_samples_as_the_budget_pays_for(n, budget, rows):
+    g = seeded(3)
+    x = torch.randn(rows, 2, generator=g)
+    for t, s in pairwise(uniform(5)):
+        v = at(x, t)
+        score = -(x + (1 - t) * v) / t
+        x = x - (t - s) * (v - (3 * t**2) ** 2 / 2 * score if s > 0 else v)
+        if s > 0:
+            x = x + 3 * t**2 * math.sqrt(t - s) * torch.randn(rows, 2, generator=g)
+    result = assert_found(BestOfN(n), budget, 3, x, kernel=sde(quadratic()))
+    assert result.nfe == 5 * rows and result.reward_calls == rows
 
 
 def test_the_best_of_n_is_the_largest_of_n_normals():
@@ -76,378 +88,413 @@ def test_the_best_of_n_is_the_largest_of_n_normals():
     assert got.mean() == pytest.approx(MEAN + STD * 1.5 / math.sqrt(math.pi), abs=4 * 0.748 * STD / math.sqrt(800))
 
 
-# Rollover budget forcing
+# SVDD and CoDe
 
 
-def test_rbf_books_balance_and_no_budget_is_lost():
-    dice = random.Random(0)
-    for seed in range(200):
-        method = RBF(
-            init=dice.randint(1, 6),
-            accept=dice.choice(["first", "best", "reserve"]),
-            batch=dice.randint(1, 9),
-            enough=dice.randint(1, 30),
-            chains=dice.randint(1, 4),
-            spend_all=dice.random() < 0.7,
-            select_below=dice.choice([1.0, 0.8, 0.5]),
+def plain_blockwise(chains, init, block, copies, g):
+    times = uniform(6)
+    x = torch.randn(chains * init, 2, generator=g)
+    x = best_rows(x, 1.0, chains) if init > 1 else x
+    for k, (t, s) in enumerate(pairwise(times)):
+        if k % block == 0 and t > times[-2]:
+            x = x.repeat_interleave(copies, 0)
+        x = ancestral(x, t, s, g)
+        if (k + 1) % block == 0 and s > 0:
+            x = best_rows(x, s, chains)
+    return x
+
+
+@pytest.mark.parametrize(("chains", "init", "copies"), [(1, 1, 4), (2, 3, 5), (3, 1, 1)])
+def test_svdd_is_this_loop(chains, init, copies):
+    for seed in range(5):
+        assert_found(
+            SVDD(chains, init, copies), 200, seed, plain_blockwise(chains, init, 1, copies, seeded(seed)), steps=6
         )
-        if method.accept == "first":
-            method = replace(method, quantile=dice.choice([None, 0.5, 1.0]))
-        if method.accept != "reserve":
-            method = replace(method, rollover=dice.random() < 0.7)
-        if method.accept == "best" and method.rollover:
-            method = replace(method, compete=dice.random() < 0.5)
-        steps, cost = dice.randint(1, 8), dice.choice([1, 1, 2])
-        least = cost * method.chains * (method.init + steps - 1)
-        budget = least + dice.randint(0, 60)
-        if steps > 1 and 1 / steps > method.select_below:
-            method = replace(method, select_below=1 / steps)
-        velocity = Counting(lambda x, t: x / 2)
-        setup = problem(steps, velocity, dice.choice([reward, flat]), cost=cost)
-        result = search(setup, method, max_nfe=budget, generator=seeded(seed))
-        assert cost * velocity.rows == result.nfe <= budget and result.nfe + result.left == budget, method
-        assert result.trace[-1].t == 0 and result.trace[0].drawn == method.chains * method.init
-        assert all(step.drawn >= method.chains for step in result.trace)
-        if steps > 1 and (method.accept != "first" or (method.rollover and method.spend_all)):
-            rows = method.chains if method.compete else 1
-            assert result.left < rows * cost, (method, result)  # less than one row (for every chain)
-        with pytest.raises(ValueError, match=f"max_nfe >= {least}"):
-            search(setup, method, max_nfe=least - 1, generator=seeded()) if least > 1 else method.check(setup, 0)
 
 
-def plain_rbf(flow, reward, steps, init, budget, g, rollover=True):
-    """The paper's loop with one candidate at a time and the DDPM transition, written without the package."""
-    x = torch.randn(init, 2, generator=g)
-    v = flow(x, torch.full((init,), 1.0))
-    r = reward(x - v)
-    i = r.argmax()
-    x, v, record, left, saved, used = x[i : i + 1], v[i : i + 1], r[i], budget - init, 0, []
+@pytest.mark.parametrize("block", [1, 2, 3, 5, 6, 9])
+def test_blockwise_is_this_loop(block):
+    for seed in range(5):
+        assert_found(Blockwise(2, 2, block, 4), 200, seed, plain_blockwise(2, 2, block, 4, seeded(seed)), steps=6)
+
+
+def test_a_schedule_may_have_nothing_to_select():
+    """One transition, free: only the first noises are spent."""
+    for method in (SVDD(2, 3), Blockwise(2, 3), Beam(2, 3), RBF(3, chains=2)):
+        result = search(problem(1), method, max_nfe=40, generator=seeded())
+        assert drawn(result) == [6, 2] and result.left == 34
+
+
+# Search over Paths
+
+
+def plain_paths(steps, paths, copies, up, down, g):
     times = uniform(steps)
-    for k, (t, s) in enumerate(pairwise(times[:-1])):
-        rows = budget - init
-        share = rows * (steps - 1 - k) // (steps - 1) - rows * (steps - 2 - k) // (steps - 1)
-        quota, best, n = share + saved, None, 0
-        rho = s * (1 - t) / ((1 - s) * t)
-        mean = (1 - s) * (x - t * v) + s * rho * (x + (1 - t) * v)
-        while n < quota:
-            y = mean + s * math.sqrt(1 - rho**2) * torch.randn(1, 2, generator=g)
-            w = flow(y, torch.full((1,), s))
-            q, n, left = reward(y - s * w), n + 1, left - 1
-            if best is None or q > best[2]:
-                best = (y, w, q)
-            if q > record and k < steps - 2:
-                break
-        saved = quota - n if rollover else 0
-        x, v, q = best
-        record = max(record, q)
-        used.append(n)
-    return x - times[-2] * v, used
+    x = torch.randn(paths, 2, generator=g)
+    i, rows = 0, paths
+    while True:
+        for _ in range(down):
+            if i < steps:
+                x = x + (times[i + 1] - times[i]) * at(x, times[i])
+                i += 1
+                rows += len(x) * (i < steps)
+        if len(x) > paths:
+            x = x[(look(x, times[i]) if i < steps else wish(x)).topk(paths).indices]
+        if i == steps:
+            return x, rows
+        t, s = times[i], times[i - up]
+        b = (1 - s) / (1 - t)
+        x = x.repeat_interleave(copies, 0)
+        x = b * x + math.sqrt(s**2 - (b * t) ** 2) * torch.randn(x.shape, generator=g)
+        i, rows = i - up, rows + len(x)
 
 
-@pytest.mark.parametrize("judge", [reward, lambda x: reward(x).round(), flat], ids=["smooth", "integer", "flat"])
-@pytest.mark.parametrize("rollover", [True, False])
-def test_rbf_is_the_papers_loop(judge, rollover):
-    for seed in range(15):
-        x, used = plain_rbf(MIXTURE, judge, 6, 4, 47, seeded(seed), rollover)
-        method = RBF(init=4, accept="first", batch=1, rollover=rollover)
-        result = search(problem(6, reward=judge), method, max_nfe=47, generator=seeded(seed))
-        assert drawn(result) == [4, *used, 1]
-        torch.testing.assert_close(result.best, x[0], rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize(("up", "down"), [(1, 2), (1, 3), (2, 3), (3, 4), (1, 5)])
+def test_search_over_paths_is_this_loop(up, down):
+    for seed in range(5):
+        x, rows = plain_paths(6, 2, 5, up, down, seeded(seed))
+        assert assert_found(SearchOverPaths(2, 5, up=up, down=down), 500, seed, x, steps=6).nfe == rows
 
 
-@pytest.mark.parametrize("accept", ["first", "best"])
-@pytest.mark.parametrize("batch", [1, 4, 100])
-def test_without_success_every_paid_transition_spends_its_quota(accept, batch):
-    """54 rows over 5 paid transitions of a 6-step schedule: the remainder is spread, and the free step draws one."""
-    method = RBF(init=7, accept=accept, batch=batch)
-    result = search(problem(6, reward=flat), method, max_nfe=7 + 54, generator=seeded())
-    assert drawn(result) == [7, 11, 11, 11, 11, 10, 1] and result.left == 0
+@pytest.mark.parametrize(("up", "down"), [(2, 2), (3, 2)])
+def test_paths_that_never_end_are_refused(up, down):
+    with pytest.raises(ValueError, match="further down than up"):
+        SearchOverPaths(up=up, down=down)
 
 
-class Staircase:
-    """A reward that improves with the call numbers given, and otherwise says 0."""
+# Zero-order search
 
-    def __init__(self, *improve):
-        self.improve, self.calls, self.level = improve, 0, 0.0
 
-    def __call__(self, x):
-        out = x.new_zeros(len(x))
-        for i in range(len(x)):
-            if self.calls in self.improve:
-                self.level += 1
-                out[i] = self.level
-            self.calls += 1
-        return out
+@pytest.mark.parametrize("init", [1, 3])
+@pytest.mark.parametrize("radius", [0.3, 1.0])
+def test_zero_order_is_this_loop(init, radius):
+    def sample(x):
+        for t, s in pairwise(uniform(4)):
+            x = x + (s - t) * at(x, t)
+        return x
+
+    for seed in range(5):
+        g = seeded(seed)
+        noise = torch.randn(init, 2, generator=g)
+        pivot = best_rows(noise, 1.0, 1) if init > 1 else noise
+        best, left, rounds = sample(pivot), 50 - init - 3, [init]
+        while left >= 4:
+            n = min(3, left // 4)
+            noise = math.sqrt(1 - radius**2) * pivot + radius * torch.randn(n, 2, generator=g)
+            x = sample(noise)
+            i = wish(x).argmax()
+            if wish(x)[i] > wish(best)[0]:
+                pivot, best = noise[i : i + 1], x[i : i + 1]
+            left -= 4 * n
+            rounds.append(n)
+        result = assert_found(ZeroOrder(3, radius, init), 50, seed, best, steps=4)
+        # every step draws its round's samples at 4 times and the next round's noises
+        assert result.left == left and drawn(result) == [init, *(4 * n + m for n, m in pairwise([1, *rounds[1:], 0]))]
+
+
+def test_noises_of_neighbours_keep_their_size():
+    """In 1,000 dimensions, when every round moves on: |x|^2/1000 is 1, spread 0.045; sums would have grown to 6."""
+    calls = []
+
+    def ever_better(x):
+        calls.append(len(x))
+        return x.new_full((len(x),), float(len(calls)))
+
+    setup = problem(1, lambda x, t: x / 2, ever_better, shape=(1000,))
+    found = steps(setup, ZeroOrder(5, 0.5), max_nfe=101, generator=seeded())
+    noises = [found.particles.x for _ in found][:-1]
+    assert len(calls) == 21 and (noises[-1].square().mean(1) - 1).abs().max() < 4 * 0.045
+    along = (noises[1] * noises[0]).mean(1) / noises[0].square().mean()
+    assert (along - math.sqrt(0.75)).abs().max() < 4 * 0.5 / math.sqrt(1000)
+
+
+def test_neighbours_descend_from_the_row_that_became_their_pivot():
+    found = steps(problem(4), ZeroOrder(3), max_nfe=100, generator=seeded())
+    rounds = list(pairwise([found.particles for _ in found][:-1]))
+    moved = [(a, b) for a, b in rounds if b.carry["record"][0] > a.carry["record"][0]]
+    assert all((b.parent == b.parent[0]).all() and b.parent[0] < len(a) for a, b in rounds)
+    assert all(torch.equal(b.carry["pivot"][0], a.x[b.parent[0]]) for a, b in moved)
+    assert any(b.parent[0] > 0 for _, b in moved)
+
+
+# Refine
+
+
+@pytest.mark.parametrize(("init", "batch"), [(1, 1), (3, 2), (5, 4)])
+def test_refine_is_this_loop(init, batch):
+    for seed in range(5):
+        g = seeded(seed)
+        eps = best_rows(torch.randn(init, 2, generator=g), 1.0, 1)
+        x0 = eps - at(eps, 1.0)
+        levels, rows, spent, rounds = uniform(4)[1:-1], 50 - init, 0, [init]
+        for k, s in enumerate(levels):
+            while spent < (k + 1) * rows / len(levels):
+                n = min(batch, math.ceil((k + 1) * rows / len(levels)) - spent)
+                first = torch.rand(n, 2, generator=g).argsort(1)[:, :1] == 0  # which of the two numbers is redrawn
+                where = torch.cat([first, ~first], 1)
+                x = (1 - s) * x0 + s * torch.where(where, torch.randn(n, 2, generator=g), eps)
+                v = at(x, s)
+                i = wish(x - s * v).argmax()
+                if wish(x - s * v)[i] > wish(x0)[0]:
+                    x0, eps = (x - s * v)[i : i + 1], (x + (1 - s) * v)[i : i + 1]
+                spent += n
+                rounds.append(n)
+        result = assert_found(Refine(init, 0.5, 4, batch), 50, seed, x0, steps=4)
+        assert drawn(result) == [*rounds, 1] and result.left == 0
 
 
 @pytest.mark.parametrize(
-    ("rollover", "spend_all", "expected", "left"),
+    ("shape", "whole", "part"),
     [
-        (True, True, [2, 1, 19, 10, 10, 1], 0),
-        (False, True, [2, 1, 10, 10, 10, 1], 9),
-        (True, False, [2, 1, 19, 10, 10, 1], 0),
+        ((3, 8, 8), (1, 8, 8), 4 / 16),
+        ((2, 3), (2, 3), 2 / 6),
+        ((8,), (8,), 2 / 8),
+        ((4, 2, 4, 8), (1, 2, 4, 8), 8 / 32),
     ],
 )
-def test_what_a_quota_leaves_rolls_over_to_the_next_transition_only(rollover, spend_all, expected, left):
-    """The first candidate is taken at once, no other ever; quota 10."""
-    method = RBF(init=2, accept="first", batch=1, rollover=rollover, spend_all=spend_all)
-    result = search(problem(5, reward=Staircase(2)), method, max_nfe=42, generator=seeded())
+def test_regions_are_blocks_of_the_share_asked_for(shape, whole, part):
+    """Every region is chosen equally often: 4,000 choices, the largest deviation of the shares below 4.5 SE."""
+    where = regions(4000, shape, 0.25, 4, seeded())
+    assert where.shape == (4000, *whole) and where.dtype == torch.bool
+    assert (where.float().mean(0) - part).abs().max() < 4.5 * math.sqrt(part * (1 - part) / 4000)
+    assert (where.flatten(1).sum(1) == round(part * math.prod(whole))).all()
+    if shape == (3, 8, 8):
+        blocks = where.view(4000, 4, 2, 4, 2).float().mean((2, 4))
+        assert ((blocks == 0) | (blocks == 1)).all(), "a region is redrawn as a whole"
+
+
+def test_refine_leaves_the_other_regions_alone():
+    """Under a velocity that acts entry by entry, an accepted try changes no more than the share."""
+    setup = problem(velocity=lambda x, t: x / 2, reward=lambda x: x.flatten(1).sum(1), shape=(3, 8, 8))
+    found = steps(setup, Refine(share=0.25, batch=1), max_nfe=60, generator=seeded())
+    holders = [found.particles for _ in found][1:-1]
+    changed = [((b.x - a.x).abs() > 1e-4).any(1).float().mean() for a, b in pairwise(holders) if a.t == b.t]
+    assert len(changed) > 20 and max(changed) <= 0.25 and max(changed) > 0
+
+
+# Beam
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("below", [1.0, 0.7])
+@pytest.mark.parametrize(("states", "init", "enough"), [(4, 1, 24), (5, 3, 2), (8, 2, 4)])
+def test_beam_is_this_loop(states, init, enough, below, narrow):
+    """6 steps, 5 of them to pay for; below 0.7 the last 4 of them select, by quotas that roll over."""
+    kept = [round(states ** ((4 - k) / 5)) if narrow else states for k in range(5)]
+    selecting = 4 if below == 0.7 else 5
+    for seed in range(5):
+        g = seeded(seed)
+        x = torch.randn(states * init, 2, generator=g)
+        rounds, rows = [len(x)], 300 - len(x) - (5 - selecting) * states
+        x, left = best_rows(x, 1.0, states), rows
+        for k, (t, s) in enumerate(pairwise(uniform(6))):
+            selects, ahead, n = 0 < s <= below, 5 - k, 1
+            if selects:
+                n = (left - rows * (ahead - 1) // selecting) // len(x)
+                n = min(n, max(enough, left // len(x) // 4 ** (ahead - 1)))
+            x = ancestral(x.repeat_interleave(n, 0), t, s, g)
+            rounds.append(len(x))
+            if selects:
+                left -= len(x)
+                x = x[look(x, s).topk(kept[k]).indices]
+        result = assert_found(Beam(states, init, enough, below, narrow), 300, seed, x, steps=6)
+        assert drawn(result) == rounds and result.left == left
+
+
+def test_a_beam_keeps_the_best_candidates_whosever_they_are():
+    scored = []
+    judge = lambda x: scored.append(wish(x)) or scored[-1]  # noqa: E731
+    found = steps(problem(3, reward=judge), Beam(3), max_nfe=50, generator=seeded(5))
+    kept = [found.particles for _ in found]
+    assert drawn(found.result()) == [3, 24, 21, 3] and found.run.left == 2
+    for candidates, p in zip(scored[1:3], kept[1:3], strict=True):
+        assert sorted(p.reward.tolist()) == sorted(candidates.topk(3).values.tolist())
+    assert len(set(kept[2].parent.tolist())) == 1  # the children of one state are all that is left
+
+
+def test_a_narrow_beam_falls_geometrically_to_one_state():
+    result = search(problem(5), Beam(8, narrow=True), max_nfe=200, generator=seeded())
+    assert [step.kept for step in result.trace] == [8, 5, 3, 2, 1, 1]  # 8 to the powers 1, 3/4, 1/2, 1/4 and 0
+
+
+def test_above_select_below_one_is_drawn_and_none_refused():
+    """Times 0.8 and 0.6 land above 0.5: one row each; the other 40 - 1 - 2 rows to 0.4 and 0.2."""
+    result = search(problem(reward=flat), Beam(1, select_below=0.5), max_nfe=40, generator=seeded())
+    assert drawn(result) == [1, 1, 1, 19, 18, 1] and result.left == 0
+    with pytest.raises(ValueError, match="no transition lands"):
+        Beam(select_below=0.1).check(problem(), 400)
+
+
+# Rollover budget forcing
+
+
+def plain_rbf(judge, chains, init, budget, finish, g):
+    """The paper's loop with one candidate at a time and the DDPM transition in 6 steps, written without the package.
+
+    Returns the last states and the number of candidates of every chain at every transition.
+    """
+    times, x = uniform(6), torch.randn(chains * init, 2, generator=g)
+    rows = [(budget - chains * init + i) // chains for i in range(chains)]  # of each chain, for candidates
+    states, saved, used = [], [0] * chains, []
+    for own in x.split(init):
+        r = judge(own - at(own, 1.0))
+        states.append((own[r.argmax()][None], float(r.max())))
+    for k, (t, s) in enumerate(pairwise(times[:-1])):
+        for c, (x, record) in enumerate(states):
+            quota = rows[c] * (5 - k) // 5 - rows[c] * (4 - k) // 5 + saved[c]
+            best, n = None, 0
+            while n < quota:
+                y = ancestral(x, t, s, g)
+                r, n = float(judge(y - s * at(y, s))), n + 1
+                if best is None or r > best[1]:
+                    best = (y, r)  # the fallback, if none beats the record
+                if r > record and not (finish and k == 4):
+                    break
+            saved[c] = quota - n
+            states[c] = best[0], max(record, best[1])
+            used.append(n)
+    return torch.cat([x - times[-2] * at(x, times[-2]) for x, _ in states]), used
+
+
+@pytest.mark.parametrize("judge", [wish, lambda x: wish(x).round(), flat], ids=["smooth", "integer", "flat"])
+@pytest.mark.parametrize("chains", [1, 2])
+@pytest.mark.parametrize("finish", [True, False])
+def test_rbf_is_the_papers_loop(judge, chains, finish):
+    for seed in range(15):
+        budget = 47 * chains + 1
+        x, used = plain_rbf(judge, chains, 4, budget, finish, seeded(seed))
+        method = RBF(init=4, rule=FirstImprovement(), batch=1, chains=chains, finish=finish)
+        result = search(problem(6, reward=judge), method, max_nfe=budget, generator=seeded(seed))
+        assert drawn(result) == [4 * chains, *(sum(used[i : i + chains]) for i in range(0, 5 * chains, chains)), chains]
+        torch.testing.assert_close(result.particles.x, x, rtol=1e-4, atol=1e-4)
+        assert result.reward == pytest.approx(judge(x).max().item(), rel=1e-3, abs=1e-3)
+
+
+@pytest.mark.parametrize("rule", [FirstImprovement(), BestOfQuota()], ids=repr)
+@pytest.mark.parametrize("batch", [1, 4, 100])
+def test_without_success_every_transition_spends_its_quota(rule, batch):
+    """54 rows over 5 transitions to pay for: the remainder is spread, and the free step draws one."""
+    result = search(problem(6, reward=flat), RBF(7, rule, batch), max_nfe=7 + 54, generator=seeded())
+    assert drawn(result) == [7, 11, 11, 11, 11, 10, 1] and result.left == 0
+
+
+class Script:
+    """A reward that answers its calls, counted from 0, as a script says, and otherwise 0."""
+
+    def __init__(self, script: dict[int, float]):
+        self.script, self.asked = script, []
+
+    def __call__(self, x):
+        first = len(self.asked)
+        self.asked += list(x.clone())
+        return x.new_tensor([self.script.get(first + i, 0.0) for i in range(len(x))])
+
+
+@pytest.mark.parametrize(
+    ("script", "finish", "expected", "left"),
+    [
+        ({2: 1}, True, [2, 1, 19, 10, 10, 1], 0),
+        ({2: 1}, False, [2, 1, 19, 10, 10, 1], 0),
+        ({2: 1, 3: 2, 4: 3, 5: 4}, True, [2, 1, 1, 1, 37, 1], 0),
+        ({2: 1, 3: 2, 4: 3, 5: 4}, False, [2, 1, 1, 1, 1, 1], 36),
+    ],
+)
+def test_what_a_quota_leaves_rolls_over_to_the_next_transition(script, finish, expected, left):
+    """Candidates that improve are taken at once; quota 10. At the last transition there is nothing to save for."""
+    method = RBF(2, FirstImprovement(), batch=1, finish=finish)
+    result = search(problem(5, reward=Script(script)), method, max_nfe=42, generator=seeded())
     assert drawn(result) == expected and result.left == left
 
 
-@pytest.mark.parametrize(("spend_all", "last", "left"), [(True, 37, 0), (False, 1, 36)])
-def test_at_the_last_paid_transition_there_is_nothing_to_save_for(spend_all, last, left):
-    method = RBF(init=2, accept="first", batch=1, spend_all=spend_all)
-    result = search(problem(5, reward=Staircase(2, 3, 4, 5)), method, max_nfe=42, generator=seeded())
-    assert drawn(result) == [2, 1, 1, 1, last, 1] and result.left == left
-
-
 def test_a_speculative_batch_takes_the_first_that_beats_the_record_and_pays_for_all():
-    taken = []
-
-    class Ascending(Staircase):
-        def __call__(self, x):
-            taken.append(x.clone())
-            return super().__call__(x)
-
-    # Calls 0, 1 are the initial draws; 4 and 5 improve, the third and fourth of the first batch of six.
-    method = RBF(init=2, accept="first", batch=6, spend_all=False)
-    result = search(problem(3, reward=Ascending(4, 5)), method, max_nfe=26, generator=seeded())
+    """Calls 0 and 1 are the first draws; 4 and 5 improve, the third and fourth of the first batch of six."""
+    reward = Script({4: 1.0, 5: 2.0})
+    method = RBF(2, FirstImprovement(), batch=6, finish=False)
+    result = search(problem(3, reward=reward), method, max_nfe=26, generator=seeded())
     assert drawn(result) == [2, 6, 18, 1] and result.trace[1].accepted == 1.0 and result.trace[1].best == 2.0
-    assert torch.equal(result.seen, taken[1][3])  # the better one, which the rule passed over, is still reported
+    assert torch.equal(result.seen, reward.asked[5])  # the better one, which the rule passed over, is still reported
 
 
-def test_best_acceptance_takes_the_best_of_the_whole_quota():
-    result = search(problem(), RBF(init=3, accept="best", batch=2), max_nfe=63, generator=seeded())
+def test_the_record_is_the_best_accepted_so_far_and_never_falls():
+    """Accepted 5, then -1 for want of better: a candidate of 0 beats the parent but not the record."""
+    reward = Script({0: 5.0, 1: -1.0, 2: -1.0})
+    result = search(problem(4, reward=reward), RBF(1, FirstImprovement(), batch=1), max_nfe=1 + 6, generator=seeded())
+    assert drawn(result) == [1, 2, 2, 2, 1]
+
+
+def test_the_best_of_a_quota_is_taken_whatever_the_batch():
+    result = search(problem(), RBF(3, BestOfQuota(), batch=2), max_nfe=63, generator=seeded())
     assert drawn(result) == [3, 15, 15, 15, 15, 1]
     assert all(step.accepted == step.best for step in result.trace)
 
 
 def test_the_best_of_enough_is_taken_and_the_rest_rolls_over_to_the_end():
     """500 rows for 5 transitions, 100 each: 24 do, but 452 // 16 of the last three's, 424 // 4 of the last two's."""
-    rule = RBF(init=1)
-    assert drawn(search(problem(6), rule, max_nfe=501, generator=seeded())) == [1, 24, 24, 28, 106, 318, 1]
-    equal = search(problem(6), replace(rule, rollover=False), max_nfe=501, generator=seeded())
-    assert drawn(equal) == [1, 100, 100, 100, 100, 100, 1]
-    both = search(problem(6), RBF(init=1, chains=2, compete=True), max_nfe=1002, generator=seeded())
-    assert drawn(both) == [2, 48, 48, 56, 212, 636, 2]
-    few = search(problem(6), replace(rule, enough=7), max_nfe=51, generator=seeded())
-    assert drawn(few) == [1, 7, 7, 7, 7, 22, 1]
-
-
-def test_the_record_is_the_best_accepted_so_far_and_never_falls():
-    """Accepted 5, then -1 for want of better: a candidate of 0 beats the parent but not the record."""
-    script = {0: 5.0, 1: -1.0, 2: -1.0, 3: 0.0, 4: 0.0}
-
-    class Script:
-        calls = 0
-
-        def __call__(self, x):
-            self.calls += len(x)
-            return x.new_tensor([script.get(self.calls - len(x) + i, 0.0) for i in range(len(x))])
-
-    result = search(
-        problem(4, reward=Script()), RBF(init=1, accept="first", batch=1), max_nfe=1 + 6, generator=seeded()
-    )
-    assert drawn(result) == [1, 2, 2, 2, 1]
+    for method, budget, expected in (
+        (RBF(1), 501, [1, 24, 24, 28, 106, 318, 1]),
+        (RBF(1, BestOfEnough(7)), 51, [1, 7, 7, 7, 7, 22, 1]),
+        (Beam(2), 1002, [2, 48, 48, 56, 212, 636, 2]),
+    ):
+        assert drawn(search(problem(6), method, max_nfe=budget, generator=seeded())) == expected
 
 
 def test_chains_are_independent_share_the_budget_and_return_the_best():
-    """31 rows for 3 chains: 10, 10 and 11; 2 initial draws each, then 2 paid transitions of 4 (or 5) rows."""
-    result = search(problem(3, reward=flat), RBF(init=2, accept="first", chains=3), max_nfe=31, generator=seeded())
+    """31 rows for 3 chains: 10, 10 and 11; 2 first draws each, then 2 transitions of 4 (or 5) rows."""
+    method = RBF(2, FirstImprovement(), chains=3)
+    result = search(problem(3, reward=flat), method, max_nfe=31, generator=seeded())
     assert drawn(result) == [6, 13, 12, 3] and result.left == 0
-    last = []
-    result = search(
-        problem(3), RBF(init=2, chains=3), max_nfe=31, generator=seeded(), on_step=lambda p, _: last.append(p)
-    )
-    assert [len(p) for p in last] == [3, 3, 3, 3]
-    assert result.reward == last[-1].reward.max() and torch.equal(result.best, last[-1].x[last[-1].reward.argmax()])
-    assert [p.parent.tolist() for p in last[1:]] == [[0, 1, 2]] * 3
-    assert (last[0].parent // 2).tolist() == [0, 1, 2]  # each chain starts from one of its own two draws
+    found = steps(problem(3), RBF(2, chains=3), max_nfe=31, generator=seeded())
+    kept = [found.particles for _ in found]
+    assert (kept[0].parent // 2).tolist() == [0, 1, 2]  # each chain starts from one of its own two draws
+    assert [p.parent.tolist() for p in kept[1:]] == [[0, 1, 2]] * 3
 
 
-def test_above_select_below_one_is_drawn_and_none_refused():
-    """Times 0.8 and 0.6 land above 0.5: one row each; the other 40 - 1 - 2 rows to 0.4 and 0.2."""
-    for accept in ("first", "best"):
-        method = RBF(init=1, accept=accept, select_below=0.5)
-        result = search(problem(reward=flat), method, max_nfe=40, generator=seeded())
-        assert drawn(result) == [1, 1, 1, 19, 18, 1] and result.left == 0
-    with pytest.raises(ValueError, match="no transition lands"):
-        search(problem(velocity=never), RBF(select_below=0.1), max_nfe=40, generator=seeded())
-
-
-def test_competing_chains_keep_the_best_candidates_whosever_they_are():
-    kept, scored = [], []
-    method = RBF(init=1, accept="best", chains=3, compete=True)
-    judge = lambda x: scored.append(reward(x)) or scored[-1]  # noqa: E731
-    result = search(
-        problem(3, reward=judge), method, max_nfe=50, generator=seeded(5), on_step=lambda p, _: kept.append(p)
-    )
-    assert drawn(result) == [3, 24, 21, 3] and result.left == 2
-    for candidates, p in zip(scored[1:3], kept[1:3], strict=True):
-        assert sorted(p.reward.tolist()) == sorted(candidates.topk(3).values.tolist())
-    assert len(set(kept[2].parent.tolist())) == 1  # the children of one state are all that is left
-
-
-@pytest.mark.parametrize("rest", [{"accept": "first"}, {"accept": "best", "rollover": False}])
-def test_chains_that_cannot_compete_are_refused(rest):
-    with pytest.raises(ValueError, match="chains compete only"):
-        RBF(chains=2, compete=True, **rest)
-
-
-def test_one_paid_transition_or_none():
-    assert drawn(search(problem(2, reward=flat), RBF(init=2, accept="first"), max_nfe=9, generator=seeded())) == [
-        2,
-        7,
-        1,
-    ]
-    result = search(problem(1, reward=flat), RBF(init=2), max_nfe=9, generator=seeded())
-    assert drawn(result) == [2, 1] and result.left == 7
-
-
-@pytest.mark.parametrize("kernel", [ode, ddim(0.0)], ids=lambda k: k.name)
-def test_rbf_refuses_a_deterministic_kernel_before_any_compute(kernel):
-    with pytest.raises(ValueError, match="coincide"):
-        search(problem(velocity=never, reward=never, kernel=kernel), RBF(), max_nfe=100, generator=seeded())
-
-
-@pytest.mark.parametrize("cost", [1, 2])
-def test_rbf_refuses_a_budget_too_small_before_any_compute(cost):
-    with pytest.raises(ValueError, match=f"max_nfe >= {16 * cost}"):
-        search(
-            problem(velocity=never, reward=never, cost=cost), RBF(chains=2), max_nfe=16 * cost - 1, generator=seeded()
-        )
-
-
-@pytest.mark.parametrize("field", ["init", "batch", "chains"])
-def test_rbf_refuses_hyperparameters_out_of_range(field):
-    with pytest.raises(ValueError, match=field):
-        RBF(**{field: 0})
-
-
-@pytest.mark.parametrize("rest", [{"accept": "any"}, {"accept": "reserve", "rollover": False}])
-def test_rbf_refuses_an_unknown_rule(rest):
-    with pytest.raises(ValueError, match="accept"):
-        RBF(**rest)
+@pytest.mark.parametrize("chains", [1, 2])
+def test_a_guide_is_paid_for_once_a_transition_and_chain(chains):
+    least = chains * (3 + 4 + 3 * 4)  # first noises, one candidate and three units for the gradient a transition
+    method = RBF(3, chains=chains, guide=Guide(0.5))
+    result = search(problem(velocity=Counting(MIXTURE)), method, max_nfe=least + 41, generator=seeded())
+    assert result.left == 0 and result.gradients == 4 * chains
+    with pytest.raises(ValueError, match=f"max_nfe >= {least};"):
+        method.check(problem(), least - 1)
 
 
 def test_rbf_beats_best_of_n():
     """Gaussian data, reward the first coordinate, 40 runs each: better by more than four standard errors."""
     one = GaussianMixture([[MEAN, MEAN]], STD).velocity(LINEAR)
-    setup = problem(10, one, lambda x: x[:, 0], sde(quadratic()))
+    setup = problem(10, one, lambda x: x[:, 0], kernel=sde(quadratic()))
     rewards = [
         torch.tensor([search(setup, method, max_nfe=100, generator=seeded(i)).reward for i in range(40)])
-        for method in (RBF(accept="best"), BestOfN())
+        for method in (RBF(rule=BestOfQuota()), BestOfN())
     ]
     gain = rewards[0].mean() - rewards[1].mean()
     assert gain > 4 * (rewards[0].var() / 40 + rewards[1].var() / 40).sqrt()
 
 
-# Our own stopping rule
+# Settings that stored results and the paper's comparison rest on
 
 
-def test_the_reservation_value_takes_the_quota_on_average_and_gains_more_than_fixed_quotas():
-    """Normal draws of known moments: stopping above z spends 1/(1 - Phi(z)) = 20 draws on average, and its mean
-    phi(z)/(1 - Phi(z)) = 2.063 exceeds that of the best of 20, 1.867."""
-    z = NormalDist().inv_cdf(1 - 1 / 20)
-    draws = torch.randn(4000, 400, generator=seeded())
-    stop = (draws >= z).int().argmax(1)
-    spent, gained = (stop + 1).double(), draws.gather(1, stop[:, None])[:, 0]
-    assert spent.mean() == pytest.approx(20, abs=4 * 20 / math.sqrt(4000))
-    gain = gained.mean() - draws[:, :20].amax(1).mean()
-    assert gain == pytest.approx(2.063 - 1.867, abs=4 * math.sqrt((0.38**2 + 0.53**2) / 4000))
+def test_settings_by_name():
+    assert RBF() == RBF(init=4, rule=BestOfEnough(24), batch=8, chains=1, finish=True, guide=None)
+    assert RBF.published() == RBF(init=25, rule=FirstImprovement(), batch=1, chains=2, finish=True)
+    assert RBF.few_step(100) == RBF(init=25, rule=FirstImprovement()) and RBF.few_step(3).init == 1
+    assert Refine.few_step(100) == Refine(init=25, share=0.4, cells=4, batch=5) and Refine() == Refine(4, 0.4, 4, 5)
+    assert Beam.multi_step(250) == Beam(states=7, init=1, enough=24, select_below=0.8)  # 250 // 32
+    assert [Beam.multi_step(n).states for n in (40, 64, 96, 500)] == [2, 2, 3, 15]
+    assert [Beam.multi_step(500, steps).states for steps in (10, 11, 50)] == [15, 15, 3]  # 3 a step from 11 steps on
+    for named in (RBF.few_step, Refine.few_step, Beam.multi_step):
+        assert named(200, cost=2) == named(100)
 
 
-@pytest.mark.parametrize(("top", "stops"), [(1.60, False), (1.70, True)])
-def test_a_transition_stops_at_mean_plus_z_deviations(top, stops):
-    """For a quota of 20, z = 1.645. The other draws are chosen so that all have mean 0 and standard deviation 1."""
-    n = 12
-    rest = torch.tensor([1.0, -1.0] * ((n - 2) // 2) + [0.0], dtype=torch.float64)
-    a = math.sqrt(((n - 1) - top**2 * (1 + 1 / (n - 1))) / rest.square().sum())
-    rewards = torch.cat([torch.tensor([top], dtype=torch.float64), rest * a - top / (n - 1)])
-    assert rewards.mean().abs() < 1e-12 and rewards.std() == pytest.approx(1)
-    assert reached(rewards, 20) is stops
-    assert reached(5 + 3 * rewards, 20) is stops  # in the rewards' own units
-    assert not reached(rewards[:3], 20)
+def test_enough_grows_fourfold_from_transition_to_transition():
+    rule = BestOfEnough()
+    assert [rule.most(10**6, 10_240, ahead) for ahead in range(1, 8)] == [10_240, 2560, 640, 160, 40, 24, 24]
+    assert rule.most(20, 10_240, 3) == 20  # never beyond the quota
 
 
-def test_reserve_saves_where_a_draw_was_lucky_and_draws_on_where_not():
-    """47 rows after one noise, 4 transitions, 4 at a time. Rewards of a transition are flat until the one that ends it:
-    the second stops after its first 4; the first never does, and may overdraw by half of the others' quotas."""
-    ramp = torch.arange(200.0)  # never a draw far above the mean of all before it... until the transition's cap
-    calls = []
-
-    def judge(x):
-        calls.append(len(x))
-        drawn_ = sum(calls)
-        return (ramp[: len(x)] % 2) if drawn_ <= 1 + 30 else x.new_zeros(len(x))
-
-    result = search(problem(5, reward=judge), RBF(init=1, accept="reserve", batch=4), max_nfe=48, generator=seeded())
-    rows, most = 47, 47 - (47 * 3 // 4) // 2
-    assert drawn(result) == [1, most, 4, 4, rows - most - 8, 1] and result.left == 0
-
-
-# A threshold by quantile
-
-
-@pytest.mark.parametrize("quantile", [0.0, 0.5, 1.0])
-def test_the_record_by_quantile_is_that_of_the_last_transition(quantile):
-    kept, scored = [], []
-    judge = lambda x: scored.append(reward(x)) or scored[-1]  # noqa: E731
-    method = RBF(init=5, accept="first", batch=3, quantile=quantile)
-    watch = lambda p, _: kept.append(p)  # noqa: E731
-    search(problem(6, reward=judge), method, max_nfe=60, generator=seeded(2), on_step=watch)
-    last, batches = scored[0], iter(scored[1:])
-    for step, p in enumerate(kept[1:-2]):
-        record, seen = last.quantile(quantile), []
-        while not seen or not any((r > record).any() for r in seen):
-            seen.append(next(batches))
-            if sum(map(len, seen)) >= 60:
-                break
-        better = seen[-1][seen[-1] > record]
-        if len(better):
-            assert p.reward == better[0], step
-        last = torch.cat(seen)
-
-
-def test_a_quantile_needs_the_first_improvement_rule():
-    with pytest.raises(ValueError, match="quantile"):
-        RBF(quantile=0.5)
-    with pytest.raises(ValueError, match="quantile"):
-        RBF(accept="first", quantile=1.5)
-
-
-# Guidance, and the settings by name
-
-
-@pytest.mark.parametrize("chains", [1, 2])
-def test_a_guide_is_paid_for_once_a_transition_and_chain(chains):
-    velocity = Counting(MIXTURE)
-    method = RBF(init=3, chains=chains, guide=Guide(0.5))
-    least = chains * (3 + 4 + 3 * 4)  # first noises, one candidate and three units for the gradient a transition
-    result = search(problem(velocity=velocity), method, max_nfe=least + 41, generator=seeded())
-    assert result.left == 0 and result.gradients == 4 * chains
-    assert velocity.rows == result.nfe - 2 * result.gradients  # a gradient's forward is a row, its backward two more
-    with pytest.raises(ValueError, match=f"max_nfe >= {least}"):
-        search(problem(velocity=never), method, max_nfe=least - 1, generator=seeded())
-
-
-def test_the_published_settings():
-    method = RBF.published()
-    assert (method.accept, method.batch, method.chains, method.init, method.spend_all) == ("first", 1, 2, 25, False)
-
-
-@pytest.mark.parametrize("settings", [RBF.few_step, RBF.multi_step])
-@pytest.mark.parametrize("budget", [40, 100, 500])
-def test_settings_by_name_fit_their_budget(settings, budget):
-    result = search(problem(10), settings(budget), max_nfe=budget, generator=seeded())
-    assert result.left < settings(budget).chains
-
-
-def test_settings_by_name_know_what_an_evaluation_costs_and_how_many_steps_there_are():
-    for settings in (RBF.few_step, RBF.multi_step, Refine.few_step):
-        assert settings(200, cost=2) == settings(100)
-    for steps, budget, cost in ((40, 250, 1), (50, 500, 1), (20, 250, 2)):
-        method = RBF.multi_step(budget, steps, cost)
-        result = search(problem(steps, cost=cost), method, max_nfe=budget, generator=seeded())
-        assert result.left < method.chains * cost
+@pytest.mark.parametrize("named", [RBF.few_step, Refine.few_step, Beam.multi_step])
+@pytest.mark.parametrize(("steps", "budget", "cost"), [(10, 40, 1), (10, 500, 1), (20, 250, 2)])
+def test_settings_by_name_fit_their_budget(named, steps, budget, cost):
+    method = named(budget, cost=cost)
+    result = search(problem(steps, cost=cost), method, max_nfe=budget, generator=seeded())
+    assert result.left < getattr(method, "states", 1) * cost

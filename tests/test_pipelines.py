@@ -182,7 +182,7 @@ def answered(error: type, status: int) -> Exception:
 @pytest.mark.parametrize(
     ("error", "kind", "message"),
     [
-        (answered(RemoteEntryNotFoundError, 404), FileNotFoundError, "a/clip is no diffusers pipeline"),
+        (answered(RemoteEntryNotFoundError, 404), FileNotFoundError, "a/clip lacks what is asked for: 404"),
         (answered(RevisionNotFoundError, 404), FileNotFoundError, "404 from the hub"),
         (answered(HfHubHTTPError, 429), ConnectionError, "429 from the hub"),
         (LocalEntryNotFoundError("see its cause"), ConnectionError, "429 from the hub"),

@@ -168,11 +168,11 @@ MUTANTS = (
     M("Funnel: never narrower", "methods/funnel.py", "search_methods",
       "((ahead - 1) / run.evaluations_ahead())", "1"),
     # Oracles
-    M("mixture with sigma for sigma^2", "toys.py", "toys",
+    M("mixture with sigma for sigma^2", "tiny/toys.py", "toys",
       "(a * self.scales.to(x.device)) ** 2 + s**2", "(a * self.scales.to(x.device)) ** 2 + s"),
-    M("tilted mixture with the weights of the old", "toys.py", "toys",
+    M("tilted mixture with the weights of the old", "tiny/toys.py", "toys",
       "log_w = self.weights.log() + log_z", "log_w = self.weights.log() + 0 * log_z"),
-    M("distilled flow by Euler's rule", "toys.py", "toys",
+    M("distilled flow by Euler's rule", "tiny/toys.py", "toys",
       "y = y - h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)", "y = y - h * k1"),
 )
 # fmt: on

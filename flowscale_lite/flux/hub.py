@@ -91,7 +91,7 @@ def index(model: str | Path) -> dict[str, Any]:
         if not path.exists():
             raise FileNotFoundError(f"no model at {folder}: expected a diffusers folder with a model_index.json")
     else:
-        with _explained(model):
+        with explained(model):
             path = Path(huggingface_hub.hf_hub_download(str(model), "model_index.json", token=token()))
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -114,7 +114,7 @@ def fetch(model: str | Path, dtype: torch.dtype | dict[str, torch.dtype] = torch
     index(model)
     here = Path(model).exists()
     arguments |= {_DTYPE: dtype, "use_safetensors": True} | ({} if here else {"token": token()})
-    with _explained(model), quiet(here):  # a download shows its progress, a folder is read at once
+    with explained(model), quiet(here):  # a download shows its progress, a folder is read at once
         pipe = DiffusionPipeline.from_pretrained(str(model), **arguments)
     pipe.set_progress_bar_config(disable=True)
     for part in pipe.components.values():
@@ -136,7 +136,7 @@ def preview(
     check_device(device)
     here = Path(model).exists()
     arguments = {_DTYPE: dtype, "use_safetensors": True} | ({} if here else {"token": token()})
-    with _explained(model), quiet(here):
+    with explained(model), quiet(here):
         vae = diffusers.AutoencoderTiny.from_pretrained(str(model), **arguments)
     return vae.eval().requires_grad_(False).to(device)
 
@@ -150,7 +150,7 @@ def skeleton(model: str | Path) -> Any:
     found = index(model)
     where = {} if Path(model).exists() else {"token": token()}
     parts: dict[str, Any] = {}
-    with _explained(model), quiet(), torch.device("meta"):
+    with explained(model), quiet(), torch.device("meta"):
         for name, part in found.items():
             if not isinstance(part, list):
                 continue
@@ -169,35 +169,51 @@ def skeleton(model: str | Path) -> Any:
 
 
 @contextmanager
-def _explained(model: str | Path) -> Iterator[None]:
-    """The hub's errors in plain words."""
-    page = f"https://huggingface.co/{model}"
-    secret = f"environment variable {TOKEN}, or Colab's secret of that name; never put it in a cell"
+def explained(model: str | Path) -> Iterator[None]:
+    """What diffusers, transformers and the hub's client raise while `model` is loaded, in plain words.
+
+    Raises:
+        PermissionError: the hub wants its licence accepted.
+        FileNotFoundError: there is no such model, or a file of it is missing; or its weights are pickles only.
+        ConnectionError: the hub cannot be reached or refuses to answer, and the model is not in the cache.
+    """
     try:
         yield
-    except GatedRepoError as error:
-        hint = (
-            "" if token() else f" No token was found: create one at https://huggingface.co/settings/tokens ({secret})."
-        )
-        raise PermissionError(
-            f"{model} is given to those who accept its licence: log in at {page}, accept it there, and use a token of "
-            f"that account.{hint}"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise FileNotFoundError(
-            f"the hub has no model {model}, or it is private and the token ({secret}) does not open it"
-        ) from error
-    except (RemoteEntryNotFoundError, RevisionNotFoundError) as error:
-        raise FileNotFoundError(f"the hub's {model} is no diffusers pipeline: {_line(error)}") from error
-    except (ConnectionError, HfHubHTTPError, LocalEntryNotFoundError) as error:
-        reason = _line(error.__cause__ or error)  # such as that of being asked too often
-        raise ConnectionError(f"{page} cannot be reached, and the model is not in the local cache: {reason}") from error
     except OSError as error:
-        if "safetensors" not in str(error):
+        told = _plain(model, error)
+        if told is error:
             raise
-        raise FileNotFoundError(
+        raise told from error
+
+
+def _plain(model: str | Path, error: OSError) -> OSError:
+    """The error to raise for one that a library raised; the same one if it says enough, such as that a disk is full."""
+    page = f"https://huggingface.co/{model}"
+    secret = f"environment variable {TOKEN}, or Colab's secret of that name; never put it in a cell"
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, (HfHubHTTPError, ConnectionError, LocalEntryNotFoundError)):
+        cause = cause.__cause__  # transformers wraps what the hub's client raised
+    if isinstance(cause, GatedRepoError):
+        hint = f" No token was found: create one at https://huggingface.co/settings/tokens ({secret})."
+        return PermissionError(
+            f"{model} is given to those who accept its licence: log in at {page}, accept it there, and use a token of "
+            f"that account.{'' if token() else hint}"
+        )
+    if isinstance(cause, RepositoryNotFoundError):
+        return FileNotFoundError(
+            f"the hub has no model {model}, or it is private and the token ({secret}) does not open it"
+        )
+    if isinstance(cause, (RemoteEntryNotFoundError, RevisionNotFoundError)):
+        return FileNotFoundError(f"the hub's {model} lacks what is asked for: {_line(cause)}")
+    if cause is not None:
+        offline = " (HF_HUB_OFFLINE is set)" if huggingface_hub.constants.HF_HUB_OFFLINE else ""
+        reason = _line(cause.__cause__ or cause)  # such as that of being asked too often
+        return ConnectionError(f"{page} cannot be reached{offline}, and the model is not in the local cache: {reason}")
+    if "safetensors" in str(error):
+        return FileNotFoundError(
             f"{model} lacks safetensors weights; others are not loaded, they can run code: {_line(error)}"
-        ) from error
+        )
+    return error if error.errno else FileNotFoundError(f"no model {model}, or it lacks a file: {_line(error)}")
 
 
 def _line(error: BaseException) -> str:

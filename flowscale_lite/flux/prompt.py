@@ -21,7 +21,7 @@ from torch import Tensor
 from .. import schedules
 from ..interpolants import LINEAR
 from ..kernels import Kernel
-from ..rewards import Decoded, Reward, chunked
+from ..rewards import Reward, chunked, decoded
 from ..search import Problem, Result
 from . import families
 
@@ -347,7 +347,7 @@ class FlowModel:
             raise ValueError(f"decode_chunk must be at least 1; got {decode_chunk}")
         return Problem(
             velocity=self,
-            reward=Decoded(
+            reward=decoded(
                 functools.partial(self.decode, preview=self.preview is not None),
                 reward,
                 chunk=decode_chunk,

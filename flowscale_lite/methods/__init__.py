@@ -1,27 +1,13 @@
-"""Search methods, a file each."""
+"""Search methods, a file each: frozen dataclasses, which refuse a field out of range with a ValueError."""
 
+from .beam import Beam
 from .best_of_n import BestOfN
 from .blockwise import Blockwise
-from .funnel import Funnel
-from .gradient import DPS, Guide
+from .gradient import Guide
 from .rbf import RBF
 from .refine import Refine
 from .search_over_paths import SearchOverPaths
 from .smc import SMC, log_z
+from .stopping import BestOfEnough, BestOfQuota, FirstImprovement
 from .svdd import SVDD
 from .zero_order import ZeroOrder
-
-__all__ = [
-    "DPS",
-    "RBF",
-    "SMC",
-    "SVDD",
-    "BestOfN",
-    "Blockwise",
-    "Funnel",
-    "Guide",
-    "Refine",
-    "SearchOverPaths",
-    "ZeroOrder",
-    "log_z",
-]

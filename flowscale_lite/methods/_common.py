@@ -1,4 +1,4 @@
-"""What several methods share: their checks, the initial draws, the choice of the best."""
+"""What several methods share: their checks, the first noises, the choice of the best."""
 
 from __future__ import annotations
 
@@ -22,16 +22,20 @@ def require_positive(method: object, *names: str) -> None:
 def require_noise(problem: Problem) -> None:
     """Raises ValueError if all candidates from one state coincide."""
     if not problem.kernel.stochastic:
-        raise ValueError(
-            f"under the deterministic kernel {problem.kernel.name!r} all candidates coincide; "
-            "use a stochastic one, such as sde(...) or ddim(1.0)"
-        )
+        name = problem.kernel.name
+        raise ValueError(f"all candidates coincide under the deterministic kernel {name!r}; use ddim(1.0) or sde(...)")
 
 
-def require_budget(problem: Problem, max_nfe: int, rows: int, what: str) -> None:
-    """Raises ValueError if max_nfe does not pay for `rows` evaluations, which `what` needs."""
-    if rows * problem.cost > max_nfe:
-        raise ValueError(f"{what} need max_nfe >= {rows * problem.cost}; got {max_nfe}")
+def require_posterior_mean(problem: Problem) -> None:
+    """Raises ValueError if the problem looks ahead at another price than the posterior mean's."""
+    if problem.look_ahead.price != 1 or not problem.look_ahead.evaluates:
+        raise ValueError(f"this method looks ahead by the posterior mean only; got {problem.look_ahead.name!r}")
+
+
+def require_budget(problem: Problem, max_nfe: int, evaluations: int, what: str) -> None:
+    """Raises ValueError if max_nfe does not pay for the evaluations, which `what` needs."""
+    if evaluations * problem.cost > max_nfe:
+        raise ValueError(f"{what} need max_nfe >= {evaluations * problem.cost}; got {max_nfe}")
 
 
 def best_of_each(p: Particles, groups: int) -> Particles:
@@ -41,6 +45,19 @@ def best_of_each(p: Particles, groups: int) -> Particles:
 
 
 def best_noises(run: Run, k: int, init: int) -> Particles:
-    """The initial search: k particles of noise, each the best of `init` by look-ahead reward; k init evaluations."""
+    """The initial search: k particles of noise, each the best of `init` by look-ahead reward."""
     p = run.start(k * init)
     return p if init == 1 else best_of_each(run.score(p), k)
+
+
+def evaluations_at_noise(problem: Problem, init: int) -> int:
+    """Evaluations of the first noises of one chain, the one kept ready for its first transition."""
+    ahead = problem.look_ahead
+    return (init * ahead.price if init > 1 else 1) + (0 if ahead.evaluates or init == 1 else 1)
+
+
+def evaluations_of_chain(problem: Problem, init: int, copies: int = 1) -> int:
+    """Evaluations of one chain from its first noises, with `copies` candidates judged at every transition."""
+    at_noise, price = evaluations_at_noise(problem, init), problem.look_ahead.price
+    kept = max(0, problem.evaluations_kept() - 1)  # the first state kept is among the noises
+    return at_noise + kept + copies * price * problem.evaluations_ahead()

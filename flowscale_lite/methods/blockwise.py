@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..search import Particles, Problem, Run
-from ._common import best_noises, best_of_each, require_budget, require_noise, require_positive
+from ._common import best_noises, best_of_each, require_budget, require_noise, require_positive, require_posterior_mean
 
 
 @dataclass(frozen=True)
@@ -19,11 +19,7 @@ class Blockwise:
         chains: states kept.
         init: initial noises of each chain, of which the best by look-ahead reward is kept.
         block: transitions from one choice to the next; the last block may be shorter.
-        copies: branches of a state; None divides what the budget leaves equally among transitions, and spends all but
-            less than one branch of the last block for every chain.
-
-    Raises:
-        ValueError: a field is below 1.
+        copies: branches of a state; None divides what the budget leaves equally among transitions.
     """
 
     chains: int = 2
@@ -37,16 +33,17 @@ class Blockwise:
     def check(self, problem: Problem, max_nfe: int) -> None:
         """Raises ValueError if the budget does not pay for a branch in every block, or if branches coincide."""
         require_noise(problem)
+        require_posterior_mean(problem)
         rows = self.chains * (self.init + (self.copies or 1) * problem.evaluations_ahead())
         require_budget(problem, max_nfe, rows, f"{self.chains} chain(s) with a branch in every block")
 
     def start(self, run: Run) -> Particles:
         """The best of the initial noises of every chain."""
-        return best_noises(run, self.chains, self.init)
+        return run.evaluate(best_noises(run, self.chains, self.init))
 
     def advance(self, p: Particles, run: Run) -> Particles:
         """The best branch of each, a block later."""
-        ahead = run.evaluations_ahead(p.t)
+        ahead = run.problem.evaluations_ahead(p.t)
         if ahead == 0:
             return run.propose(p)
         q = run.propose(p, self.copies or run.evaluations_left // (self.chains * ahead))

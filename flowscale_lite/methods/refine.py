@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kernels import redraw
 from ..search import Particles, Problem, Run
 from ._common import best_noises, require_budget, require_positive
 
@@ -17,23 +16,18 @@ from ._common import best_noises, require_budget, require_positive
 class Refine:
     """Redraws the noise of a few regions of the best picture so far, and keeps what is better.
 
-    A try takes the record holder apart into its posterior means, puts them together again at a noise level s, with
-    fresh noise in a random few of the picture's regions (`kernels.redraw`), and looks ahead from there, at one
-    evaluation. If its reward is better it is the new record holder. Levels are the schedule's times after the first, an
-    equal part of the budget each: high ones may change what is there, low ones how it looks. When the budget is spent
-    the record holder's posterior mean is the sample; so this is for few-step models, whose posterior mean is a sharp
-    picture. A trajectory has as many chances as steps, and a new draw changes all of it; here any number of tries can
-    put right one region and leave the others as they are. The problem's kernel is not used.
+    A try takes the best picture so far, the record holder, apart into its look-ahead estimate and its noise. It puts
+    them together again at a noise level s, with fresh noise in a random few of the picture's regions, and looks ahead
+    from there. If its reward is better it is the new record holder. Levels are the schedule's times after the first, an
+    equal part of the budget each: high ones may change what is there, low ones how it looks. When the budget is spent,
+    the record holder's estimate is the sample. So this is for few-step models, whose posterior mean is a sharp picture;
+    a multi-step model needs a look-ahead that ends in one. The problem's kernel is not used.
 
     Attributes:
         init: initial noises, of which the best by look-ahead reward is the first record holder.
         share: of the regions that are redrawn in a try, at least one.
-        cells: regions along each side of a sample, or as many as it has entries. A sample (C, H, W) is cut along H and
-            W, one of fewer axes along all of them.
+        cells: regions along each side of a sample: (C, H, W) is cut along H and W, one of fewer axes along all of them.
         batch: tries evaluated at a time, of which the best counts; 1 wastes none.
-
-    Raises:
-        ValueError: a field is out of range.
     """
 
     init: int = 4
@@ -48,33 +42,39 @@ class Refine:
 
     @classmethod
     def few_step(cls, max_nfe: int, cost: int = 1) -> Refine:
-        """Settings for a few-step model, found on tiny-flux schnell: a quarter of the budget on first noises; to be
-        used with `schedules.levels`. `cost` is the problem's: NFE of one evaluation."""
+        """Settings found on tiny-flux schnell: a quarter of the budget on first noises; for `schedules.levels`."""
         return cls(init=max(1, max_nfe // cost // 4))
 
     def check(self, problem: Problem, max_nfe: int) -> None:
         """Raises ValueError if the budget does not pay for a try at every level."""
-        paid = problem.evaluations_ahead()
-        require_budget(problem, max_nfe, self.init + paid, f"{self.init} noise(s) and a try at each of {paid} level(s)")
+        levels, price = problem.evaluations_ahead(), problem.look_ahead.price
+        what = f"{self.init} noise(s) and a try at each of {levels} level(s)"
+        require_budget(problem, max_nfe, (self.init + levels) * price, what)
 
     def start(self, run: Run) -> Particles:
         """The best noise."""
         return run.score(best_noises(run, 1, self.init))
 
     def advance(self, p: Particles, run: Run) -> Particles:
-        """The record holder after a batch of tries; when the budget is spent, its posterior mean."""
-        levels = run.problem.times[1:-1]
-        rows = run.max_nfe // run.problem.cost - self.init
-        if run.evaluations_left == 0 or not levels:
-            return run.propose(p, s=0.0, kernel=redraw())
-        spent = rows - run.evaluations_left
-        level = spent * len(levels) // rows
-        n = min(self.batch, -(-(level + 1) * rows // len(levels)) - spent)  # not beyond the level
-        where = regions(n, run.problem.shape, self.share, self.cells, run.generator).to(p.x.device)
-        z = run.noise(n) / run.problem.path.at(run.problem.times[0])[1]
-        same = p[torch.zeros(n, dtype=torch.int64, device=p.x.device)]
-        q = run.score(run.propose(same, s=levels[level], kernel=redraw(where, z))).best()
+        """The record holder after a batch of tries; when the budget is spent, its look-ahead estimate."""
+        levels, price = run.problem.times[1:-1], run.problem.look_ahead.price
+        tries = run.max_nfe // run.problem.cost // price - self.init
+        made = tries - run.evaluations_left // price
+        if made == tries or not levels:
+            return run.place(p, p.x0, 0.0)
+        level = made * len(levels) // tries
+        until = math.ceil((level + 1) * tries / len(levels))  # the number of tries after which the next level begins
+        q = run.score(self._tries(p, run, min(self.batch, until - made), levels[level])).best()
         return q if q.reward > p.reward else p
+
+    def _tries(self, p: Particles, run: Run, n: int, s: float) -> Particles:
+        """n descendants at level s of the one particle p: its estimate, with the noise of some regions drawn afresh."""
+        path, device = run.problem.path, p.x.device
+        (a, sigma, _, _), (b, level, _, _) = path.at(p.t), path.at(s)
+        where = regions(n, run.problem.shape, self.share, self.cells, run.generator).to(device)
+        z = run.noise(n) / path.at(run.problem.times[0])[1]
+        noise = torch.where(where, z, (p.x - a * p.x0) / sigma)
+        return run.place(p[torch.zeros(n, dtype=torch.int64, device=device)], b * p.x0 + level * noise, s)
 
 
 def regions(n: int, shape: tuple[int, ...], share: float, cells: int, generator: torch.Generator) -> Tensor:

@@ -6,26 +6,21 @@ from dataclasses import dataclass
 
 from ..kernels import ode, renoise
 from ..search import Particles, Problem, Run
-from ._common import best_noises, require_budget, require_positive
+from ._common import best_noises, require_budget, require_positive, require_posterior_mean
 
 
 @dataclass(frozen=True)
 class SearchOverPaths:
     """Keeps a few paths: again and again renoises copies of each up, runs the ODE further down, and keeps the best.
 
-    All moves are along the schedule. The first leg runs the ODE down `down` intervals from noise; every later one goes
-    up `up` and down `down` intervals, and the best look-ahead rewards of all copies, whosever they are, are kept.
-    Noise enters by renoising alone, so the problem's kernel is not used.
+    The first leg runs the ODE down `down` intervals of the schedule from noise. Every later one goes up `up` and down
+    `down` intervals, and the best of all copies are kept. The problem's kernel is not used.
 
     Attributes:
         paths: states kept.
-        copies: renoised copies of a path in each leg; None divides what the budget leaves equally among evaluations,
-            and spends all but less than one copy of every path through the last leg.
+        copies: renoised copies of a path in each leg; None divides what the budget leaves equally.
         init: initial noises of each path, of which the best by look-ahead reward is kept.
         up, down: intervals of the schedule, up < down.
-
-    Raises:
-        ValueError: a field is below 1, or up is not below down.
     """
 
     paths: int = 2
@@ -41,6 +36,7 @@ class SearchOverPaths:
 
     def check(self, problem: Problem, max_nfe: int) -> None:
         """Raises ValueError if the schedule is over in one leg, or the budget does not pay for a copy in every leg."""
+        require_posterior_mean(problem)
         first, *rest = self._legs(problem, problem.times[0])
         if not rest:
             raise ValueError(f"a schedule of {len(problem.times) - 1} intervals is over in one leg of {self.down}")
@@ -53,6 +49,7 @@ class SearchOverPaths:
 
     def advance(self, p: Particles, run: Run) -> Particles:
         """The ends of one leg: all of the first, the best of every other."""
+        p = run.evaluate(p)
         leg, *rest = self._legs(run.problem, p.t)
         first = p.t == run.problem.times[0]
         if not first:
@@ -60,7 +57,7 @@ class SearchOverPaths:
             p, leg = run.propose(p, copies, s=leg[0], kernel=renoise), leg[1:]
         for s in leg:
             p = run.propose(p, s=s, kernel=ode)
-        return p if first else (q := run.score(p))[q.reward.topk(self.paths).indices]
+        return p if first else run.score(p).top(self.paths)
 
     def _legs(self, problem: Problem, t: float) -> list[tuple[float, ...]]:
         """The times visited in each leg ahead of t."""

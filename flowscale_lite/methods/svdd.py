@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..search import Particles, Problem, Run
-from ._common import best_noises, best_of_each, require_budget, require_noise, require_positive
+from ._common import best_noises, best_of_each, evaluations_of_chain, require_budget, require_noise, require_positive
 from .gradient import Guide, guide_price
 
 
 @dataclass(frozen=True)
 class SVDD:
-    """At every paid transition draws children of each chain's state and keeps the one of best look-ahead reward.
+    """At every transition draws children of each chain's state and keeps the one of best look-ahead reward.
 
     The chains are independent; the best finished one is returned. It is SVDD with temperature 0: the original draws the
     child in proportion to exp(reward/temperature).
@@ -19,12 +19,8 @@ class SVDD:
     Attributes:
         chains: states kept.
         init: initial noises of each chain, of which the best by look-ahead reward is kept.
-        copies: children of a state at each transition; None divides what the budget leaves equally among transitions,
-            and spends all but less than one child for every chain.
+        copies: children of a state at each transition; None divides what the budget leaves equally among transitions.
         guide: steers each chain's state, once for all its children, by the gradient of the look-ahead reward.
-
-    Raises:
-        ValueError: a field is below 1.
     """
 
     chains: int = 2
@@ -38,21 +34,23 @@ class SVDD:
     def check(self, problem: Problem, max_nfe: int) -> None:
         """Raises ValueError if the budget does not pay for a child at every transition, or if children coincide."""
         require_noise(problem)
-        rows = self.chains * (
-            self.init + (self.copies or 1) * problem.evaluations_ahead() + guide_price(self.guide, problem)
-        )
-        require_budget(problem, max_nfe, rows, f"{self.chains} chain(s) with a child at every paid transition")
+        each = evaluations_of_chain(problem, self.init, self.copies or 1) + guide_price(self.guide, problem)
+        what = f"{self.chains} chain(s) with a child at every transition"
+        require_budget(problem, max_nfe, self.chains * each, what)
 
     def start(self, run: Run) -> Particles:
         """The best of the initial noises of every chain."""
-        return best_noises(run, self.chains, self.init)
+        return run.evaluate(best_noises(run, self.chains, self.init))
 
     def advance(self, p: Particles, run: Run) -> Particles:
         """The best child of each."""
-        ahead = run.evaluations_ahead(p.t)
+        ahead = run.problem.evaluations_ahead(p.t)
         if ahead == 0:
             return run.propose(p)
+        p = run.evaluate(p)
         p = self.guide(p, run) if self.guide else p
-        each = run.evaluations_left // self.chains - guide_price(self.guide, run.problem, run.next_time(p.t))
-        copies = self.copies or each // ahead  # what does not divide is left to later transitions
+        s = run.next_time(p.t)
+        reserved = run.problem.evaluations_kept(s) + guide_price(self.guide, run.problem, s)
+        each = run.evaluations_left // self.chains - reserved
+        copies = self.copies or each // (ahead * run.problem.look_ahead.price)  # the remainder is for later transitions
         return best_of_each(run.score(run.propose(p, copies)), self.chains)

@@ -9,25 +9,20 @@ import torch
 
 from ..kernels import ode
 from ..search import Particles, Problem, Run
-from ._common import best_noises, require_budget, require_positive
+from ._common import best_noises, evaluations_at_noise, require_budget, require_positive
 
 
 @dataclass(frozen=True)
 class ZeroOrder:
     """Hill climbing on the initial noise: samples its neighbours' noises by the ODE, moves to the best, and so on.
 
-    A neighbour of noise n is sqrt(1 - radius^2) n + radius z with fresh noise z: from Gaussian noise it makes Gaussian
-    noise, of the same expected norm, whatever the radius. (A plain sum n + radius z would inflate it round by round.)
-    Rounds go on until the budget is spent but for less than one sample; the best sample of all rounds is returned. The
-    samples are the ODE's, so the problem's kernel is not used, and the rounds all start at the schedule's first time.
+    A neighbour of noise n is sqrt(1 - radius^2) n + radius z with fresh noise z, which is Gaussian like n. Rounds go on
+    until the budget is spent; the best sample of all rounds is returned. The problem's kernel is not used.
 
     Attributes:
         neighbours: noises a round.
         radius: 1 draws afresh (best-of-N); near 0 neighbours hardly differ.
         init: initial noises, of which the best by look-ahead reward is the first to be sampled.
-
-    Raises:
-        ValueError: a field is out of range.
     """
 
     neighbours: int = 4
@@ -41,14 +36,13 @@ class ZeroOrder:
 
     def check(self, problem: Problem, max_nfe: int) -> None:
         """Raises ValueError if the budget does not pay for one sample."""
-        require_budget(
-            problem, max_nfe, self.init + problem.evaluations_ahead(), f"one sample, the best of {self.init} noise(s),"
-        )
+        evaluations = evaluations_at_noise(problem, self.init) + problem.evaluations_ahead()
+        require_budget(problem, max_nfe, evaluations, f"one sample, the best of {self.init} noise(s),")
 
     def start(self, run: Run) -> Particles:
         """The first noise."""
         p = best_noises(run, 1, self.init)
-        return replace(p, carry={"pivot": p.x, "sample": p.x0, "record": torch.full_like(p.logw, -math.inf)})
+        return replace(p, carry={"pivot": p.x, "sample": p.x, "record": torch.full_like(p.logw, -math.inf)})
 
     def advance(self, p: Particles, run: Run) -> Particles:
         """The pivot's neighbours, after a round; when the budget is spent, the best sample of all rounds."""
@@ -58,7 +52,7 @@ class ZeroOrder:
         q = run.score(p).best()
         carry = {"pivot": noise[q.parent], "sample": q.x, "record": q.reward}
         carry = carry if q.reward > q.carry["record"] else q.carry
-        n = min(self.neighbours, run.evaluations_left // (1 + run.evaluations_ahead()))
+        n = min(self.neighbours, run.evaluations_left // (1 + run.problem.evaluations_ahead()))
         if n == 0:
             return replace(q, x=carry["sample"], x0=carry["sample"], reward=carry["record"])
         near = math.sqrt(1 - self.radius**2) * carry["pivot"] + self.radius * run.noise(n)

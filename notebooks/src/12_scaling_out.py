@@ -44,8 +44,9 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import torch
-from IPython.display import Markdown, display
+from IPython.display import display
 from matplotlib.ticker import LogLocator, NullLocator
 
 from flowscale_lite import RBF, BestOfN, ddim, experiments, ode, plots, search
@@ -99,16 +100,10 @@ pipe = load(locate("tiny-flux/schnell"))
 tiny = cost.of_pipeline(pipe, 64, 64, text_tokens=16, name="tiny-flux 64 x 64")
 assert sum(operations(pipe.transformer.config, 4 * 4, 16)) == tiny.velocity.flops
 
-
-def table(lines):
-    """A table, a dict a line."""
-    display(Markdown(experiments.markdown(lines)))
-
-
-table(
+pd.DataFrame(
     [
         {"model": m.name, "one NFE": f"{m.velocity.flops:.3g}", "a decode": f"{m.decode.flops:.3g}",
-         "a prompt": f"{m.text.flops:.3g}", "decode / NFE": m.decode.flops / m.velocity.flops}
+         "a prompt": f"{m.text.flops:.3g}", "decode / NFE": f"{m.decode.flops / m.velocity.flops:.3g}"}
         for m in (flux, tiny)
     ]
 )  # fmt: skip
@@ -119,22 +114,17 @@ table(
 #
 # How does the bill grow with the picture?
 
-# %%
+# %% alt="Operations of one FLUX.1 evaluation against the side of the picture, on logarithmic axes. The part through weights is linear in the number of tokens and dominates at 1024 pixels; attention is quadratic and catches up."
 sides = np.array([256, 512, 768, 1024, 1536, 2048])
 parts = np.array([operations(cost.FLUX1["transformer"], (side // 16) ** 2, 256) for side in sides.tolist()]) / 1e12
 fig, ax = plt.subplots()
 ax.loglog(sides, parts.sum(1), marker="o", label="all")
 ax.loglog(sides, parts[:, 0], marker="s", markersize=4, label="through weights, linear in tokens")
 ax.loglog(sides, parts[:, 1], marker="^", markersize=4, label="attention, quadratic in tokens")
-ax.set_xticks(sides, [str(side) for side in sides])
-ax.minorticks_off()
+plots.ticks(ax.xaxis, sides)
 ax.set(xlabel="side of the picture, pixels", ylabel="10¹² operations an NFE", title="FLUX.1, one evaluation")
 ax.legend()
-plots.show(
-    fig,
-    alt="Operations of one FLUX.1 evaluation against the side of the picture, on logarithmic axes. The part through "
-    "weights is linear in the number of tokens and dominates at 1024 pixels; attention is quadratic and catches up.",
-)
+plt.show()
 
 # %% [markdown]
 # **Question.** Why does a picture of half the side cost more than a quarter? (Which tokens do not become fewer?)
@@ -165,7 +155,7 @@ def clock(method, kernel, nfe):
     return min(taken), result.reward_calls
 
 
-rbf = RBF(accept="best")
+rbf = RBF()
 runs = [("best-of-N", BestOfN(), ode, n) for n in (100, 300)] + [("RBF", rbf, ddim(), n) for n in (50, 150)]
 timed = [(name, nfe, *clock(method, kernel, nfe)) for name, method, kernel, nfe in runs]
 machine = cost.measured(tiny, timed[0][1], timed[0][2], reward_calls=timed[0][3])
@@ -191,7 +181,7 @@ assert all(0.5 < guess / row[2] < 2 for row, guess in zip(timed, foretold, stric
 speed(16)  # warm up
 print(f"evaluations in batches of 1 reach {speed(1) / speed(16):.2f} of the speed of batches of 16")
 
-# %%
+# %% alt="Measured against foretold CPU seconds of four searches on tiny-flux. Best-of-N at 100 NFE, hollow, lies on the diagonal: the speed was read off there. The other three lie close to it, within a factor of two, although RBF decodes far more pictures an NFE than best-of-N."
 fig, ax = plt.subplots(figsize=(4.6, 4))
 seconds = np.array([row[2] for row in timed])
 reach = np.array([min(*seconds, *foretold) / 1.5, max(*seconds, *foretold) * 1.5])
@@ -208,12 +198,7 @@ for axis in (ax.xaxis, ax.yaxis):
     axis.set_major_formatter("{x:g}")
     axis.set_minor_locator(NullLocator())
 ax.legend(loc="upper left", fontsize=8)
-plots.show(
-    fig,
-    alt="Measured against foretold CPU seconds of four searches on tiny-flux. Best-of-N at 100 NFE, hollow, lies on "
-    "the diagonal: the speed was read off there. The other three lie close to it, within a factor of two, although "
-    "RBF decodes far more pictures an NFE than best-of-N.",
-)
+plt.show()
 
 # %% [markdown]
 # One number is enough here, for two methods that mix evaluations and decodes in very different proportion. Two warnings. The number belongs to this *kind* of work: with
@@ -232,13 +217,13 @@ def line(gpu, nfe=500):
     p = cost.plan(flux, gpu, nfe)
     return {
         "GPU": gpu.name, "peak, 10¹²/s": gpu.tflops, "assumed $/h": f"{gpu.dollars:.2f}",
-        "minutes a picture": p.seconds / 60, "$ a picture": f"{p.dollars:.2f}",
-        "GiB, all resident": p.memory / 2**30, "fits": "yes" if p.fits else "no",
+        "minutes a picture": f"{p.seconds / 60:.3g}", "$ a picture": f"{p.dollars:.2f}",
+        "GiB, all resident": f"{p.memory / 2**30:.3g}", "fits": "yes" if p.fits else "no",
     }  # fmt: skip
 
 
 print(f"FLUX.1-schnell, 1024 x 1024, RBF at 500 NFE, without a judge, prices assumed in {cost.PRICED}:")
-table([line(gpu) for gpu in cost.GPUS.values()])
+display(pd.DataFrame([line(gpu) for gpu in cost.GPUS.values()]))
 plans = [cost.plan(flux, gpu, 500) for gpu in cost.GPUS.values()]
 assert all(p.dollars < 1 for p in plans if p.fits)
 
@@ -247,7 +232,7 @@ assert all(p.dollars < 1 for p in plans if p.fits)
 # text encoder and decoder at 16 bits, plus what lives during a call. Where that does not fit, as on the T4 and the L4, encode the prompt first and drop the text encoder, or quantise, or offload (notebook 11).
 # For the last two neither (12.2) nor a utilisation of 0.4 holds: what the table and the figure say of these GPUs is what they would do if they had the room.
 
-# %%
+# %% alt="Seconds and dollars a picture against NFE for five GPUs, on logarithmic axes: straight lines. The GPUs lie far apart in seconds, the H100 fastest and the T4 slowest, and close together in dollars. T4 and L4 are marked as too small to hold the model."
 budgets = np.array([1, 4, 10, 25, 50, 100, 250, 500, 1000])
 fig, axes = plt.subplots(1, 2, figsize=(9, 3.8))
 for gpu in cost.GPUS.values():
@@ -259,12 +244,7 @@ axes[0].annotate("a minute", (1, 66), fontsize=8, color="0.3")
 axes[0].set(xlabel="NFE", ylabel="seconds a picture")
 axes[1].set(xlabel="NFE", ylabel="$ a picture, prices assumed")
 axes[0].legend(fontsize=8)
-plots.show(
-    fig,
-    alt="Seconds and dollars a picture against NFE for five GPUs, on logarithmic axes: straight lines. The GPUs lie "
-    "far apart in seconds, the H100 fastest and the T4 slowest, and close together in dollars. T4 and L4 are marked as "
-    "too small to hold the model.",
-)
+plt.show()
 at_500 = np.array([(p.seconds, p.dollars) for p in (cost.plan(flux, gpu, 500) for gpu in cost.GPUS.values())])
 spread = at_500.max(0) / at_500.min(0)
 print(f"between the GPUs: a factor of {spread[0]:.0f} in time, of {spread[1]:.1f} in money")
@@ -306,7 +286,7 @@ first = np.array([queue(sorted(lengths, reverse=True), g) for g in fleet_sizes.t
 assert (times[1] <= work / fleet_sizes + (1 - 1 / fleet_sizes) * longest + 1e-6).all(), "(12.3) is violated"
 assert (times >= np.maximum(work / fleet_sizes, longest) - 1e-6).all() and (first <= times[1] + 1e-6).all()
 
-# %%
+# %% alt="Speed-up against the number of GPUs. A queue that starts the longest runs first stays closest to the ideal line; in the order of the list, shortest first, it falls behind; equal pieces fall far behind."
 fig, ax = plt.subplots()
 ax.plot(fleet_sizes, fleet_sizes, color="0.6", linestyle="-", linewidth=1, label="ideal")
 ax.plot(fleet_sizes, work / first, label="queue, longest runs first")
@@ -314,11 +294,7 @@ ax.plot(fleet_sizes, work / times[1], label="queue, in the order of the list")
 ax.plot(fleet_sizes, work / times[0], label="equal pieces")
 ax.set(xlabel="GPUs", ylabel="times as fast as one", title="120 runs of 100, 250 and 500 NFE", ylim=(0, 64))
 ax.legend(fontsize=8)
-plots.show(
-    fig,
-    alt="Speed-up against the number of GPUs. A queue that starts the longest runs first stays closest to the "
-    "ideal line; in the order of the list, shortest first, it falls behind; equal pieces fall far behind.",
-)
+plt.show()
 gains = [work / t[31] for t in (*times, first)]
 print("times as fast on 32 GPUs: pieces {:.1f}, queue {:.1f}, longest first {:.1f}".format(*gains))
 flat = fleet_sizes[np.isclose(first, first[49])]
@@ -336,12 +312,11 @@ assert np.isclose(first[49], lengths[-1] + lengths[40]), "someone does a run of 
 one = cost.plan(flux, a100, 500)
 fleets = [(g, cost.fleet(one, 100, g, startup=120)) for g in (1, 4, 16, 30, 50, 100)]
 print("100 pictures at 500 NFE on A100s, 120 s to load:")
-table(
-    [
-        {"GPUs": g, "hours": f.seconds / 3600, "$": f"{f.dollars:.1f}", "efficiency": f"{f.efficiency:.2f}"}
-        for g, f in fleets
-    ]
-)
+lines = [
+    {"GPUs": g, "hours": f"{f.seconds / 3600:.3g}", "$": f"{f.dollars:.1f}", "efficiency": f"{f.efficiency:.2f}"}
+    for g, f in fleets
+]
+display(pd.DataFrame(lines))
 assert fleets[3][1].dollars > fleets[4][1].dollars
 
 # %% [markdown]
@@ -442,7 +417,7 @@ print(f"{len(lines)} rows, none doubled, and the same numbers as the run on one 
 # were run with both budgets, we compare them in pairs, which takes out the luck of the seed.
 
 # %%
-table(experiments.table(lines, ["budget"], ["reward"], clusters="seed"))
+display(experiments.table(lines, ["budget"], ["reward"], clusters="seed"))
 large, small = ([row for row in lines if row["budget"] == budget] for budget in (80, 20))
 gain = experiments.paired_difference(large, small, "reward", by=["seed"], clusters="seed")
 print(f"80 NFE against 20, mean difference in pairs: {gain} (95 % interval, 24 seeds)")
@@ -513,7 +488,7 @@ print(f"a batch of {batch} on A100s: generator {a:.2f} s, judge {b:.2f} s; knee 
 dearer = cost.plan(flux, a100, 500, judge=vlm).seconds / cost.plan(flux, a100, 500).seconds - 1
 print(f"at 500 NFE the judge adds {dearer:.0%} to the GPU seconds of a picture")
 
-# %%
+# %% alt="Batches a second against the number of generators that share one judge: rising in proportion up to the knee, flat beyond it. The simulated points lie on the bound."
 fig, ax = plt.subplots()
 ax.plot(generators, bound, label="bound (12.4)")
 ax.plot(generators, simulated, "o", linestyle="none", label="simulated")
@@ -523,11 +498,7 @@ ax.set(
     xlabel="generators, a GPU each", ylabel="batches a second", title="one judge, on a GPU of its own", ylim=(0, None)
 )
 ax.legend(loc="upper left")
-plots.show(
-    fig,
-    alt="Batches a second against the number of generators that share one judge: rising in proportion up to the knee, "
-    "flat beyond it. The simulated points lie on the bound.",
-)
+plt.show()
 
 # %% [markdown]
 # Up to the knee a further generator adds its full share; beyond it, it only waits. So one judge serves eight generators here. On a cluster this is three lines, with
