@@ -43,7 +43,7 @@ TOKEN = "HF_TOKEN"
 
 def load(model: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Any:
     """A pipeline ready for inference on one device, whole and in one precision. For models that are large for their GPU
-    see `memory.load`.
+    see `memory.load_planned`.
 
     Raises:
         FileNotFoundError: `model` is a path that holds no pipeline, or not known to the hub; or weights of it are
