@@ -18,6 +18,8 @@ def test_logit_normal_by_hand():
     spread = logit_normal(10_000, mean=0.2, std=0.5)
     assert math.log(spread[1587] / (1 - spread[1587])) == pytest.approx(0.2 + 0.5, abs=1e-3)
     assert check(spread) == spread
+    default = [math.log(t / (1 - t)) for t in logit_normal(10_000)[1:-1]]
+    assert (default[4999], default[1586]) == pytest.approx((0.7, 0.7 + 0.9), abs=1e-3), "stored results rest on these"
 
 
 def vp_to_linear(s: float) -> float:
