@@ -107,13 +107,15 @@ def plain_blockwise(chains, init, block, copies, g):
 @pytest.mark.parametrize(("chains", "init", "copies"), [(1, 1, 4), (2, 3, 5), (3, 1, 1)])
 def test_svdd_is_this_loop(chains, init, copies):
     for seed in range(5):
-        assert_found(SVDD(chains, init, copies), 200, seed, plain_blockwise(chains, init, 1, copies, seeded(seed)), steps=6)
+        x = plain_blockwise(chains, init, 1, copies, seeded(seed))
+        assert_found(SVDD(chains, init, copies), 200, seed, x, steps=6)
 
 
 @pytest.mark.parametrize("block", [1, 2, 3, 5, 6, 9])
 def test_blockwise_is_this_loop(block):
     for seed in range(5):
-        assert_found(Blockwise(2, 2, block, 4), 200, seed, plain_blockwise(2, 2, block, 4, seeded(seed)), steps=6)
+        x = plain_blockwise(2, 2, block, 4, seeded(seed))
+        assert_found(Blockwise(2, 2, block, 4), 200, seed, x, steps=6)
 
 
 def test_a_schedule_may_have_nothing_to_select():
@@ -416,9 +418,7 @@ def test_a_speculative_batch_takes_the_first_that_beats_the_record_and_pays_for_
 def test_the_record_is_the_best_accepted_so_far_and_never_falls():
     """Accepted 5, then -1 for want of better: a candidate of 0 beats the parent but not the record."""
     reward = Script({0: 5.0, 1: -1.0, 2: -1.0})
-    result = search(
-        problem(4, reward=reward), RBF(1, FirstImprovement(), batch=1), max_nfe=1 + 6, generator=seeded()
-    )
+    result = search(problem(4, reward=reward), RBF(1, FirstImprovement(), batch=1), max_nfe=1 + 6, generator=seeded())
     assert drawn(result) == [1, 2, 2, 2, 1]
 
 

@@ -13,11 +13,11 @@ def test_uniform():
 
 def test_logit_normal_by_hand():
     """Quantiles: the median is the logistic of the mean, and one standard deviation lies at 0.8413."""
-    times = logit_normal(2, mean=0.7)
+    times = logit_normal(2)  # mean 0.7 and deviation 0.9, which stored results rest on
     assert times == pytest.approx((1.0, 1 / (1 + math.exp(-0.7)), 0.0))
-    spread = logit_normal(10_000, mean=0.2, std=0.5)
-    assert math.log(spread[1587] / (1 - spread[1587])) == pytest.approx(0.2 + 0.5, abs=1e-3)
-    assert check(spread) == spread
+    for spread, one_above in ((logit_normal(10_000), 0.7 + 0.9), (logit_normal(10_000, 0.2, 0.5), 0.2 + 0.5)):
+        assert math.log(spread[1587] / (1 - spread[1587])) == pytest.approx(one_above, abs=1e-3)
+        assert check(spread) == spread
 
 
 def vp_to_linear(s: float) -> float:
@@ -65,6 +65,7 @@ def test_what_is_no_schedule(times, message):
 
 def test_levels_by_hand():
     assert levels(4, 0.9, 0.5) == pytest.approx((1.0, 0.9, 0.7, 0.5, 0.0)) and levels(2) == (1.0, 0.95, 0.0)
+    assert levels(3) == pytest.approx((1.0, 0.95, 0.7, 0.0))  # which stored results rest on
 
 
 def test_errors():

@@ -7,7 +7,19 @@ import pytest
 import torch
 from conftest import Counting, drawn, flat, gaussian_flow, never, problem, seeded
 
-from flowscale_lite import RBF, BestOfN, BestOfQuota, BudgetExceeded, Particles, Run, Search, ode, search, steps, uniform
+from flowscale_lite import (
+    RBF,
+    BestOfN,
+    BestOfQuota,
+    BudgetExceeded,
+    Particles,
+    Run,
+    Search,
+    ode,
+    search,
+    steps,
+    uniform,
+)
 
 FLOW = gaussian_flow("linear")
 
@@ -164,14 +176,18 @@ def test_a_transition_of_ones_own():
 
 
 def test_pictures_as_states():
-    setup = problem(velocity=lambda x, t: x / (1 + t).view(-1, 1, 1, 1), shape=(3, 4, 4), reward=lambda x: x.mean((1, 2, 3)))
+    flow = lambda x, t: x / (1 + t).view(-1, 1, 1, 1)  # noqa: E731
+    setup = problem(velocity=flow, reward=lambda x: x.mean((1, 2, 3)), shape=(3, 4, 4))
     assert search(setup, RBF(), max_nfe=60, generator=seeded()).best.shape == (3, 4, 4)
 
 
 # The search, step by step
 
 
-def begun(method=BestOfN(4), max_nfe=100, **changes) -> Search:
+FOUR = BestOfN(4)
+
+
+def begun(method=FOUR, max_nfe=100, **changes) -> Search:
     return steps(problem(**changes), method, max_nfe=max_nfe, generator=seeded())
 
 
