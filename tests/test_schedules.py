@@ -1,6 +1,9 @@
 import math
+from itertools import pairwise
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from flowscale_lite import levels, logit_normal, paper_vp, shifted, uniform
 from flowscale_lite.schedules import check
@@ -82,3 +85,43 @@ def test_errors():
     for shift in (0.0, -1.0, math.nan, math.inf):
         with pytest.raises(ValueError, match="shift"):
             shifted(uniform(3), shift)
+
+
+# For any numbers whatever
+
+many = settings(max_examples=100, deadline=None, derandomize=True)
+anything = st.floats(allow_nan=True, allow_infinity=True)
+
+
+def is_schedule(times: tuple[float, ...], n: int) -> bool:
+    return len(times) == n + 1 and times[0] <= 1 and times[-1] == 0 and all(t > s for t, s in pairwise(times))
+
+
+@many
+@given(
+    n=st.integers(1, 100) | st.just(500),
+    finish=st.integers(1, 100),
+    mean=st.floats(-3, 3),
+    std=st.floats(0.1, 3),
+    shift=st.floats(1e-3, 1e3),
+)
+def test_schedules_fall_strictly_from_at_most_one_to_zero(n, finish, mean, std, shift):
+    for times in (uniform(n), paper_vp(n, min(finish, n)), logit_normal(n, mean, std)):
+        assert is_schedule(times, n) and is_schedule(shifted(times, shift), n)
+
+
+@many
+@given(n=st.integers(-2, 12), finish=st.integers(-2, 12), mean=anything, std=anything, shift=anything)
+def test_a_schedule_of_any_arguments_is_one_or_is_refused(n, finish, mean, std, shift):
+    for make in (
+        lambda: uniform(n),
+        lambda: paper_vp(n, finish),
+        lambda: logit_normal(n, mean, std),
+        lambda: levels(n, mean, std),
+        lambda: shifted(uniform(n), shift),
+    ):
+        try:
+            times = make()
+        except ValueError:
+            continue
+        assert is_schedule(times, n)
