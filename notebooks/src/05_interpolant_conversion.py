@@ -804,7 +804,7 @@ def finished(way, prompt, n, seed):
     return prompt.decode(onwards(convert(prompt, LINEAR, path), kernel, noise, times, generator, path)[0][-1])
 
 
-fig, axes = plt.subplots(3, 6, figsize=(7.5, 4.4))
+fig, axes = plt.subplots(3, 6, figsize=(7.5, 4.9))
 for row, (name, way) in zip(axes, ways.items(), strict=True):
     pictures = finished(way, prompt, 6, seed=8)
     plots.strip(row, pictures, [f"{r:.1f}" for r in reward(pictures)], name)
