@@ -1,4 +1,4 @@
-"""Shared by the tests: oracles (paths and the flow of Gaussian data, written out again and differently), a problem."""
+"""Shared by the tests: a small problem, and oracles: paths and flow of Gaussian data, written again and differently."""
 
 from __future__ import annotations
 

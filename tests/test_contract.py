@@ -153,7 +153,7 @@ def run(line: Line, seed: int = 0, budget: int = BUDGET, **changes) -> Result:
 
 
 def test_every_method_has_a_line():
-    public = [getattr(methods, name) for name in methods.__all__]
+    public = [kind for kind in vars(methods).values() if isinstance(kind, type)]
     assert {type(line.method) for line in METHODS} == {kind for kind in public if hasattr(kind, "advance")}
 
 
@@ -369,9 +369,8 @@ def test_methods_are_frozen(line):
 
 NOT_ZERO = [(SMC, "tau"), (Guide, "strength")]
 FRACTIONS = [(ZeroOrder, "radius"), (Refine, "share"), (Beam, "select_below"), (Guide, "below"), (Guide, "floor")]
-EDGES = [(*field, 0.0) for field in NOT_ZERO + FRACTIONS] + [
-    (*field, 1.1) for field in [*FRACTIONS, (SMC, "threshold")]
-]
+EDGES = [(*field, 0.0) for field in NOT_ZERO + FRACTIONS]
+EDGES += [(*field, 1.1) for field in [*FRACTIONS, (SMC, "threshold")]]
 KINDS = sorted({type(line.method) for line in METHODS} | {BestOfEnough, Guide}, key=lambda kind: kind.__name__)
 WRONG = {int: (0, -1, 1.5), float: (-1.0, math.nan, math.inf), str: ("no such",)}
 

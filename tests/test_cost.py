@@ -99,7 +99,7 @@ def test_on_the_toy_a_tenth_of_the_time_is_ours_at_most():
 
 
 def test_a_batch_costs_the_loop_less_than_a_millisecond_whatever_the_model():
-    """About a third of one; where the velocity is a formula that is more than half of the time."""
+    """About two thirds of one; where the velocity is a formula that is two thirds of the time."""
     seconds, ours = timed(formula(), RBF(batch=8), 250, repeats=5)
     assert ours * seconds / (250 / 8) < 1e-3, (seconds, ours)
 

@@ -43,6 +43,7 @@ def test_rows_come_in_task_order_and_are_not_run_twice(tmp_path):
     again = experiments.sweep(TASKS[::-1], lambda t: calls.append(t) or square(t), path)
     assert again == [t | square(t) for t in TASKS[::-1]] and len(calls) == len(TASKS)
     assert ordered(experiments.read(path)) == ordered(again)
+    assert experiments.sweep([], square, tmp_path / "none.jsonl", workers=2) == []
 
 
 @pytest.mark.parametrize("cut", [1, 9, 60])
@@ -86,13 +87,6 @@ def test_a_file_of_something_else_is_refused_and_left_alone(tmp_path, text):
     with pytest.raises(ValueError, match=r"another sweep|no JSON object|no row"):
         experiments.sweep(TASKS[:3], square, path)
     assert path.read_text().rstrip("\n") == text
-
-
-def test_rows_of_a_sweep_with_more_fields_do_not_pass_for_results(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    experiments.sweep([t | {"budget": b} for t in TASKS[:2] for b in (1, 2)], square, path)
-    with pytest.raises(ValueError, match="of more fields"):
-        experiments.sweep(TASKS[:2], square, path)
 
 
 def test_a_row_is_the_same_when_it_is_read_again(tmp_path):
@@ -160,10 +154,10 @@ def test_bad_sweeps_are_refused_before_anything_runs(tmp_path, monkeypatch):
     experiments.sweep([{"other": 1}], lambda t: {}, path)
     with pytest.raises(ValueError, match="rows of another sweep"):
         experiments.sweep(TASKS, never, path)
-
-
-def test_no_tasks_no_rows(tmp_path):
-    assert experiments.sweep([], square, tmp_path / "rows.jsonl", workers=2) == []
+    more = tmp_path / "more.jsonl"
+    experiments.sweep([TASKS[0] | {"budget": budget} for budget in (1, 2)], square, more)
+    with pytest.raises(ValueError, match="of more fields"):
+        experiments.sweep(TASKS, never, more)
 
 
 # --------------------------------------------------------------------------------------------- processes that die

@@ -82,6 +82,20 @@ def test_score_of_gaussian_data(path):
         torch.testing.assert_close(score[row], -(x[row] - m) / var, rtol=1e-8, atol=1e-10)
 
 
+@each_path
+@pytest.mark.parametrize("shape", [(), (1,), (2, 3, 2)])
+@pytest.mark.parametrize("t", [0.0, 0.3, 1.0])
+def test_state_and_velocity_are_read_off_the_posterior_means(path, t, shape):
+    """For samples of any shape: a number, a vector, a picture."""
+    t = max(t, path.t_min)
+    x, v = torch.randn(2, 4, *shape, generator=torch.Generator().manual_seed(0), dtype=float64)
+    tt = x.new_full((4,), t)
+    x0, eps = path.endpoints(x, v, tt)
+    a, s, _, _ = levels(path.name, t)
+    torch.testing.assert_close(a * x0 + s * eps, x)
+    torch.testing.assert_close(path.velocity(x0, eps, tt), v)
+
+
 def test_velocity_of_the_linear_path_is_noise_minus_data():
     x0, eps = torch.randn(2, 4, 3, 2, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(LINEAR.velocity(x0, eps, torch.rand(4)), eps - x0)

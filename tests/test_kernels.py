@@ -75,7 +75,7 @@ def test_the_biases_at_ten_steps_are_the_ones_documented():
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("path", PATHS, ids=lambda p: p.name)
 @pytest.mark.parametrize("times", [(1.0, 0.7, 0.2, 0.0), (0.9, 0.1), (1.0, 0.0)])
-def test_gaussian_transitions_are_exact_for_point_mass_data(eta, path, times):
+def test_ddim_transitions_are_exact_for_point_mass_data(eta, path, times):
     for t, (m, var) in zip(times, moments_along(ddim(eta), path, times, std=0.0), strict=True):
         assert (m, var) == pytest.approx(marginal(path.name, t, std=0.0), rel=1e-7, abs=1e-7)
 
@@ -101,7 +101,7 @@ def test_the_last_step_of_the_sde_is_the_odes():
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda p: p.name)
-def test_gaussian_at_eta_one_reverses_the_forward_process(path):
+def test_ddim_at_eta_one_reverses_the_forward_process(path):
     """Forward, x_t = (alpha_t/alpha_s) x_s + noise: so Cov(x_t, x_s) = (alpha_t/alpha_s) sigma_s^2 given the data."""
     t, s = 0.8, 0.3
     probe = torch.tensor([[0.0], [1.0]], dtype=float64)
@@ -111,21 +111,21 @@ def test_gaussian_at_eta_one_reverses_the_forward_process(path):
     assert (mean[1] - mean[0]).item() * s_t**2 == pytest.approx(a_t / a_s * s_s**2, rel=1e-8)
 
 
-def test_gaussian_at_eta_zero_is_the_ode_on_the_linear_path():
+def test_ddim_at_eta_zero_is_the_ode_on_the_linear_path():
     v = gaussian_flow("linear")(X, X.new_full((3,), 0.8))
     mean, std = ddim(0.0)(LINEAR, X, v, 0.8, 0.3)
     assert std == 0
     torch.testing.assert_close(mean, ode(LINEAR, X, v, 0.8, 0.3)[0])
 
 
-def test_gaussian_takes_the_limit_where_the_linear_path_has_no_signal():
+def test_ddim_takes_the_limit_where_the_linear_path_has_no_signal():
     mean, std = ddim(1.0)(LINEAR, X, gaussian_flow("linear")(X, torch.ones(3, dtype=float64)), 1.0, 0.4)
     assert std == pytest.approx(0.4)  # all of sigma_s: the state is drawn afresh around the posterior mean
     torch.testing.assert_close(mean, torch.full_like(X, 0.6 * MEAN))
 
 
 @pytest.mark.parametrize("eta", [0.5, 1.0])
-def test_gaussian_depends_on_the_path_through_its_ratio_only(eta):
+def test_ddim_depends_on_the_path_through_its_ratio_only(eta):
     """At times of equal sigma/alpha the linear and cosine transitions are one law up to scale."""
     t, s = (torch.tensor(u, dtype=float64) for u in (0.7, 0.35))
     t2, s2 = (COSINE.time_of_ratio(u / (1 - u)) for u in (t, s))
@@ -151,7 +151,7 @@ def test_renoise_carries_one_marginal_to_another(path, t, s):
     assert (slope * m + b, slope**2 * var + std**2) == pytest.approx(marginal(path.name, s), rel=1e-9)
 
 
-def test_natural_diffusion_by_hand():
+def test_memoryless_diffusion_by_hand():
     for t in (0.1, 0.5, 0.9):
         assert memoryless(VP)(t) == pytest.approx(math.sqrt(0.1 + 19.9 * t))  # the VP-SDE's sqrt(beta)
         assert memoryless(LINEAR)(t) == pytest.approx(math.sqrt(2 * t / (1 - t)))

@@ -107,15 +107,15 @@ def plain_blockwise(chains, init, block, copies, g):
 @pytest.mark.parametrize(("chains", "init", "copies"), [(1, 1, 4), (2, 3, 5), (3, 1, 1)])
 def test_svdd_is_this_loop(chains, init, copies):
     for seed in range(5):
-        assert_found(
-            SVDD(chains, init, copies), 200, seed, plain_blockwise(chains, init, 1, copies, seeded(seed)), steps=6
-        )
+        x = plain_blockwise(chains, init, 1, copies, seeded(seed))
+        assert_found(SVDD(chains, init, copies), 200, seed, x, steps=6)
 
 
 @pytest.mark.parametrize("block", [1, 2, 3, 5, 6, 9])
 def test_blockwise_is_this_loop(block):
     for seed in range(5):
-        assert_found(Blockwise(2, 2, block, 4), 200, seed, plain_blockwise(2, 2, block, 4, seeded(seed)), steps=6)
+        x = plain_blockwise(2, 2, block, 4, seeded(seed))
+        assert_found(Blockwise(2, 2, block, 4), 200, seed, x, steps=6)
 
 
 def test_a_schedule_may_have_nothing_to_select():

@@ -1,6 +1,9 @@
 import math
+from itertools import pairwise
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from flowscale_lite import levels, logit_normal, paper_vp, shifted, uniform
 from flowscale_lite.schedules import check
@@ -13,11 +16,11 @@ def test_uniform():
 
 def test_logit_normal_by_hand():
     """Quantiles: the median is the logistic of the mean, and one standard deviation lies at 0.8413."""
-    times = logit_normal(2, mean=0.7)
+    times = logit_normal(2)  # mean 0.7 and deviation 0.9, which stored results rest on
     assert times == pytest.approx((1.0, 1 / (1 + math.exp(-0.7)), 0.0))
-    spread = logit_normal(10_000, mean=0.2, std=0.5)
-    assert math.log(spread[1587] / (1 - spread[1587])) == pytest.approx(0.2 + 0.5, abs=1e-3)
-    assert check(spread) == spread
+    for spread, one_above in ((logit_normal(10_000), 0.7 + 0.9), (logit_normal(10_000, 0.2, 0.5), 0.2 + 0.5)):
+        assert math.log(spread[1587] / (1 - spread[1587])) == pytest.approx(one_above, abs=1e-3)
+        assert check(spread) == spread
 
 
 def vp_to_linear(s: float) -> float:
@@ -65,6 +68,7 @@ def test_what_is_no_schedule(times, message):
 
 def test_levels_by_hand():
     assert levels(4, 0.9, 0.5) == pytest.approx((1.0, 0.9, 0.7, 0.5, 0.0)) and levels(2) == (1.0, 0.95, 0.0)
+    assert levels(3) == pytest.approx((1.0, 0.95, 0.7, 0.0))  # which stored results rest on
 
 
 def test_errors():
@@ -81,3 +85,43 @@ def test_errors():
     for shift in (0.0, -1.0, math.nan, math.inf):
         with pytest.raises(ValueError, match="shift"):
             shifted(uniform(3), shift)
+
+
+# For any numbers whatever
+
+many = settings(max_examples=100, deadline=None, derandomize=True)
+anything = st.floats(allow_nan=True, allow_infinity=True)
+
+
+def is_schedule(times: tuple[float, ...], n: int) -> bool:
+    return len(times) == n + 1 and times[0] <= 1 and times[-1] == 0 and all(t > s for t, s in pairwise(times))
+
+
+@many
+@given(
+    n=st.integers(1, 100) | st.just(500),
+    finish=st.integers(1, 100),
+    mean=st.floats(-3, 3),
+    std=st.floats(0.1, 3),
+    shift=st.floats(1e-3, 1e3),
+)
+def test_schedules_fall_strictly_from_at_most_one_to_zero(n, finish, mean, std, shift):
+    for times in (uniform(n), paper_vp(n, min(finish, n)), logit_normal(n, mean, std)):
+        assert is_schedule(times, n) and is_schedule(shifted(times, shift), n)
+
+
+@many
+@given(n=st.integers(-2, 12), finish=st.integers(-2, 12), mean=anything, std=anything, shift=anything)
+def test_a_schedule_of_any_arguments_is_one_or_is_refused(n, finish, mean, std, shift):
+    for make in (
+        lambda: uniform(n),
+        lambda: paper_vp(n, finish),
+        lambda: logit_normal(n, mean, std),
+        lambda: levels(n, mean, std),
+        lambda: shifted(uniform(n), shift),
+    ):
+        try:
+            times = make()
+        except ValueError:
+            continue
+        assert is_schedule(times, n)

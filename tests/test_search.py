@@ -21,7 +21,7 @@ from flowscale_lite import (
     uniform,
 )
 
-FLOW, FOUR = gaussian_flow("linear"), BestOfN(4)
+FLOW = gaussian_flow("linear")
 
 
 def opened(max_nfe: int = 1000, **changes) -> Run:
@@ -176,13 +176,15 @@ def test_a_transition_of_ones_own():
 
 
 def test_pictures_as_states():
-    setup = problem(
-        velocity=lambda x, t: x / (1 + t).view(-1, 1, 1, 1), shape=(3, 4, 4), reward=lambda x: x.mean((1, 2, 3))
-    )
+    flow = lambda x, t: x / (1 + t).view(-1, 1, 1, 1)  # noqa: E731
+    setup = problem(velocity=flow, reward=lambda x: x.mean((1, 2, 3)), shape=(3, 4, 4))
     assert search(setup, RBF(), max_nfe=60, generator=seeded()).best.shape == (3, 4, 4)
 
 
 # The search, step by step
+
+
+FOUR = BestOfN(4)
 
 
 def begun(method=FOUR, max_nfe=100, **changes) -> Search:

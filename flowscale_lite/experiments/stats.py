@@ -15,7 +15,7 @@ from .sweep import Row
 Rows: TypeAlias = "Sequence[Row] | pd.DataFrame"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Interval:
     """A mean with its 95 % interval. It unpacks as mean, low, high, and a table shows it as "0.43 [0.33, 0.54]"."""
 

@@ -277,7 +277,8 @@ def _actors(run: Runner, number: int, resources: Mapping[str, float] | None) -> 
     room = ray.util.placement_group([each] * number)
     try:
         if not room.wait(10):  # seconds; what others have just given back Ray counts after a moment
-            raise ValueError(f"no room for {number} workers of {each} in a cluster of {ray.cluster_resources()}")
+            have = ray.cluster_resources()
+            raise ValueError(f"no room for {number} workers of {each} in a cluster of {have}; use fewer workers")
         where = ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy(room)
         remote = ray.remote(_Holder).options(scheduling_strategy=where, **asked)
         yield [_Actor(lambda: remote.remote(lambda: run)) for _ in range(number)]

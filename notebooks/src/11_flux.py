@@ -88,7 +88,7 @@ from diffusers import FluxTransformer2DModel
 
 with torch.device("meta"):
     bare = FluxTransformer2DModel(guidance_embeds=True)
-flux = memory.SIZES["FLUX.1-dev"]
+flux = memory.sizes("FLUX.1-dev")
 for kind, size in (("full", 2), ("nf4", 1 / 2 + 4 / 64)):
     assert abs(held(bare, size) - flux.transformer.gib(kind)) < 1e-6, "our count and the package's disagree"
 print(f"{sum(p.numel() for p in bare.parameters()) / 1e9:.2f} billion weights: {held(bare, 2):.1f} GiB in 16 bits, "
@@ -98,7 +98,7 @@ print(f"{sum(p.numel() for p in bare.parameters()) / 1e9:.2f} billion weights: {
 # Activations are counted on the meta device too, by running the pipeline there and noting which tensors are alive at once (`python -m tools.runs.memory`, notebook 12). Put together:
 
 # %% alt="FLUX.1-dev's memory in 16 bits, int8 and nf4, stacked by part, with the memory of a T4, an L4 and an A100. In 16 bits the transformer takes 22 GiB and the text encoders 9; activations of one row and of one decode are small."
-parts = {kind: memory.Plan("", flux, free=0, weights=kind).parts for kind in ("full", "int8", "nf4")}
+parts = {kind: memory.MemoryPlan("", flux, free=0, weights=kind).parts for kind in ("full", "int8", "nf4")}
 fig, ax = plt.subplots(figsize=(7, 2.8))
 shades = dict(zip(parts["full"], ("0.25", "0.5", "0.7", "0.85", "1.0"), strict=True))
 for y, gib in enumerate(parts.values()):
@@ -106,11 +106,11 @@ for y, gib in enumerate(parts.values()):
     for name, amount in gib.items():
         ax.barh(y, amount, left=left, color=shades[name], edgecolor="black", label=name if y == 0 else None)
         left += amount
-for name, card in memory.CARDS.items():
-    if card.gib < 45:
-        ax.axvline(card.gib, color="white", linestyle="-", linewidth=2.5)  # so that the dots show on dark bars
-        ax.axvline(card.gib, color="black", linestyle=":")
-        ax.text(card.gib, 2.55, name.split()[0], ha="center", fontsize=8)
+for gpu in cost.GPUS.values():
+    if gpu.memory < 45:
+        ax.axvline(gpu.memory, color="white", linestyle="-", linewidth=2.5)  # so that the dots show on dark bars
+        ax.axvline(gpu.memory, color="black", linestyle=":")
+        ax.text(gpu.memory, 2.55, gpu.name, ha="center", fontsize=8)
 ax.set(yticks=range(3), yticklabels=["16 bits", "int8", "nf4"], xlabel="GiB", xlim=(0, 41), ylim=(-0.5, 2.5))
 ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
 plt.show()
@@ -125,9 +125,10 @@ plt.show()
 # %%
 lines = []
 for name in ("FLUX.1-dev", "FLUX.2-klein-4B", "stable-diffusion-3.5-large", "Qwen-Image", "Z-Image-Turbo"):
-    plans = {card: memory.plan(name, found.gib, dtype=found.dtype) for card, found in memory.CARDS.items()}
+    gpus = [cost.GPUS[gpu] for gpu in ("T4", "L4", "A100-40", "H100")]
+    plans = {gpu.name: memory.plan(name, gpu.memory, dtype=gpu.dtype) for gpu in gpus}
     assert all(plan.peak <= plan.free - plan.keep for plan in plans.values())
-    lines.append({"model": name, **{card: plan.summary() for card, plan in plans.items()}})
+    lines.append({"model": name, **{gpu: plan.summary() for gpu, plan in plans.items()}})
 pd.options.display.max_colwidth = None
 pd.DataFrame(lines)
 
@@ -143,7 +144,7 @@ plan = memory.plan(
 print(plan)
 
 # %%
-pipe = memory.load(model, plan, device, prompts=[text])
+pipe = memory.load_planned(model, plan, device, prompts=[text])
 tiny_decoder = hub.preview(device=device, dtype=pipe.vae.dtype) if real else None  # downloads; tiny-flux's is small
 prompt = FlowModel.encode(pipe, text, chunk=plan.chunk, preview=tiny_decoder)
 print(f"{type(pipe).__name__}, states of shape {tuple(prompt.shape)}, {prompt.cost} NFE a row")
@@ -416,16 +417,16 @@ if not real:
 
 # %% tags=["nbval-ignore-output"]
 def priced(name, gib):
-    """Dollars an hour that the planner assumes of a GPU of this name and memory; None where it knows none."""
+    """Dollars an hour that the package assumes of a GPU of this name and memory; None where it knows none."""
     kinds = name.replace("-", " ").split()
-    known = [g for g in cost.GPUS.values() if g.name.split("-")[0] in kinds and 0.85 < gib / g.memory <= 1]
+    known = [g for g in cost.GPUS.values() if g.name.split("-")[0] in kinds and 0.9 < gib / g.memory < 1.1]
     return known[0].dollars if known else None
 
 
 assert priced("NVIDIA A100-SXM4-80GB", 79.1) == cost.GPUS["A100-80"].dollars
 assert priced("NVIDIA L40S", 44.4) is priced("NVIDIA H200", 139.7) is None, "not an L4, and not a CPU"
 
-# dollars an hour: of the GPU as the planner assumes, of a CPU core at a round 5 cents
+# dollars an hour: of the GPU as the package assumes, of a CPU core at a round 5 cents
 price = priced(machine, torch.cuda.get_device_properties(0).total_memory / 2**30) if real else 0.05
 for name, many in found.items():
     seconds = np.mean([one[3] for one in many])

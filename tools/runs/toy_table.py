@@ -152,6 +152,7 @@ def cell_lines(rows: pd.DataFrame) -> pd.DataFrame:
     lines = groups.agg(
         mean=("found", "mean"), error=("found", "sem"), nfe=("nfe", "mean"), reward_calls=("reward_calls", "mean")
     )
+    lines["mean"] += 0.0  # which turns the mean of minus zeros into zero
     lines["drawn"] = [np.mean(list(group["drawn"]), axis=0) for _, group in groups]
     return lines.sort_values("mean", ascending=False, kind="stable").reset_index()
 
