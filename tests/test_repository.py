@@ -86,10 +86,10 @@ def test_arrows_point_one_way(path):
         assert wrong_arrows(name, imports(path)) == []
 
 
-def test_contributing_lists_the_rooms_in_their_order():
-    guide = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    table = re.search(r"^\| room \|.*\n\|[-|]+\n((?:\|.*\n)+)", guide, re.M)[1]
-    rooms = [name for line in table.splitlines() for name in re.findall(r"`(\w+)/?`", line.split("|")[1])]
+def test_the_package_page_lists_the_rooms_in_their_order():
+    page = (PACKAGE / "README.md").read_text(encoding="utf-8")
+    table = re.search(r"^\| file or folder \|.*\n\|[-|]+\n((?:\|.*\n)+)", page, re.M)[1]
+    rooms = [name for line in table.splitlines() for name in re.findall(r"`(\w+)(?:\.py|/)`", line.split("|")[1])]
     assert rooms == list(ORDER)
 
 

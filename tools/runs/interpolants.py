@@ -12,7 +12,6 @@ import functools
 import math
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +28,7 @@ from flowscale_lite.tiny.data import locate
 
 from .tables import markdown
 
-VARIETY, SEARCHES = Path("data/results/interpolants.jsonl"), Path("data/results/interpolants_search.jsonl")
+VARIETY, SEARCHES = locate("results") / "interpolants.jsonl", locate("results") / "interpolants_search.jsonl"
 STEPS, PARTED, NFE = 10, (3, 6, 8), 100
 
 

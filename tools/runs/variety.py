@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 from math import isnan
-from pathlib import Path
 
 import torch
 
@@ -22,7 +21,7 @@ from flowscale_lite.tiny.data import locate
 
 from .results import RECIPES, parts
 
-PATH = Path("data/results/variety.jsonl")
+PATH = locate("results") / "variety.jsonl"
 METHODS, PROMPTS, SEEDS, BUDGET = ("plain", "best-of-n", "smc", "svdd", "rbf", "refine"), 20, 5, 100
 
 
