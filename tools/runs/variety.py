@@ -43,7 +43,7 @@ def run(task: experiments.Task) -> experiments.Row:
     ]
     pictures = prompt.decode(torch.stack([one.best for one in found]))
     return {
-        "distance": round(float(torch.pdist(pictures.flatten(1)).mean()) / pictures[0].numel() ** 0.5, 5),
+        "distance": round(float(shapes.apart(pictures)), 5),
         "reward": [round(one.reward, 4) for one in found],
         "exact": shapes.exact(scene, pictures).tolist(),
         "held_out": judge.exact(scene, pictures).tolist(),
