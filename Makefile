@@ -5,6 +5,7 @@ JOBS ?= 2
 ONLY ?=
 FORCE ?=
 
+COVERAGE := build/coverage.txt
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check -qq
 # Notebooks and tests run JOBS at a time, each on one thread: fastest on two cores, and repeatable.
@@ -16,7 +17,7 @@ export HF_HUB_OFFLINE ?= 1
 unexport PYTHONPATH
 
 .DEFAULT_GOAL := help
-.PHONY: help tutorial test mutants lab notebooks clean
+.PHONY: help tutorial test mutants lab notebooks api release clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -24,11 +25,13 @@ help:  ## list the targets
 tutorial: $(VENV)/.notebooks  ## run every notebook headless (ONLY, FORCE=1); one table, results in build/tutorial/
 	@$(PY) -m tools.course.tutorial --jobs $(JOBS) $(if $(FORCE),--force) $(ONLY)
 
-test: $(VENV)/.dev  ## everything that must hold: ruff, mypy, built notebooks, pytest, notebooks rehearsed by nbval
+test: $(VENV)/.dev  ## everything that must hold: ruff, mypy, built notebooks, pytest (and its coverage), rehearsed notebooks
 	@$(PY) -m ruff check --quiet .
 	@$(PY) -m mypy --no-error-summary
 	@$(PY) -m tools.course.build --check
-	@$(PY) -m pytest -q -n $(JOBS) --dist worksteal
+	@mkdir -p build
+	@$(PY) -m slipcover --source flowscale_lite --out $(COVERAGE) -m pytest -q -n $(JOBS) --dist worksteal
+	@awk '/summary/ {print "pytest ran " $$NF " % of the lines of flowscale_lite; by file: $(COVERAGE)"}' $(COVERAGE)
 	@PYTHONPATH=$(VENV)/torchao $(PY) -m pytest -q tests/test_memory.py -k torchao
 	@$(PY) -m tools.course.rehearsal --jobs $(JOBS)
 
@@ -36,12 +39,22 @@ mutants: $(VENV)/.dev  ## plant mistakes in a copy; which test catches which (ON
 	@$(PY) -m tools.mutants --jobs $(JOBS) $(if $(ONLY),--only "$(ONLY)")
 
 # Whoever is root here, in a container, means it.
-lab: $(VENV)/.notebooks  ## open JupyterLab on the notebooks
+lab: $(VENV)/.notebooks  ## open JupyterLab on the repository, at notebook 00
 	@unset HF_HUB_OFFLINE OMP_NUM_THREADS MKL_NUM_THREADS; \
-		$(PY) -m jupyterlab --ServerApp.root_dir=notebooks $(if $(filter 0,$(shell id -u)),--allow-root)
+		$(PY) -m jupyterlab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks/00_start.ipynb \
+		$(if $(filter 0,$(shell id -u)),--allow-root)
 
 notebooks: $(VENV)/.notebooks  ## rebuild notebooks whose source changed (ONLY="03 05", FORCE=1)
 	@$(PY) -m tools.course.build $(if $(FORCE),--force) $(ONLY)
+
+release: $(VENV)/.dev  ## check the notebooks, build wheel and sdist into dist/, print the tag's notes; publishes nothing
+	@$(PY) -m tools.course.build --check
+	@rm -rf dist
+	@$(PY) -m hatchling build -d dist
+	@$(PY) -m tools.release
+
+api: $(VENV)/.dev  ## build the API reference from the docstrings into build/api/
+	@$(PY) -m pdoc -o build/api flowscale_lite
 
 clean:  ## remove the environment and everything generated outside git
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -2,8 +2,7 @@
 
 A flow model gives the velocity v = alpha' x0|t + sigma' eps|t, where x0|t = E[x0 | x_t] and eps|t = E[eps | x_t].
 The pair (x0|t, eps|t) therefore solves a 2x2 linear system, and everything else here is a reading of that pair:
-the score is -eps|t / sigma_t, and a model of one path is a model of every other (`convert`).
-Source of the formulas: arXiv 2503.19385, sections on the SDE and on the conversion of interpolants.
+the score is -eps|t / sigma_t, and a model of one path is a model of every other (`convert`; arXiv 2503.19385).
 """
 
 from __future__ import annotations
@@ -27,12 +26,10 @@ class Interpolant:
 
     Attributes:
         name: for plots and error messages.
-        alpha, sigma: signal and noise level at time t, elementwise.
-        d_alpha, d_sigma: their derivatives in t.
-        time_of_ratio: inverse of t -> sigma/alpha in [0, inf]. A path that ends before alpha reaches 0 answers its
-            last time for every ratio beyond.
-        t_min: the earliest time at which a velocity can be read off (x0, eps): above 0 only where sigma' is
-            infinite at 0 (VP).
+        alpha, sigma, d_alpha, d_sigma: signal and noise level at time t, and their derivatives in t, elementwise.
+        time_of_ratio: inverse of t -> sigma/alpha in [0, inf]. Ratios beyond a path's noisiest state get its last time.
+        t_min: the earliest time at which a velocity can be read off (x0, eps): above 0 only where sigma' is infinite
+            at 0 (VP).
     """
 
     name: str
@@ -49,12 +46,7 @@ class Interpolant:
         return self.alpha(u).item(), self.sigma(u).item(), self.d_alpha(u).item(), self.d_sigma(u).item()
 
     def coeffs(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(alpha, sigma, alpha', sigma') at times t (K,), each shaped (K, 1, ..., 1) to multiply x (K, *D).
-
-        Raises:
-            ValueError: t is not a tensor of shape (K,). Broadcasting it would be wrong without a word whenever the
-                batch size happens to equal the last dimension.
-        """
+        """(alpha, sigma, alpha', sigma') at times t (K,), each shaped (K, 1, ..., 1) to multiply x (K, *D)."""
         _check_time(t, x)
         t = t.view(-1, *[1] * (x.ndim - 1))
         return self.alpha(t), self.sigma(t), self.d_alpha(t), self.d_sigma(t)
@@ -62,8 +54,7 @@ class Interpolant:
     def endpoints(self, x: Tensor, v: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Posterior means (x0|t, eps|t), each (K, *D), from state x and velocity v (K, *D) at times t (K,).
 
-        Solves x = alpha x0 + sigma eps, v = alpha' x0 + sigma' eps by Cramer's rule. The determinant is positive on
-        [0, 1], so the answer is finite at both ends.
+        Solves x = alpha x0 + sigma eps, v = alpha' x0 + sigma' eps. The determinant is positive on all of [0, 1].
         """
         a, s, da, ds = self.coeffs(t, x)
         det = a * ds - da * s
@@ -75,15 +66,15 @@ class Interpolant:
         return da * x0 + ds * eps
 
     def score(self, x: Tensor, v: Tensor, t: Tensor) -> Tensor:
-        """Gradient of log p_t at x, which is -eps|t / sigma_t (K, *D). Needs t > 0: a velocity at t = 0 has no score.
+        """Gradient of log p_t at x, which is -eps|t / sigma_t (K, *D), for t > 0.
 
-        Exact only if the noise was drawn independently of the data; for a reflowed or distilled model it is an
-        approximation.
+        Exact only if the noise was drawn independently of the data: approximate for reflowed and guided models.
         """
         return -self.endpoints(x, v, t)[1] / self.coeffs(t, x)[1]
 
 
 def _check_time(t: Tensor, x: Tensor) -> None:
+    """Raises ValueError for times that would broadcast along the wrong axis without a word."""
     if not isinstance(t, Tensor) or t.shape != x.shape[:1]:
         got = tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__
         raise ValueError(f"t must be a tensor of shape {tuple(x.shape[:1])}, one time a row of x; got {got}")
@@ -111,11 +102,8 @@ COSINE = Interpolant(
 def vp(beta_min: float = 0.1, beta_max: float = 20.0) -> Interpolant:
     """The variance-preserving path: alpha = exp(-T/2), sigma^2 = 1 - exp(-T).
 
-    T(t) = beta_min t + (beta_max - beta_min) t^2/2. The path ends at sigma/alpha = 152 (with the usual constants), not
-    at infinity, and sigma' is infinite at t = 0.
-
-    Raises:
-        ValueError: unless 0 < beta_min < beta_max.
+    T(t) = beta_min t + (beta_max - beta_min) t^2/2. With the usual constants the path ends at sigma/alpha = 152. Raises
+    ValueError: unless 0 < beta_min < beta_max.
     """
     if not 0 < beta_min < beta_max:
         raise ValueError(f"need 0 < beta_min < beta_max; got {beta_min} and {beta_max}")
@@ -127,32 +115,30 @@ def vp(beta_min: float = 0.1, beta_max: float = 20.0) -> Interpolant:
     def beta(t: Tensor) -> Tensor:
         return beta_min + slope * t
 
-    def alpha(t: Tensor) -> Tensor:
-        return torch.exp(-integral(t) / 2)
-
     def sigma(t: Tensor) -> Tensor:
         return (-torch.expm1(-integral(t))).sqrt()  # 1 - exp(-T) would lose every digit near t = 0
-
-    def d_alpha(t: Tensor) -> Tensor:
-        return -beta(t) / 2 * alpha(t)
-
-    def d_sigma(t: Tensor) -> Tensor:
-        # Infinite at 0. A huge finite value keeps `endpoints` finite, and its limit right, there.
-        return beta(t) * torch.exp(-integral(t)) / (2 * sigma(t.clamp_min(1e-30)))
 
     def time_of_ratio(r: Tensor) -> Tensor:
         total = torch.log1p(r * r).clamp_max(beta_min + slope / 2)
         return 2 * total / (beta_min + (beta_min**2 + 2 * slope * total).sqrt())
 
-    return Interpolant("vp", alpha, sigma, d_alpha, d_sigma, time_of_ratio, t_min=1e-6)
+    return Interpolant(
+        name="vp",
+        alpha=lambda t: torch.exp(-integral(t) / 2),
+        sigma=sigma,
+        d_alpha=lambda t: -beta(t) / 2 * torch.exp(-integral(t) / 2),
+        # Infinite at 0. A huge finite value keeps `endpoints` finite, and its limit right, there.
+        d_sigma=lambda t: beta(t) * torch.exp(-integral(t)) / (2 * sigma(t.clamp_min(1e-30))),
+        time_of_ratio=time_of_ratio,
+        t_min=1e-6,
+    )
 
 
 VP = vp()
 
 
 def matching_time(t: float, src: Interpolant, dst: Interpolant) -> float:
-    """The time of `dst` at which sigma/alpha is what it is at time t of `src`: there both hold the same states, up to
-    scale. Where `dst` never gets that noisy, its last time."""
+    """The time of `dst` at which it holds the states of `src` at time t, up to scale; its last if never that noisy."""
     a, s, _, _ = src.at(t)
     return dst.time_of_ratio(torch.tensor(s / a if a > 0 else math.inf, dtype=torch.float64)).item()
 
@@ -164,10 +150,8 @@ def convert(velocity: Velocity, src: Interpolant, dst: Interpolant) -> Velocity:
     c = hypot(alpha, sigma)_dst / hypot(alpha, sigma)_src and the posterior means (x0, eps) are the same. Reading the
     velocity off those means equals the chain rule (c'/c) x + c t' u(x/c) of the paper, with no 0/0 at either end.
 
-    Exact, except at two points that no formula reaches: at t = 0 of a VP `dst`, whose velocity holds a score that
-    the source's does not, the limit is read at t_min (relative error 2e-4 in double precision); and states noisier
-    than a VP `src` ever gets, linear times above 0.993, are read at its last time. That puts the posterior mean off by
-    about 1/152 of the data's spread: about 1 % of the velocity on the linear path, and more where it is small.
+    Exact but for two limits. At t = 0 of a VP `dst` the velocity is read at t_min (relative error 2e-4). States noisier
+    than a VP `src` ever gets, linear times above 0.993, are read at its last time: about 1 % of the velocity.
     """
 
     def converted(x: Tensor, t: Tensor) -> Tensor:

@@ -1,11 +1,8 @@
 """One step of a sampler, t -> s, as the mean and standard deviation of x_s given x_t.
 
-Kernels draw no noise: the search does, in one place. So their moments can be tested exactly, and a method can ask for
-many candidates from one velocity.
-
-The paper (arXiv 2503.19385) converts the linear path to VP before it samples with the SDE. In continuous time that
-conversion is a change of *grid* and of *diffusion coefficient* and nothing else, and `equivalent_sde` gives the two:
-`schedules.paper_vp` is the paper's grid, `vp_diffusion` its diffusion, and each can be used without its fellow.
+Kernels draw no noise: the search does, in one place. The paper (arXiv 2503.19385) converts the linear path to VP before
+it samples with the SDE. In continuous time that changes the *grid* and the *diffusion coefficient* and nothing else:
+`schedules.paper_vp` is the paper's grid, `vp_diffusion` its diffusion, and each can be used without the other.
 """
 
 from __future__ import annotations
@@ -41,10 +38,6 @@ class Kernel:
         return self.moments(path, x, v, t, s)
 
 
-def _times(t: float, x: Tensor) -> Tensor:
-    return x.new_full((len(x),), t)
-
-
 def _euler(path: Interpolant, x: Tensor, v: Tensor, t: float, s: float) -> tuple[Tensor, float]:
     return x + (s - t) * v, 0.0
 
@@ -59,9 +52,6 @@ def sde(g: Diffusion) -> Kernel:
     Mean x - (t - s)(v - g_t^2/2 score), variance g_t^2 (t - s). The step to s = 0 is the ODE's: noise added there
     would stay in the sample. Biased at few steps: with g = 3 t^2 and 10 uniform steps on the linear path, the variance
     of Gaussian data N(m, 0.5^2) is up to 38 % too high on the way (and 3 % too low at the end, the ODE's 26 %).
-
-    The score is read off the velocity, which is exact for a model trained on independent noise and data and an
-    approximation for a reflowed or distilled one.
     """
 
     def moments(path: Interpolant, x: Tensor, v: Tensor, t: float, s: float) -> tuple[Tensor, float]:
@@ -70,24 +60,21 @@ def sde(g: Diffusion) -> Kernel:
         if s == 0:
             return _euler(path, x, v, t, s)
         noise = g(t)
-        drift = v - 0.5 * noise**2 * path.score(x, v, _times(t, x))
+        drift = v - 0.5 * noise**2 * path.score(x, v, x.new_full((len(x),), t))
         return x - (t - s) * drift, noise * math.sqrt(t - s)
 
     return Kernel("sde", moments)
 
 
 def ddim(eta: float = 1.0) -> Kernel:
-    """The transition x_s | x_t, x0 of the Gaussian path with x0 and eps replaced by their posterior means.
+    """DDIM with noise eta (Song et al., arXiv 2010.02502); `ddim(1)` is the DDPM posterior.
 
-    With rho = (sigma_s / alpha_s) / (sigma_t / alpha_t): std = eta sigma_s sqrt(1 - rho^2) and mean
-    alpha_s x0|t + sqrt(sigma_s^2 - std^2) eps|t. eta = 0 is DDIM, the exact ODE step for a frozen x0; eta = 1 the
-    DDPM posterior, exact at any step size when x0 is known. When it is not, the spread of x0 around its mean is left
-    out, and few steps give samples of too little variance (40 % too little in the example of `sde`). It depends on the
-    path through sigma/alpha only, so converting the interpolant changes nothing but the grid. It needs no score, and
-    is finite at both ends.
-
-    Raises:
-        ValueError: eta outside [0, 1]; when called, s >= t.
+    The transition x_s | x_t, x0 of the Gaussian path with x0 and eps replaced by their posterior means. Its mean is
+    alpha_s x0|t + sqrt(sigma_s^2 - std^2) eps|t and its std eta sigma_s sqrt(1 - rho^2), with rho the ratio of
+    sigma/alpha at s and at t. At eta = 1 it is exact where x0 is known. Where it is not, the spread of x0 around its
+    mean is left out, and few steps give too little variance (40 % too little in the example of `sde`). It depends on
+    the path through sigma/alpha only, so converting the interpolant changes nothing but the grid.
+    Raises ValueError: eta outside [0, 1]; when called, s >= t.
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must lie in [0, 1]: 0 is the ODE, 1 the full posterior; got {eta}")
@@ -97,7 +84,7 @@ def ddim(eta: float = 1.0) -> Kernel:
             raise ValueError(f"ddim steps towards the data, s < t; got t = {t}, s = {s}")
         (a, sg, _, _), (b, ss, _, _) = path.at(t), path.at(s)
         rho = min(1.0, ss * a / (b * sg))  # 0 at t = 1 of the linear path, whose state holds no signal: drawn afresh
-        x0, eps = path.endpoints(x, v, _times(t, x))
+        x0, eps = path.endpoints(x, v, x.new_full((len(x),), t))
         return b * x0 + ss * math.sqrt(1 - eta**2 * (1 - rho**2)) * eps, eta * ss * math.sqrt(1 - rho**2)
 
     return Kernel(f"ddim({eta:g})", moments, stochastic=eta > 0)
@@ -122,10 +109,8 @@ def quadratic(scale: float = 3.0) -> Diffusion:
 def memoryless(path: Interpolant) -> Diffusion:
     """The one g whose *forward* SDE is linear in x, with no score: g^2 = 2 (sigma sigma' - sigma^2 alpha'/alpha).
 
-    On VP it is sqrt(T'), the diffusion of the VP-SDE in the literature.
-
-    Raises:
-        ValueError: when called where alpha = 0 (t = 1 of the linear path), where it is infinite.
+    On VP it is sqrt(T'), the diffusion of the VP-SDE in the literature. The name is of arXiv 2409.08861.
+    Raises ValueError: when called where alpha = 0 (t = 1 of the linear path), where it is infinite.
     """
 
     def g(t: float) -> float:
@@ -145,18 +130,11 @@ def equivalent_sde(
     The states of `src` at time s are those of `dst` at t(s), where sigma/alpha agree, times c. Scaling x_src = c x and
     changing the clock turn dx = [v - g^2/2 score] dt + g dw into the same equation on `dst` with
     g_dst(t)^2 = (g(s)/c)^2 ds/dt. Since ds/dt = c^2 det_dst/det_src with det = alpha sigma' - alpha' sigma, c drops
-    out: g_dst(t) = g(s) sqrt(det_dst/det_src). For the same noise the two sample paths agree step by step, to the order
-    of the step. So converting a model's interpolant before sampling does no more than choose a grid and a diffusion.
+    out: g_dst(t) = g(s) sqrt(det_dst/det_src).
 
     Args:
         times: of `src`, strictly decreasing.
-
-    Returns:
-        The matching times of `dst`, and the diffusion as a function of its time. VP has no state noisier than
-        sigma/alpha = 152: noisier ones answer for its last.
-
-    Raises:
-        ValueError: two of the times are noisier than anything on `dst`, so that they fall together there.
+    Raises ValueError: two of the times, strictly decreasing on `src`, fall together on `dst`.
     """
 
     def moved(t: float) -> float:
@@ -173,11 +151,9 @@ def equivalent_sde(
 
 
 def vp_diffusion(g: Diffusion | None = None, vp: Interpolant = VP, path: Interpolant = LINEAR) -> Diffusion:
-    """The diffusion of an SDE on VP, written on `path`: with it, `sde` on the linear path runs the paper's VP-SDE.
+    """The diffusion of an SDE on VP (g in VP time; None for the paper's 3 s^2), written on `path`.
 
-    It is large near t = 1 (11.7 at linear time 0.993), so it wants steps that are small there: `schedules.paper_vp`.
-
-    Args:
-        g: the diffusion in VP time; the paper's 3 s^2 if None.
+    With it, `sde` on the linear path runs the paper's VP-SDE. It is large near t = 1 (11.7 at linear time 0.993), so it
+    wants steps that are small there: `schedules.paper_vp`.
     """
     return equivalent_sde((), quadratic() if g is None else g, vp, path)[1]

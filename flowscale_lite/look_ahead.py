@@ -14,9 +14,6 @@ from torch import Tensor
 
 from .interpolants import LINEAR, Interpolant, Velocity
 
-Estimate = Callable[[Velocity, Tensor, Tensor, float], Tensor]
-"""the problem's velocity, x (K, *D), its velocity there v (K, *D), t -> estimate of the finished sample (K, *D)"""
-
 
 @dataclass(frozen=True)
 class LookAhead:
@@ -25,15 +22,16 @@ class LookAhead:
     Attributes:
         name: for tables and error messages.
         price: evaluations of a model for each row.
-        evaluates: whether the problem's own velocity at the state is one of them. If so, the next transition from that
-            state needs no further evaluation. If not, `estimate` is given a velocity of nan.
-        estimate: the function; None for the posterior mean, which every evaluation yields.
+        evaluates: whether the problem's own velocity at the state is one of them, so that the next transition from
+            there needs no further one. If not, `estimate` is given a velocity of nan.
+        estimate: the problem's velocity, x (K, *D), its velocity there v (K, *D), t -> estimate of the sample (K, *D);
+            None for the posterior mean, which every evaluation yields.
     """
 
     name: str
     price: int = 1
     evaluates: bool = True
-    estimate: Estimate | None = None
+    estimate: Callable[[Velocity, Tensor, Tensor, float], Tensor] | None = None
 
 
 posterior_mean = LookAhead("posterior mean")
@@ -41,12 +39,9 @@ posterior_mean = LookAhead("posterior mean")
 
 
 def ode(steps: int) -> LookAhead:
-    """The end of the flow's ODE from the state, in `steps` equal Euler steps: `steps` evaluations.
+    """The end of the flow's ODE from the state, in `steps` equal Euler steps: `steps` evaluations, at least 1.
 
     Near the noise a multi-step model's posterior mean is a blur. This estimate is a picture, at a higher price.
-
-    Raises:
-        ValueError: steps < 1.
     """
     if steps < 1:
         raise ValueError(f"the look-ahead needs at least 1 step; got {steps}")

@@ -1,11 +1,13 @@
-"""One style for all figures, and one way to show them: with a text that says the same."""
+"""One style for all figures, and the drawings that notebooks share. Importing this module sets the style."""
 
-import base64
-import html
-import io
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
+import torch
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -30,36 +32,6 @@ STYLE = {
 plt.rcParams.update(STYLE)
 
 
-class Picture:
-    """A figure as notebooks keep it: an image with alternative text, the text alone where images are not shown."""
-
-    def __init__(self, png: bytes, alt: str, width: int):
-        self.png, self.alt, self.width = png, alt, width
-
-    def _repr_html_(self) -> str:
-        source = base64.b64encode(self.png).decode("ascii")
-        alt = html.escape(self.alt)
-        return f'<img src="data:image/png;base64,{source}" width="{self.width}" style="max-width: 100%" alt="{alt}">'
-
-    def __repr__(self) -> str:
-        return self.alt
-
-
-def show(fig: Figure, *, alt: str) -> None:
-    """Display a figure with `alt`, the text that stands for it, and close it.
-
-    Say in `alt` what is drawn and what is to be seen in it.
-    """
-    from IPython.display import display
-
-    if len(alt.strip()) < 20:
-        raise ValueError(f"alt should say what the figure shows, in a sentence or two; got {alt!r}")
-    buffer = io.BytesIO()
-    fig.savefig(buffer, format="png", dpi=1.5 * fig.dpi, facecolor="white", metadata={"Software": None})
-    plt.close(fig)
-    display(Picture(buffer.getvalue(), " ".join(alt.split()), round(fig.get_figwidth() * fig.dpi)))
-
-
 def picture(ax: Axes, image: Tensor, title: str = "") -> None:
     """Draw a picture (3, H, W) in [0, 1], on any device, pixels unsmoothed, without axes."""
     pixels = image.detach().float().cpu().permute(1, 2, 0).clamp(0, 1)
@@ -69,6 +41,45 @@ def picture(ax: Axes, image: Tensor, title: str = "") -> None:
     ax.grid(False)
     for spine in ax.spines.values():
         spine.set(visible=True, color="0.8")
+
+
+def strip(axes: Sequence[Axes], images: Tensor, titles: Iterable[str] = (), label: str = "") -> None:
+    """Draw K pictures (K, 3, H, W) on the K axes of one row, under their titles if any; `label` stands left of the row.
+
+    Raises:
+        ValueError: there are not as many axes, or titles, as pictures.
+    """
+    for ax, image, title in zip(axes, images, list(titles) or [""] * len(images), strict=True):
+        picture(ax, image, title)
+    axes[0].set_ylabel(label)
+
+
+def intervals(ax: Axes, x: Sequence[float], values: Iterable[Sequence[float]], **style: Any) -> None:
+    """Draw means with error bars: for each of K places x a triple (mean, low, high), as `experiments` gives them."""
+    mean, low, high = np.array([tuple(value) for value in values], dtype=float).T
+    ax.errorbar(x, mean, yerr=(mean - low, high - mean), **({"capsize": 2, "markersize": 4} | style))
+
+
+def contours(ax: Axes, log_density: Callable[[Tensor], Tensor], limit: float = 3.0, filled: bool = True) -> None:
+    """Draw a density of the plane, filled grey or as lines, at 1, 5, 20 and 50 % of its highest value.
+
+    `log_density` maps points (K, 2), in double precision, to (K,). Both axes run from -limit to limit.
+    """
+    side = torch.linspace(-limit, limit, 161, dtype=torch.float64)
+    density = log_density(torch.cartesian_prod(side, side)).exp().view(161, 161).T  # a row for each value of y
+    levels = float(density.max()) * np.array([0.01, 0.05, 0.2, 0.5, 1.01])
+    if filled:
+        ax.contourf(side, side, density, levels=levels, cmap="Greys", alpha=0.6)
+    else:
+        ax.contour(side, side, density, levels=levels, colors="black", linewidths=0.7)
+    ax.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
+    ax.grid(False)
+
+
+def ticks(axis: Axis, values: Sequence[float]) -> None:
+    """Mark these values, and no others, on an axis (`ax.xaxis`), a logarithmic one above all."""
+    axis.set_ticks(values, [f"{value:g}" for value in values])
+    axis.minorticks_off()
 
 
 def reward_trace(ax: Axes, result: Result) -> None:

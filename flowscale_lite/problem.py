@@ -27,15 +27,13 @@ class Problem:
         kernel: the transition between neighbouring times.
         times: the schedule, strictly decreasing to exactly 0.
         shape: D, the shape of one sample.
-        device, dtype: of states. Time reaches the velocity in the same dtype, so half precision is refused.
+        device, dtype: of states and of times; half precision, which merges neighbouring times, is refused.
         cost: NFE of one row's velocity; 2 for guidance that runs the model twice.
         gradient_cost: evaluations that one row's gradient is charged as: 1 forward, and backward twice its work.
         gradient_chunk: rows differentiated at a time, which bounds the memory; None for all at once.
         look_ahead: how states are judged before they are finished.
-        name: for tables and plots.
 
-    Raises:
-        ValueError: a field is out of range.
+    Raises ValueError: a field is out of range.
     """
 
     velocity: Velocity
@@ -50,7 +48,6 @@ class Problem:
     gradient_cost: int = 3
     gradient_chunk: int | None = None
     look_ahead: LookAhead = posterior_mean
-    name: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "times", schedules.check(self.times))
@@ -58,27 +55,19 @@ class Problem:
         if any(size < 1 for size in self.shape):
             raise ValueError(f"every side of a sample must be at least 1; got shape {self.shape}")
         if self.dtype not in (torch.float32, torch.float64):
-            raise ValueError(
-                f"dtype must be float32 or float64, half precision merges neighbouring times; got {self.dtype}"
-            )
+            raise ValueError(f"dtype must be float32 or float64; got {self.dtype}")
         for name in ("cost", "gradient_cost", "gradient_chunk"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} must be an integer of at least 1; got {value!r}")
 
     def evaluations_ahead(self, t: float | None = None) -> int:
-        """Transitions after time t (None: after the start) that end in an evaluation.
-
-        The last one, to t = 0, is free. A whole sample takes one evaluation more, at its noise.
-        """
+        """Transitions after time t (None: after the start) that end in an evaluation: all but the last, to t = 0."""
         start = self.times[0] if t is None else t
         return sum(0 < s < start for s in self.times)
 
     def evaluations_kept(self, t: float | None = None) -> int:
-        """Evaluations that one chain needs at the states it keeps from time t on, beyond those of its look-aheads.
-
-        0 where the look-ahead evaluates the velocity itself; else one for every transition, that to t = 0 included.
-        """
+        """Evaluations of one chain at the states it keeps from time t on that its look-aheads do not include."""
         return 0 if self.look_ahead.evaluates else 1 + self.evaluations_ahead(t)
 
 
@@ -89,9 +78,8 @@ class Particles:
     Attributes:
         t: their time.
         x: state (K, *D).
-        v: velocity there (K, *D); nan until evaluated, zero at t = 0, where none is needed.
-        x0: estimate of the finished sample (K, *D): the posterior mean once evaluated, the look-ahead's once scored,
-            x itself at t = 0; nan before.
+        v: velocity there (K, *D); nan until evaluated, zero at t = 0.
+        x0: estimate of the finished sample (K, *D): the posterior mean once evaluated, the look-ahead's once scored.
         reward: look-ahead reward r(x0) (K,); nan until scored.
         logw: log weight (K,), for methods that weigh.
         parent: the row (K,), int64, that each descends from, among the particles this step began with; among the first
@@ -133,11 +121,7 @@ class Particles:
 
     @staticmethod
     def cat(parts: Sequence[Particles]) -> Particles:
-        """Particles of one common time in one batch.
-
-        Raises:
-            ValueError: no parts, or times differ.
-        """
+        """Particles of one common time in one batch; a ValueError if times differ."""
         if len({p.t for p in parts}) != 1:
             raise ValueError(f"only particles of one time can be joined; got times {[p.t for p in parts]}")
         joined = {name: torch.cat([getattr(p, name) for p in parts]) for name in _TENSORS}
@@ -157,8 +141,7 @@ class Step(NamedTuple):
         drawn: particles drawn in this step, at every time it visited.
         best, mean: of the rewards scored in this step; nan if none was.
         kept: number of particles kept.
-        accepted: reward of the best particle kept; nan if not scored.
-        parent: that particle's parent row.
+        accepted, parent: reward of the best particle kept, nan if not scored, and its parent row.
     """
 
     t: float
@@ -177,13 +160,12 @@ class Result:
     """What a search found and spent; nfe + left == max_nfe.
 
     Attributes:
-        best: the finished sample (*D), at t = 0, of highest reward.
-        reward: its own reward.
-        seen: the best look-ahead estimate scored anywhere in the search (*D); kept for every method alike.
-        seen_reward, seen_time: its reward (at least `reward`) and the time it was looked ahead from.
-        nfe, reward_calls: spent; reward calls in rows.
+        best, reward: the finished sample (*D) of highest reward.
+        seen, seen_reward, seen_time: the best estimate (*D) scored anywhere in the search, its reward (at least
+            `reward`), and the time it was looked ahead from.
+        nfe, left: NFE spent and not spent.
+        reward_calls: in rows.
         gradients: of the reward through the velocity, in rows; paid for within nfe, each with a reward call.
-        left: NFE not spent.
         trace: one record a step, the start included.
         particles: the finished particles, `best` among them, with their rewards, weights and carry.
     """

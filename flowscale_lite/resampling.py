@@ -1,7 +1,7 @@
 """Resampling schemes: functions from log weights (K,) to n row indices, each unbiased.
 
-The expected number of copies of row k is n w_k under all four; they differ in the variance around it, which falls in
-the order multinomial, residual or stratified, systematic. (Douc, Cappe & Moulines 2005 compare them.)
+The expected number of copies of row k is n w_k under all four. The variance around it falls in the order multinomial,
+residual or stratified, systematic (Douc, Cappe & Moulines 2005 compare them).
 """
 
 from __future__ import annotations
@@ -16,11 +16,7 @@ Resampler = Callable[[Tensor, int, Generator], Tensor]
 
 
 def _weights(logw: Tensor) -> Tensor:
-    """Normalised weights (K,) in float64.
-
-    Raises:
-        ValueError: not one-dimensional, empty, with a nan or +inf, or -inf throughout.
-    """
+    """Normalised weights (K,) in float64; ValueError for none, for a nan or +inf, or for -inf throughout."""
     if logw.ndim != 1 or len(logw) == 0:
         raise ValueError(f"log weights must have shape (K,) with K >= 1; got {tuple(logw.shape)}")
     w = logw.double().softmax(0)
@@ -69,7 +65,6 @@ def residual(logw: Tensor, n: int, generator: Generator) -> Tensor:
 
 
 SCHEMES: dict[str, Resampler] = {f.__name__: f for f in (multinomial, stratified, systematic, residual)}
-"""The schemes by name."""
 
 
 def ess(logw: Tensor) -> float:

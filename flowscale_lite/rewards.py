@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -19,37 +18,16 @@ class Reward(Protocol):
 def chunked(fn: Callable[[Tensor], Tensor], chunk: int) -> Callable[[Tensor], Tensor]:
     """The row-wise function fn applied to `chunk` rows at a time, the answers joined: the same numbers in less memory.
 
-    Raises:
-        ValueError: chunk < 1.
+    Raises ValueError: chunk < 1.
     """
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1; got {chunk}")
     return lambda x: torch.cat([fn(rows) for rows in x.split(chunk)])
 
 
-@dataclass(frozen=True)
-class Decoded:
-    """A reward of pictures as a reward of latents: decodes and judges `chunk` rows at a time.
-
-    Attributes:
-        decode: latents (K, *D) -> pictures (K, ...).
-        reward: pictures (K, ...) -> (K,).
-        chunk: rows held decoded at once, which is what bounds the memory.
-
-    Raises:
-        ValueError: chunk < 1.
-    """
-
-    decode: Callable[[Tensor], Tensor]
-    reward: Reward
-    chunk: int = 16
-
-    def __post_init__(self) -> None:
-        if self.chunk < 1:
-            raise ValueError(f"chunk must be at least 1; got {self.chunk}")
-
-    def __call__(self, latents: Tensor, /) -> Tensor:
-        return chunked(lambda rows: self.reward(self.decode(rows)), self.chunk)(latents)
+def decoded(decode: Callable[[Tensor], Tensor], reward: Reward, chunk: int = 16) -> Reward:
+    """A reward of pictures (K, ...) -> (K,) as a reward of latents (K, *D) -> (K,): `chunk` rows decoded at a time."""
+    return chunked(lambda latents: reward(decode(latents)), chunk)
 
 
 def rounded(reward: Reward) -> Reward:

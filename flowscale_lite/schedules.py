@@ -15,11 +15,7 @@ Times = tuple[float, ...]
 
 
 def check(times: Iterable[float]) -> Times:
-    """The schedule as a tuple of floats.
-
-    Raises:
-        ValueError: fewer than two times, one outside [0, 1] or not finite, not strictly decreasing, or not ending at 0.
-    """
+    """The schedule as floats. Raises ValueError: fewer than two, one outside [0, 1], not falling strictly to 0."""
     out = tuple(float(t) for t in times)
     if len(out) < 2:
         raise ValueError(f"a schedule needs at least two times, noise and data; got {out}")
@@ -34,11 +30,7 @@ def check(times: Iterable[float]) -> Times:
 
 
 def uniform(steps: int) -> Times:
-    """1, 1 - 1/steps, ..., 0.
-
-    Raises:
-        ValueError: steps < 1.
-    """
+    """1, 1 - 1/steps, ..., 0. Raises ValueError if steps < 1."""
     if steps < 1:
         raise ValueError(f"steps must be at least 1; got {steps}")
     return tuple((steps - k) / steps for k in range(steps + 1))
@@ -47,16 +39,11 @@ def uniform(steps: int) -> Times:
 def paper_vp(steps: int, finish: int = 1, vp: Interpolant = VP, path: Interpolant = LINEAR) -> Times:
     """The paper's grid (arXiv 2503.19385): s_k = sqrt(1 - (1 - t_k)^2) in VP time with t_k uniform, as times of `path`.
 
-    Its steps are small early, where the posterior varies most. Two things to know. It starts at VP's noisiest state,
-    linear time 0.9934 rather than 1. And its last interval is long: with 10 steps it goes from linear time 0.71
-    straight to 0, which is sound for a few-step model only; `finish` cuts that interval into equal parts.
+    Its steps are small early, where the posterior varies most. It starts at VP's noisiest state, linear time 0.9934.
+    Its last interval is long: with 10 steps it goes from linear time 0.71 straight to 0, which is sound for a few-step
+    model only. It is crossed in `finish` equal steps, which are among the `steps`; 1 is the paper's grid.
 
-    Args:
-        steps: transitions in all, those of `finish` included.
-        finish: the number of equal steps in which the last interval is crossed; 1 is the paper's grid.
-
-    Raises:
-        ValueError: unless 1 <= finish <= steps.
+    Raises ValueError: unless 1 <= finish <= steps.
     """
     if not 1 <= finish <= steps:
         raise ValueError(f"need 1 <= finish <= steps; got finish = {finish}, steps = {steps}")
@@ -67,13 +54,10 @@ def paper_vp(steps: int, finish: int = 1, vp: Interpolant = VP, path: Interpolan
 
 
 def logit_normal(steps: int, mean: float = 0.7, std: float = 0.9) -> Times:
-    """Quantiles of a logit-normal law: as many steps where flow models train most, few at either end.
+    """Quantiles of the logit-normal distribution of training times (Stable Diffusion 3, arXiv 2403.03206).
 
-    The law of training times in Stable Diffusion 3 (Esser et al., arXiv 2403.03206). With mean > 0 it leans to the
-    noisy side of the middle, where a multi-step model decides what the picture will hold: a search wants steps there.
-
-    Raises:
-        ValueError: steps < 1, std not positive, or a law so far out that neighbouring times coincide.
+    With mean > 0 it leans to the noisy side of the middle, where a multi-step model decides what the picture will hold:
+    a search wants steps there. Raises ValueError: steps < 1, std <= 0, or times so far out that neighbours coincide.
     """
     if steps < 1 or not std > 0:
         raise ValueError(f"steps must be at least 1 and std positive; got {steps} and {std}")
@@ -84,8 +68,7 @@ def logit_normal(steps: int, mean: float = 0.7, std: float = 0.9) -> Times:
 def levels(steps: int, high: float = 0.95, low: float = 0.7) -> Times:
     """1, then steps - 1 noise levels evenly from high down to low, then 0; for `Refine`, found on tiny-flux schnell.
 
-    Raises:
-        ValueError: steps < 2; unless 0 < low < high < 1.
+    Raises ValueError: steps < 2; unless 0 < low < high < 1.
     """
     if steps < 2 or not 0 < low < high < 1:
         raise ValueError(f"need steps >= 2 and 0 < low < high < 1; got {steps}, {low} and {high}")
@@ -95,8 +78,7 @@ def levels(steps: int, high: float = 0.95, low: float = 0.7) -> Times:
 def shifted(times: Iterable[float], shift: float) -> Times:
     """FLUX's and SD3's resolution shift t -> shift t / (1 + (shift - 1) t); shift > 1 spends more steps near the noise.
 
-    Raises:
-        ValueError: shift not positive and finite, or so far out that neighbouring times coincide; `times` no schedule.
+    Raises ValueError: shift not positive and finite, or so far out that neighbours coincide; `times` no schedule.
     """
     if not 0 < shift < math.inf:
         raise ValueError(f"shift must be positive and finite; got {shift}")

@@ -2,9 +2,7 @@
 
 A `Problem` says what is sampled and what is wanted. A `Method` says how many candidates to draw and which to keep. The
 `Run` between them owns the budget, the clock and the randomness. A method never holds the velocity itself, so it can
-neither forget to pay nor overspend.
-
-The budget is counted in NFE: velocity evaluations, one for each row of a batch, times their cost.
+neither forget to pay nor overspend. The budget is in NFE: velocity evaluations, one a row of a batch, times their cost.
 """
 
 from __future__ import annotations
@@ -29,11 +27,11 @@ class Method(Protocol):
 
     def start(self, run: Run) -> Particles:
         """The first particles, at the schedule's first time."""
-        ...
+        raise NotImplementedError
 
     def advance(self, p: Particles, run: Run) -> Particles:
         """The next particles; the search ends when their time is 0."""
-        ...
+        raise NotImplementedError
 
 
 class BudgetExceeded(RuntimeError):
@@ -45,11 +43,8 @@ class Run:
 
     def __init__(self, problem: Problem, *, max_nfe: int, generator: Generator):
         self.problem, self.max_nfe, self.generator = problem, max_nfe, generator
-        self.nfe = 0
-        self.reward_calls = 0
-        self.gradients = 0
-        self.seen: tuple[Tensor, float, float] | None = None
-        """Best estimate scored so far: x0 (*D), its reward, its time."""
+        self.nfe = self.reward_calls = self.gradients = 0
+        self.seen: tuple[Tensor, float, float] | None = None  # best estimate scored: x0 (*D), its reward, its time
         self._drawn = 0
         self._scored: list[Tensor] = []
 
@@ -60,36 +55,21 @@ class Run:
 
     @property
     def evaluations_left(self) -> int:
-        """Evaluations that the NFE left will pay for."""
+        """Evaluations that the NFE left pay for."""
         return self.left // self.problem.cost
 
-    def evaluations_ahead(self, t: float | None = None) -> int:
-        """Transitions after time t that end in an evaluation: `Problem.evaluations_ahead`."""
-        return self.problem.evaluations_ahead(t)
-
     def next_time(self, t: float) -> float:
-        """The first time of the schedule below t.
-
-        Raises:
-            ValueError: t is 0, where the sample is finished.
-        """
+        """The first time of the schedule below t; a ValueError at t = 0, where the sample is finished."""
         if t <= 0:
             raise ValueError("there is no time below 0, where the sample is finished")
         return next(s for s in self.problem.times if s < t)
 
     def noise(self, k: int) -> Tensor:
-        """k draws (k, *D) of noise sigma_t z at the schedule's first time; free.
-
-        Where the path still holds a trace of the data at that time (sigma/alpha large but finite) it is neglected.
-        """
+        """k draws (k, *D) of noise sigma_t z at the schedule's first time, where the trace of the data is neglected."""
         return self.problem.path.at(self.problem.times[0])[1] * self._normal((k, *self.problem.shape))
 
     def start(self, k: int, x: Tensor | None = None) -> Particles:
-        """k particles at the schedule's first time, of fresh noise or at the states x (k, *D) given; not yet evaluated.
-
-        Raises:
-            ValueError: x is not of shape (k, *D).
-        """
+        """k particles at the schedule's first time, of fresh noise or at the states x (k, *D); not yet evaluated."""
         x = self.noise(k) if x is None else x
         if x.shape != (k, *self.problem.shape):
             raise ValueError(f"x must have shape {(k, *self.problem.shape)}; got {tuple(x.shape)}")
@@ -105,9 +85,7 @@ class Run:
     ) -> Particles:
         """`copies` children of every particle, those of one parent side by side; parents are evaluated, children not.
 
-        Args:
-            s: the time to go to; the schedule's next by default.
-            kernel: how; the problem's by default.
+        They are at time s, the schedule's next by default, by the kernel given or the problem's.
         """
         s = self.next_time(p.t) if s is None else s
         p = self.evaluate(p)
@@ -136,11 +114,8 @@ class Run:
     def score(self, p: Particles) -> Particles:
         """The particles with their look-ahead rewards r(x0); those that have theirs are not judged again.
 
-        Each row costs what the problem's look-ahead does, less the evaluation if it is evaluated already; finished
-        samples are judged as they are.
-
-        Raises:
-            ValueError: the reward's answer is not a finite tensor of shape (K,).
+        Each row costs what the problem's look-ahead does, less the evaluation if it is evaluated already. Finished
+        samples are judged as they are. Raises ValueError: the reward's answer is not a finite tensor of shape (K,).
         """
         new = p.reward.isnan()
         missing = int(new.sum())
@@ -159,11 +134,9 @@ class Run:
     def gradient(self, p: Particles) -> Tensor:
         """Gradient in x (K, *D) of the look-ahead reward r(x0(x)), through the models, at the particles' states.
 
-        Each row costs `Problem.gradient_cost` times the look-ahead's price, and a reward call. The velocity that the
-        particles already hold was computed without a graph, so it is computed again.
-
-        Raises:
-            ValueError: p is finished; a model or the reward is not differentiable, or the gradient not finite.
+        Each row costs `Problem.gradient_cost` times the look-ahead's price, and a reward call: what the particles hold
+        was computed without a graph, so it is computed again.
+        Raises ValueError: p is finished; a model or the reward is not differentiable, or the gradient not finite.
         """
         if p.t == 0:
             raise ValueError("a finished sample has no velocity to differentiate")
@@ -244,39 +217,23 @@ class Run:
     def record(self, p: Particles) -> Step:
         """What the step that ends with the particles p did; the next step's record begins here."""
         scored = torch.cat(self._scored) if self._scored else p.reward.new_full((1,), math.nan)
-        top = p.best()
-        step = Step(
-            t=p.t,
-            nfe=self.nfe,
-            reward_calls=self.reward_calls,
-            drawn=self._drawn,
-            best=float(scored.max()),
-            mean=float(scored.mean()),
-            kept=len(p),
-            accepted=float(top.reward),
-            parent=int(top.parent),
-        )
+        top, spent = p.best(), (self.nfe, self.reward_calls, self._drawn)
         self._drawn, self._scored = 0, []
-        return step
+        return Step(p.t, *spent, float(scored.max()), float(scored.mean()), len(p), float(top.reward), int(top.parent))
 
 
 class Search(Iterator[Step]):
     """A search in progress: every `next` is one step of the method, and returns its record.
 
-    Attributes:
-        run: what has been spent and seen so far.
-        particles: those kept by the last step, None before the first. Whoever steps the search may look at them, and
-            may put a choice of them in their place.
-        trace: the records so far.
+    `particles` are those kept by the last step, None before the first. Whoever steps the search may look at them, and
+    may put a choice of them in their place. `run` knows what has been spent and seen, `trace` holds the records.
     """
 
     def __init__(self, problem: Problem, method: Method, *, max_nfe: int, generator: Generator):
         if isinstance(max_nfe, bool) or not isinstance(max_nfe, int) or max_nfe < 1:
             raise ValueError(f"max_nfe must be an integer of at least 1; got {max_nfe!r}")
         if not isinstance(generator, Generator):
-            raise ValueError(
-                f"generator must be a torch.Generator, seeded by the caller; got {type(generator).__name__}"
-            )
+            raise ValueError(f"generator must be a seeded torch.Generator; got {type(generator).__name__}")
         method.check(problem, max_nfe)
         self.run, self.method = Run(problem, max_nfe=max_nfe, generator=generator), method
         self.particles: Particles | None = None
@@ -296,11 +253,7 @@ class Search(Iterator[Step]):
         return self.trace[-1]
 
     def result(self) -> Result:
-        """The best finished sample, with the account of what was spent.
-
-        Raises:
-            ValueError: the search has steps left.
-        """
+        """The best finished sample, with the account of what was spent; a ValueError if the search has steps left."""
         p, run = self.particles, self.run
         if p is None or p.t > 0 or run.seen is None:
             raise ValueError("the search is not finished: step it until its particles are at t = 0")
@@ -323,15 +276,8 @@ class Search(Iterator[Step]):
 def steps(problem: Problem, method: Method, *, max_nfe: int, generator: Generator) -> Search:
     """The search as an iterator of its steps: for progress bars, films, a person who chooses, and pauses.
 
-        found = steps(problem, RBF(), max_nfe=250, generator=generator)
-        for step in found:
-            print(step.nfe, step.accepted)  # found.particles holds what was kept
-        found.result()
-
-    Args:
-        max_nfe: the budget; never exceeded.
-        generator: the only source of randomness, on any device. The same seed gives the same result, however the
-            velocity splits its batches.
+    The budget `max_nfe` is never exceeded. `generator` is the only source of randomness: the same seed gives the same
+    result, however the velocity splits its batches.
 
     Raises:
         ValueError: before any evaluation if max_nfe is no positive integer or too small for the method; during the

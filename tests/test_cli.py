@@ -134,10 +134,9 @@ def test_every_method_runs_with_what_suits_the_model(capsys, tmp_path, method, m
     assert account["found"]["nfe"] + account["found"]["left"] == 64 and account["found"]["nfe"] > 50
 
 
-def test_more_steps_want_fewer_chains():
+def test_more_steps_want_fewer_states():
     """The settings for a multi-step model know the steps, so that what suits it is not refused."""
     folder = str(locate("tiny-flux/dev"))
-    for steps, chains in ((10, 7), (40, 2)):
+    for steps, states in ((10, 7), (40, 2)):
         args = cli.parser().parse_args([PROMPT, "--model", folder, "--nfe", "250", "--steps", str(steps)])
-        _, _, method, _ = cli.prepare(args)
-        assert method.chains == chains
+        assert cli.prepare(args).method.states == states

@@ -11,13 +11,14 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
-import scipy.stats
 import torch
 
 from flowscale_lite import LINEAR, RBF, GaussianMixture, Problem, QuadraticReward, ddim, experiments, search, uniform
 
 HERE = Path(__file__).parent
+STORED = HERE.parent / "data/results/search.jsonl"
 TASKS = [{"prompt": p, "seed": s} for p in ("a", "b", "c") for s in range(4)]
 
 
@@ -42,6 +43,7 @@ def test_rows_come_in_task_order_and_are_not_run_twice(tmp_path):
     again = experiments.sweep(TASKS[::-1], lambda t: calls.append(t) or square(t), path)
     assert again == [t | square(t) for t in TASKS[::-1]] and len(calls) == len(TASKS)
     assert ordered(experiments.read(path)) == ordered(again)
+    assert experiments.sweep([], square, tmp_path / "none.jsonl", workers=2) == []
 
 
 @pytest.mark.parametrize("cut", [1, 9, 60])
@@ -87,13 +89,6 @@ def test_a_file_of_something_else_is_refused_and_left_alone(tmp_path, text):
     assert path.read_text().rstrip("\n") == text
 
 
-def test_rows_of_a_sweep_with_more_fields_do_not_pass_for_results(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    experiments.sweep([t | {"budget": b} for t in TASKS[:2] for b in (1, 2)], square, path)
-    with pytest.raises(ValueError, match="of more fields"):
-        experiments.sweep(TASKS[:2], square, path)
-
-
 def test_a_row_is_the_same_when_it_is_read_again(tmp_path):
     path, found = tmp_path / "rows.jsonl", {"pair": (1, 2), "by": {1: 2}}
     assert experiments.sweep(TASKS[:1], lambda _: found, path) == experiments.sweep(TASKS[:1], square, path)
@@ -118,19 +113,21 @@ def test_a_run_that_fails_is_tried_again_and_then_reported_when_the_others_are_d
             raise RuntimeError(f"out of luck with {task['seed']}")
         return {"value": [1, 2]} if task["seed"] == 3 else {"value": torch.ones(1)} if task["seed"] == 0 else {}
 
-    with pytest.raises(experiments.SweepFailed, match="2 of 4 runs failed in each of 2 tries") as info:
+    with pytest.raises(ExceptionGroup, match="2 of 4 runs failed in each of 2 tries") as info:
         experiments.sweep(TASKS[:4], run, path)
     assert calls == [0, 1, 2, 3, 0, 1, 2]
     assert ordered(rows_of(path)) == ordered([TASKS[2], TASKS[3] | {"value": [1, 2]}])
-    failed = {task["seed"]: error for task, error in info.value.failures}
-    assert "out of luck with 1" in failed[1] and "Tensor is not JSON serializable" in failed[0]
-    assert "out of luck with 1" in str(info.value)
+    assert [(str(error), *error.__notes__) for error in info.value.exceptions] == [
+        ("Object of type Tensor is not JSON serializable", f"This was the run of {TASKS[0]}."),
+        ("out of luck with 1", f"This was the run of {TASKS[1]}."),
+    ]
+    assert "Tensor is not JSON serializable" in str(info.value)  # the first is told where only the message is shown
     calls.clear()
     experiments.sweep(TASKS[:4], lambda t: calls.append(t["seed"]) or {}, path)
     assert calls == [0, 1]
 
 
-def test_bad_sweeps_are_refused_before_anything_runs(tmp_path):
+def test_bad_sweeps_are_refused_before_anything_runs(tmp_path, monkeypatch):
     path = tmp_path / "rows.jsonl"
 
     def never(task):
@@ -140,22 +137,27 @@ def test_bad_sweeps_are_refused_before_anything_runs(tmp_path):
         ([TASKS[0], TASKS[0]], {}, "twice"),
         ([TASKS[0], {"prompt": "a"}], {}, "same fields"),
         (TASKS, {"workers": 0}, "workers must be at least 1"),
-        (TASKS, {"retries": -1}, "retries at least 0"),
+        (TASKS, {"retries": -1}, "retries must be at least 0"),
         (TASKS, {"engine": "http"}, "engine must be"),
         (TASKS, {"resources": {"num_gpus": 1}}, "resources are what Ray"),
     ):
         with pytest.raises(ValueError, match=message):
             experiments.sweep(tasks, never, path, **options)
     assert not path.exists()
-    with pytest.raises(experiments.SweepFailed, match="must not use its task's names; it found \\['seed'\\]"):
+    with pytest.raises(ExceptionGroup, match="must not use its task's names; it found \\['seed'\\]"):
         experiments.sweep(TASKS[:1], lambda t: {"seed": 7}, path)
+    monkeypatch.delattr(sys.modules["__main__"], "__file__", raising=False)
+    monkeypatch.setattr(never, "__module__", "__main__")
+    for run in (never, functools.partial(never)):
+        with pytest.raises(ValueError, match="defined in a notebook"):
+            experiments.sweep(TASKS, run, path, workers=2)
     experiments.sweep([{"other": 1}], lambda t: {}, path)
     with pytest.raises(ValueError, match="rows of another sweep"):
         experiments.sweep(TASKS, never, path)
-
-
-def test_no_tasks_no_rows(tmp_path):
-    assert experiments.sweep([], square, tmp_path / "rows.jsonl", workers=2) == []
+    more = tmp_path / "more.jsonl"
+    experiments.sweep([TASKS[0] | {"budget": budget} for budget in (1, 2)], square, more)
+    with pytest.raises(ValueError, match="of more fields"):
+        experiments.sweep(TASKS, never, more)
 
 
 # --------------------------------------------------------------------------------------------- processes that die
@@ -179,10 +181,12 @@ def perilous(task):
 
 def test_workers_that_die_cost_only_the_run_they_died_of(tmp_path):
     tasks = [{"seed": s, "folder": str(tmp_path)} for s in range(9)]
-    with pytest.raises(experiments.SweepFailed, match="2 of 9 runs") as info:
+    with pytest.raises(ExceptionGroup, match="2 of 9 runs") as info:
         experiments.sweep(tasks, perilous, tmp_path / "rows.jsonl", workers=2)
-    assert sorted(task["seed"] for task, _ in info.value.failures) == [5, 7]
-    assert "terminated abruptly" in str(info.value) and "no luck" in str(info.value)
+    failed = {error.__notes__[-1]: str(error) for error in info.value.exceptions}
+    assert failed.keys() == {f"This was the run of {tasks[seed]}." for seed in (5, 7)}
+    assert "terminated abruptly" in failed[f"This was the run of {tasks[5]}."]
+    assert "no luck" in failed[f"This was the run of {tasks[7]}."]
     expected = [t | {"value": t["seed"] ** 2} for t in tasks if t["seed"] not in (5, 7)]
     assert ordered(rows_of(tmp_path / "rows.jsonl")) == ordered(expected)
 
@@ -191,7 +195,7 @@ SLOW = """
 import os, sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
-from flowscale_lite import experiments, judges, planner
+from flowscale_lite import experiments
 def run(task):
     time.sleep(0.05)
     return {"value": task["seed"] ** 2, "worker": os.getpid()}
@@ -277,8 +281,8 @@ def on_ray(folder):
     run = functools.partial(perilous_search, folder=folder, judge=judge)
     try:
         experiments.sweep([*SEARCHES, {"budget": 20, "seed": 99}], run, path, workers=2, engine="ray")
-    except experiments.SweepFailed as error:
-        failures = [(task["seed"], text.strip().splitlines()[-1]) for task, text in error.failures]
+    except ExceptionGroup as group:
+        failures = [(str(error).strip().splitlines()[-1], error.__notes__) for error in group.exceptions]
     try:
         experiments.sweep(SEARCHES, run, Path(folder) / "none", engine="ray", resources={"num_gpus": 1e3})
     except ValueError as error:
@@ -306,7 +310,7 @@ def test_ray_workers_killed_and_resumed_give_what_the_local_run_gives(tmp_path):
         pytest.skip("this machine is so busy that Ray, which waits half a minute for itself, gave up starting")
     assert done.returncode == 0, done.stderr
     said = json.loads((tmp_path / "said.json").read_text())
-    assert said["failures"] == [[99, "RuntimeError: no luck"]]
+    assert said["failures"] == [["RuntimeError: no luck", ["This was the run of {'budget': 20, 'seed': 99}."]]]
     assert "GPU" in said["refusal"]
     rows = rows_of(path)
     assert rows[:3] == begun and len(rows) == len(SEARCHES)
@@ -349,9 +353,9 @@ def test_truth_values_that_all_agree_are_not_certain(value):
     """50 of 50, in 50 clusters or in 10 of five: the interval is the binomial's, of as many trials as clusters."""
     for n in (50, 10, 1):
         interval = experiments.clustered_mean([value] * 50, [i % n for i in range(50)])
-        exact = scipy.stats.binomtest(n * value, n).proportion_ci(0.95, "exact")
-        assert interval == pytest.approx((float(value), exact.low, exact.high))
-    assert experiments.clustered_mean([0.0] * 50, range(50)) == (0, 0, 0)  # of numbers nothing is known
+        edge = 1 - 0.025 ** (1 / n)  # where n of n, or none, are just 2.5 % likely: Clopper and Pearson's bound
+        assert [*interval] == pytest.approx([1, 1 - edge, 1] if value else [0, 0, edge])
+    assert [*experiments.clustered_mean([0.0] * 50, range(50))] == [0, 0, 0]  # of numbers nothing is known
     assert experiments.clustered_mean([True, False] * 25, range(50)).low > 0.3
 
 
@@ -369,18 +373,44 @@ def results(effect, rng_seed=0):
     ], gain
 
 
-def test_table_groups_rows_and_states_intervals():
+def by_hand(values, clusters):
+    """The interval by its definition, without scipy: draw clusters, divide the sum of values by their number."""
+    groups = [[v for v, c in zip(values, clusters, strict=True) if c == name] for name in sorted(set(clusters))]
+    sums, sizes = np.array([sum(group) for group in groups]), np.array([len(group) for group in groups])
+    draws = np.random.default_rng(0).integers(len(groups), size=(4000, len(groups)))
+    return [np.mean(values), *np.quantile(sums[draws].sum(1) / sizes[draws].sum(1), [0.025, 0.975])]
+
+
+def test_intervals_are_those_of_the_bootstrap_by_hand():
+    """On stored runs, of prompts with different numbers of runs, whatever form the rows have."""
+    rows = [row for row in experiments.read(STORED) if row["level"] == "held_out" and row["model"] == "schnell"]
+    table = experiments.table(pd.DataFrame(rows), ["method", "budget"], ["reward", "rss"])
+    assert len(table) > 5 and len(set(table["runs"])) > 1
+    for (method, budget), line in table.iterrows():
+        cell = [row for row in rows if (row["method"], row["budget"]) == (method, budget)]
+        assert line["runs"] == len(cell)
+        for name in ("reward", "rss"):
+            expected = by_hand([float(row[name]) for row in cell], [row["prompt"] for row in cell])
+            assert [*line[name]] == pytest.approx(expected, abs=1e-12)
+    uneven = experiments.clustered_mean([1.0, 2.0, 5.0, 0.5], ["a", "a", "b", "c"])
+    assert [*uneven] == pytest.approx(by_hand([1.0, 2.0, 5.0, 0.5], ["a", "a", "b", "c"]), abs=1e-12)
+
+
+def test_table_groups_rows_and_shows_intervals():
     rows, _ = results(0.3)
     lines = experiments.table(rows, ["method"], ["score", "nfe"])
-    assert [(line["method"], line["runs"], line["nfe"].mean) for line in lines] == [("new", 90, 101), ("old", 90, 101)]
+    assert list(lines.index) == ["new", "old"] and list(lines["runs"]) == [90, 90]
     old = rows[90:]
-    assert lines[1]["score"] == experiments.clustered_mean([r["score"] for r in old], [r["prompt"] for r in old])
-    assert [line["seed"] for line in experiments.table(rows, ["method", "seed"], ["score"])] == [0, 1, 2] * 2
-    text = experiments.markdown(lines).splitlines()
-    assert text[0] == "| method | runs | score | nfe |" and text[1] == "|" + " --- |" * 4
-    assert text[2].startswith("| new | 90 |") and text[2].endswith("| 101.00 [101.00, 101.00] |") and len(text) == 4
+    assert lines.loc["old", "score"] == experiments.clustered_mean(
+        [r["score"] for r in old], [r["prompt"] for r in old]
+    )
+    assert [mean for mean, _, _ in lines["nfe"]] == [101, 101]
+    assert "101.00 [101.00, 101.00]" in lines.to_html() and "101.00 [101.00, 101.00]" in lines.to_string()
+    assert list(experiments.table(rows, ["method", "seed"], ["score"]).index.get_level_values("seed")) == [0, 1, 2] * 2
     with pytest.raises(ValueError, match="no field 'rss'"):
         experiments.table(rows, ["method"], ["rss"])
+    with pytest.raises(ValueError, match="no field 'score'"):
+        experiments.table([*rows, {"method": "new", "prompt": "p0"}], ["method"], ["score"])
     with pytest.raises(ValueError, match="no rows"):
         experiments.table([], ["method"], ["score"])
 
@@ -389,21 +419,11 @@ def test_paired_difference_is_the_mean_gain_whatever_the_order_of_rows():
     rows, gain = results(0.3)
     new, old = rows[:90], rows[90:]
     interval = experiments.paired_difference(new, old[::-1], "score")
+    gains = [a["score"] - b["score"] for a, b in zip(new, old, strict=True)]
+    assert [*interval] == pytest.approx(by_hand(gains, [row["prompt"] for row in new]))
     assert interval.mean == pytest.approx(gain.mean())
-    back = experiments.paired_difference(old, new, "score")
-    assert back.mean == pytest.approx(-interval.mean)
-    lines = experiments.table(rows, ["method"], ["score"])
-    assert all(line["score"].high - line["score"].low > 5 * (interval.high - interval.low) for line in lines)
-
-
-def test_paired_difference_covers():
-    """The gain of 30 prompts, 3 seeds: 95 % intervals hold the truth in 200 worlds (binomial SE 0.017 at 0.94)."""
-    inside = 0
-    for world in range(200):
-        rows, _ = results(0.3, world)
-        interval = experiments.paired_difference(rows[:90], rows[90:], "score")
-        inside += interval.low <= 0.3 <= interval.high
-    assert 0.87 <= inside / 200 <= 0.99
+    for line in experiments.table(rows, ["method"], ["score"])["score"]:
+        assert line.high - line.low > 5 * (interval.high - interval.low)
 
 
 def test_rows_that_do_not_pair_are_refused():

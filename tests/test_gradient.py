@@ -215,7 +215,7 @@ def test_only_from_below_on_and_never_at_the_last_transition():
         assert (q is p) == (spent[-1] == 0)
         p = run.propose(p)
     assert spent == [0, 0, 6, 6, 0]
-    assert [guide.cost(run.problem, t) for t in (None, 1.0, 0.6, 0.5, 0.4, 0.2)] == [6, 6, 6, 3, 3, 0]
+    assert [guide.price(run.problem, t) for t in (None, 1.0, 0.6, 0.5, 0.4, 0.2)] == [6, 6, 6, 3, 3, 0]
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -226,13 +226,13 @@ def test_the_price_told_beforehand_is_the_price_paid(data):
     price, kernel = data.draw(st.integers(1, 4)), data.draw(st.sampled_from([ode, ddim(1.0)]))
     run = opened(times=(*(t / 20 for t in times), 0.0), kernel=kernel, gradient_cost=price)
     p = run.start(1)
-    ahead = [guide.cost(run.problem)]
+    ahead = [guide.price(run.problem)]
     while p.t > 0:
         p = run.evaluate(p)
         before = run.nfe
         steered = guide(p, run)
-        assert run.nfe - before == ahead[-1] - guide.cost(run.problem, run.next_time(p.t))
-        ahead.append(guide.cost(run.problem, run.next_time(p.t)))
+        assert run.nfe - before == ahead[-1] - guide.price(run.problem, run.next_time(p.t))
+        ahead.append(guide.price(run.problem, run.next_time(p.t)))
         p = run.propose(steered)
     assert run.nfe == len(times) + ahead[0] and ahead[-1] == 0 and run.gradients * price == ahead[0]
 

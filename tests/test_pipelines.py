@@ -101,6 +101,14 @@ def test_the_look_ahead_is_the_decoded_posterior_mean(pipe):
     assert all(p.shape[1:] == (3, 64, 64) and p.min() >= 0 and p.max() <= 1 for p in seen)
 
 
+def test_as_many_pictures_as_rows_of_a_forward_pass_are_decoded_at_a_time_by_default(pipe):
+    prompt, sizes = FlowModel.encode(pipe, TEXT, chunk=3), []
+    judge = lambda pictures: sizes.append(len(pictures)) or REWARD(pictures)  # noqa: E731
+    prompt.problem(judge, ode).reward(torch.zeros(7, *prompt.shape))
+    prompt.problem(judge, ode, decode_chunk=5).reward(torch.zeros(7, *prompt.shape))
+    assert sizes == [3, 3, 1, 5, 2]
+
+
 def test_bad_input_is_refused_with_a_reason(pipe, tmp_path):
     with pytest.raises(FileNotFoundError, match="no model at"):
         flux.load(tmp_path)
@@ -182,7 +190,7 @@ def answered(error: type, status: int) -> Exception:
 @pytest.mark.parametrize(
     ("error", "kind", "message"),
     [
-        (answered(RemoteEntryNotFoundError, 404), FileNotFoundError, "a/clip is no diffusers pipeline"),
+        (answered(RemoteEntryNotFoundError, 404), FileNotFoundError, "a/clip lacks what is asked for: 404"),
         (answered(RevisionNotFoundError, 404), FileNotFoundError, "404 from the hub"),
         (answered(HfHubHTTPError, 429), ConnectionError, "429 from the hub"),
         (LocalEntryNotFoundError("see its cause"), ConnectionError, "429 from the hub"),

@@ -16,11 +16,18 @@ PACKAGE = ROOT / "flowscale_lite"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 # A module may import those before it, never those after it.
 ORDER = (
-    *("interpolants", "kernels", "schedules", "resampling", "rewards", "search", "methods", "toys"),
+    *("interpolants", "kernels", "schedules", "resampling", "rewards", "look_ahead", "problem", "search", "methods"),
     *("tiny", "flux", "judges", "experiments", "plots", "cli"),
 )
 READERS = {"plots"}  # it reads results; nothing but the command line imports it
-HEAVY = {"accelerate", "diffusers", "matplotlib", "ray", "transformers"}  # not needed by `import flowscale_lite`
+HEAVY = {
+    "accelerate",
+    "diffusers",
+    "matplotlib",
+    "pandas",
+    "ray",
+    "transformers",
+}  # not needed by `import flowscale_lite`
 UNSAFE = re.compile(
     r"trust_remote_code\s*=\s*True|\btorch\.load\(|\b(?:c?[Pp]ickle|joblib|dill)\.loads?\(|allow_pickle=True"
 )
@@ -77,6 +84,13 @@ def test_arrows_point_one_way(path):
     name = path.relative_to(PACKAGE).with_suffix("").parts[0]
     if name not in ("__init__", "__main__"):
         assert wrong_arrows(name, imports(path)) == []
+
+
+def test_contributing_lists_the_rooms_in_their_order():
+    guide = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    table = re.search(r"^\| room \|.*\n\|[-|]+\n((?:\|.*\n)+)", guide, re.M)[1]
+    rooms = [name for line in table.splitlines() for name in re.findall(r"`(\w+)/?`", line.split("|")[1])]
+    assert rooms == list(ORDER)
 
 
 def test_wrong_arrows_are_found():
@@ -173,7 +187,7 @@ def test_make_targets_are_documented():
 
 
 def test_readme_examples_run(monkeypatch):
-    """The blocks of Python in the README, in their order; with a toy for your model, and tiny-flux for FLUX.1."""
+    """The blocks of Python on both pages, in their order; with a toy for your model, and tiny-flux for FLUX.1."""
     from flowscale_lite import flux
     from flowscale_lite.tiny import shapes
     from flowscale_lite.tiny.data import locate
@@ -190,7 +204,8 @@ def test_readme_examples_run(monkeypatch):
         "load": flux.load,
         "pipe": flux.load(),
     }
-    blocks = re.findall(r"^```python\n(.+?)^```$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+    pages = "".join((ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "flowscale_lite/README.md"))
+    blocks = re.findall(r"^```python\n(.+?)^```$", pages, re.M | re.S)
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
     assert len(blocks) >= 3 and names["result"].nfe <= 250 and isinstance(names["prompt"], flux.FlowModel)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from flowscale_lite import Decoded, chunked, rounded
+from flowscale_lite import chunked, decoded, rounded
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 7, 100])
@@ -18,10 +18,10 @@ def test_chunked_gives_the_same_numbers_in_parts(chunk):
 
 
 def test_decoded_never_holds_more_pictures_than_a_chunk():
-    decoded = []
+    held = []
 
     def decode(z):
-        decoded.append(len(z))
+        held.append(len(z))
         return z[..., None].expand(-1, -1, 5) * 2
 
     def brightness(pictures):
@@ -29,8 +29,8 @@ def test_decoded_never_holds_more_pictures_than_a_chunk():
         return pictures.mean((1, 2))
 
     z = torch.arange(21.0).view(7, 3)
-    torch.testing.assert_close(Decoded(decode, brightness, chunk=3)(z), 2 * z.mean(1))
-    assert decoded == [3, 3, 1]
+    torch.testing.assert_close(decoded(decode, brightness, chunk=3)(z), 2 * z.mean(1))
+    assert held == [3, 3, 1]
 
 
 def test_rounded():
@@ -41,4 +41,4 @@ def test_errors():
     with pytest.raises(ValueError, match="chunk"):
         chunked(torch.square, 0)
     with pytest.raises(ValueError, match="chunk"):
-        Decoded(torch.square, torch.square, chunk=0)
+        decoded(torch.square, torch.square, chunk=0)

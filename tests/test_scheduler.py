@@ -166,6 +166,14 @@ def test_a_grid_of_ones_own_reaches_the_pipeline(with_scheduler):
     torch.testing.assert_close(pipe.scheduler.sigmas, torch.tensor(schedules.paper_vp(6, 2)))
 
 
+@pytest.mark.parametrize(("steps", "finish"), [(1, 1), (7, 3), (10, 5)])
+def test_by_default_half_of_the_steps_finish_the_papers_grid(steps, finish):
+    """Stored results rest on it."""
+    scheduler = FlowSDEScheduler(interpolant="vp")
+    scheduler.set_timesteps(steps)
+    torch.testing.assert_close(scheduler.sigmas, torch.tensor(schedules.paper_vp(steps, finish)))
+
+
 def test_image_to_image_starts_in_the_middle(pipe):
     """With the ODE, diffusers' own picture; with any kernel, a later start changes the picture less."""
     image = draw(pipe)

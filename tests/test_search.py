@@ -67,7 +67,7 @@ def test_only_particles_of_one_time_are_joined():
 
 def test_transitions_to_pay_for_and_evaluations_left():
     run = opened(101, cost=2)
-    assert [run.evaluations_ahead(t) for t in (None, 1.0, 0.5, 0.4, 0.2)] == [4, 4, 2, 1, 0]
+    assert [run.problem.evaluations_ahead(t) for t in (None, 1.0, 0.5, 0.4, 0.2)] == [4, 4, 2, 1, 0]
     assert [run.next_time(t) for t in (1.0, 0.5, 0.4, 0.2)] == [0.8, 0.4, 0.2, 0.0]
     assert (run.left, run.evaluations_left) == (101, 50)
 

@@ -90,6 +90,20 @@ def test_relations_are_drawn_and_judged(relation):
     assert (CountReward(scene)(opposite) < -0.5).all()
 
 
+@pytest.mark.parametrize(("pixels", "cost"), [(3.2, 0.6), (0.0, 1.0), (-3.2, 1.4), (16.0, 0.0)])
+def test_a_relation_costs_each_object_what_its_distance_lacks_of_half_a_cell(pixels, cost):
+    """Two objects, so twice (8 - pixels) / 16. Stored results rest on the half."""
+    red, blue = Group(1, "red", "circle"), Group(1, "blue", "square")
+    column = 1 + (pixels > 8)  # 16 pixels are one cell
+    offset = 0 if pixels > 8 else pixels / 2
+    centre = np.array([[8, 8 - offset], [8, 8 + offset]])
+    layout = shapes.Layout(
+        np.array([0, 0]), np.array([red.kind, blue.kind]), np.array([1, 8 + column]), centre, np.array([5.4, 5.4])
+    )
+    picture = shapes.to_tensor(shapes.draw(layout, 1))
+    assert float(CountReward(Scene((red, blue), "left of"))(picture)) == pytest.approx(-cost, abs=0.02)
+
+
 def test_one_object_too_many_too_few_or_of_the_wrong_colour_or_shape_is_seen():
     scene = Scene((Group(3, "red", "circle"),))
     for wrong, rss in (

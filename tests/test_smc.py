@@ -111,12 +111,9 @@ OPTIONS = {
     "importance": SMC(400, threshold=0.0),
     "always": SMC(400, threshold=1.0),
     "cold": SMC(400, tau=0.5, threshold=0.9),
-    "max": SMC(400, potential="max", threshold=0.9),
-    "sum": SMC(400, potential="sum", threshold=0.3),
     "tempered": SMC(400, tempering=2.0, threshold=1.0),
-    "tempered max": SMC(400, tempering=1.0, potential="max", threshold=1.0),
     "initial": SMC(400, init=3, threshold=0.9),
-    "all": SMC(400, tau=0.7, scheme="residual", threshold=0.8, potential="sum", tempering=3.0, init=2),
+    "all": SMC(400, tau=0.7, scheme="residual", threshold=0.8, tempering=3.0, init=2),
 }
 
 
@@ -136,7 +133,7 @@ def test_the_target_is_the_tilted_mixture_in_the_plane(kind):
     assert_right(estimates(problem(PLANE, reward), SMC(500, threshold=0.9), 30), truth(PLANE, reward))
 
 
-@pytest.mark.parametrize("method", [SMC(3, threshold=0.9), SMC(3, potential="max", threshold=0.7, init=2)], ids=repr)
+@pytest.mark.parametrize("method", [SMC(3, threshold=0.9), SMC(3, threshold=0.7, init=2)], ids=repr)
 def test_the_normalising_constant_is_unbiased_with_three_particles(method):
     """Whatever K: an estimate off by its own spread only (here more than half of its value), 300 times."""
     reward = REWARDS[1]["quadratic"]
@@ -214,24 +211,18 @@ def test_where_there_is_no_noise_there_is_no_steering():
 # The bookkeeping
 
 
-def plain_smc(setup, k, tau, threshold, potential, tempering, g):
+def plain_smc(setup, k, tau, threshold, tempering, g):
     """SMC with systematic resampling, as a loop over lists of increments; multiplies nothing it can recount."""
     times, flow, reward = setup.times, setup.velocity, setup.reward
     x = torch.randn(k, 1, generator=g)
-    past = [[] for _ in range(k)]  # of every line of descent: (f, gain) at each time
+    past = [[] for _ in range(k)]  # the gains of every line of descent
     weights, log_constant = [1.0] * k, 0.0
     for i, t in enumerate(times):
         v = flow(x, torch.full((k,), t)) if t > 0 else torch.zeros_like(x)
         for j, r in enumerate(reward(x - t * v).tolist()):
             f = (1 - t) ** tempering * r / tau
-            so_far = [a for a, _ in past[j]]
-            if t == 0:
-                gain = f - sum(b for _, b in past[j])
-            elif potential == "difference":
-                gain = f - (so_far[-1] if so_far else 0.0)
-            else:
-                gain = max([*so_far, f]) if potential == "max" else sum([*so_far, f])
-            past[j] = [*past[j], (f, gain)]
+            gain = f - sum(past[j])
+            past[j] = [*past[j], gain]
             weights[j] *= math.exp(gain)
         if t == 0:
             break
@@ -253,24 +244,22 @@ def plain_smc(setup, k, tau, threshold, potential, tempering, g):
     return x, weights, log_constant + math.log(sum(weights) / k)
 
 
-@pytest.mark.parametrize("potential", ["difference", "max", "sum"])
 @pytest.mark.parametrize(("threshold", "tempering"), [(0.0, 0.0), (0.6, 0.0), (0.9, 1.5), (0.99, 0.0)])
-def test_smc_is_this_loop(potential, threshold, tempering):
+def test_smc_is_this_loop(threshold, tempering):
     setup = problem(LINE, REWARDS[1]["quadratic"], ddim(1.0), steps=7)
-    method = SMC(12, tau=0.5, threshold=threshold, potential=potential, tempering=tempering)
+    method = SMC(12, tau=0.5, threshold=threshold, tempering=tempering)
     for seed in range(5):
-        x, weights, log_constant = plain_smc(setup, 12, 0.5, threshold, potential, tempering, seeded(seed))
+        x, weights, log_constant = plain_smc(setup, 12, 0.5, threshold, tempering, seeded(seed))
         p = run_smc(setup, method, seed)
         torch.testing.assert_close(p.x, x, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(p.logw, torch.tensor(weights).log(), rtol=1e-3, atol=1e-3)
         assert log_z(p) == pytest.approx(log_constant, abs=1e-3)
 
 
-@pytest.mark.parametrize("potential", ["difference", "max", "sum"])
-def test_weights_are_kept_where_none_are_resampled(potential):
+def test_weights_are_kept_where_none_are_resampled():
     """Then the gains multiply to exp(r/tau): importance sampling by the finished sample's own reward."""
     setup = problem(LINE, REWARDS[1]["linear"], ddim(1.0))
-    p = run_smc(setup, SMC(50, tau=0.5, threshold=0.0, potential=potential, tempering=1.0), 0)
+    p = run_smc(setup, SMC(50, tau=0.5, threshold=0.0, tempering=1.0), 0)
     torch.testing.assert_close(p.logw, p.reward / 0.5, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(p.reward, p.x[:, 0])
     assert log_z(p) == pytest.approx(float((p.reward / 0.5).exp().mean().log()), abs=1e-5)
@@ -295,7 +284,7 @@ def test_weights_are_made_equal_where_particles_are_resampled(scheme):
 def test_resampling_moves_every_field():
     """Under a transition that hardly moves, the children of a row are where it was, and weighted by its history."""
     still = Kernel("still", lambda path, x, v, t, s: (x, 1e-5))
-    method = SMC(40, threshold=1.0, potential="max", scheme="multinomial")
+    method = SMC(40, threshold=1.0, scheme="multinomial")
     found = steps(problem(BELL, LinearReward([3.0]), still), method, max_nfe=1000, generator=seeded())
     for before, after in pairwise([found.particles for _ in found][1:]):  # at t = 1 all weights are equal
         assert len(set(after.parent.tolist())) < 40

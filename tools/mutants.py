@@ -178,7 +178,7 @@ MUTANTS = (
     M("SMC: constant forgotten at resampling", "methods/smc.py", "smc",
       "torch.full_like(q.logw, log_z(p))", 'q.carry["log_z"]'),
     M("RBF: rollover dropped", "methods/rbf.py", "methods",
-      "quota = left - share * (ahead - 1) // run.evaluations_ahead()", "quota = share // run.evaluations_ahead()"),
+      "quota = left - share * (ahead - 1) // run.problem.evaluations_ahead()", "quota = share // run.problem.evaluations_ahead()"),
     M("RBF: quota over steps, not transitions to pay for", "problem.py", "search",
       "sum(0 < s < start for s in self.times)", "sum(s < start for s in self.times)"),
     M("RBF: the record falls", "methods/rbf.py", "methods",
@@ -207,7 +207,7 @@ MUTANTS = (
     M("Beam: the first candidates for the best", "methods/beam.py", "methods",
       "return q.top(kept)", "return q[:kept]"),
     M("Beam: never narrower", "methods/beam.py", "methods",
-      "self.states ** ((ahead - 1) / run.evaluations_ahead())", "self.states"),
+      "self.states ** ((ahead - 1) / run.problem.evaluations_ahead())", "self.states"),
     M("Beam: reserves for states it dropped", "methods/beam.py", "contract",
       "left = run.evaluations_left - kept * (", "left = run.evaluations_left - self.states * ("),
     M("Beam: multi_step that selects from the start", "methods/beam.py", "methods",
@@ -221,11 +221,11 @@ MUTANTS = (
     M("Refine: scattered entries for regions", "methods/refine.py", "methods",
       "* parts // side)", "% parts)"),
     # Oracles
-    M("mixture with sigma for sigma^2", "toys.py", "toys",
+    M("mixture with sigma for sigma^2", "tiny/toys.py", "toys",
       "(a * self.scales.to(x.device)) ** 2 + s**2", "(a * self.scales.to(x.device)) ** 2 + s"),
-    M("tilted mixture with the weights of the old", "toys.py", "toys",
+    M("tilted mixture with the weights of the old", "tiny/toys.py", "toys",
       "log_w = self.weights.log() + log_z", "log_w = self.weights.log() + 0 * log_z"),
-    M("distilled flow by Euler's rule", "toys.py", "toys",
+    M("distilled flow by Euler's rule", "tiny/toys.py", "toys",
       "y = y - h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)", "y = y - h * k1"),
 )
 # fmt: on

@@ -1,9 +1,9 @@
 """Which diffusers pipelines can be searched, and the little that has to be known of each.
 
-`FlowModel` runs a pipeline's own `__call__` and listens at the scheduler, to which every flow-matching pipeline
-hands the velocity eps - x0 whatever its transformer predicts. So clocks, signs, guidance formulas, time grids and
-decoding need no second implementation. What is left: how an encoded prompt is handed back to the call, the shape in
-which noise is drawn, how a state becomes the call's `latents`, and when guidance runs the model twice.
+`FlowModel` runs a pipeline's own `__call__` and listens in the scheduler's place. Every flow-matching pipeline hands
+the velocity eps - x0 to its scheduler, whatever its transformer predicts. So clocks, signs, guidance formulas, time
+grids and decoding are diffusers' own. What has to be known: how a prompt is encoded and given to the call, the shape
+in which noise is drawn, how a state becomes the call's `latents`, and when guidance runs the model twice.
 
 | pipeline | models | guidance | clock of the transformer | NFE a row |
 |---|---|---|---|---|
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +30,7 @@ Arguments = dict[str, Any]
 
 
 class Clock(NamedTuple):
-    """Where a transformer takes the sinusoid of time, and the unit in which: 1000 if it receives 1000 t."""
+    """Where a transformer takes the sinusoid of time: the name of the module, and what that module gets at time 1."""
 
     sinusoid: str
     unit: float
@@ -38,20 +38,20 @@ class Clock(NamedTuple):
 
 @dataclass(frozen=True)
 class Family:
-    """A pipeline class.
+    """What has to be known of a pipeline class.
 
     Attributes:
         encode: (pipe, text, negative text or None if guidance needs none, token limit or None) -> the arguments of
             `__call__` that stand for one prompt.
-        blank: config of the transformer -> the same without content, as long as `__call__` allows by default.
-        guided: (pipe, guidance) -> whether the model runs twice a row.
+        blank: config of the transformer -> the same arguments without values, as long as `__call__` allows by default.
+        guided: (pipe, guidance) -> whether guidance runs the model twice for a row.
         scale: the name of `__call__`'s argument for the guidance scale.
         options: further arguments of `__call__`.
-        patch: sides of a picture are multiples of this many sites of the autoencoder's grid.
-        fold: latent channels of the transformer's input to one of the state: 4 where 2 x 2 patches are packed.
-        down: sites of the autoencoder's grid to one of the state, a side.
-        pack, unpack: (pipe, state (K, C, H, W)) -> `latents`, and (pipe, velocity, shape (K, C, H, W)) -> (K, C, H, W);
-            None if there is nothing to do.
+        patch: the sides of a picture are multiples of this many cells of the autoencoder's grid.
+        fold: channels of the transformer's input for each channel of a state; 4 where patches of 2 x 2 are packed.
+        down: cells of the autoencoder's grid for each cell of a state, along a side.
+        pack: (pipe, state (K, C, H, W)) -> the call's `latents`; None if they are the same.
+        unpack: (pipe, velocity, shape (K, C, H, W)) -> the velocity in that shape; None if it has it.
         clock: given if the class rounds time to the model's precision on the way; see `prompt.exact_time`.
     """
 
@@ -59,7 +59,7 @@ class Family:
     blank: Callable[[Any], Arguments]
     guided: Callable[[Any, float], bool] = lambda pipe, guidance: guidance > 1
     scale: str = "guidance_scale"
-    options: Callable[[], Arguments] = dict
+    options: Arguments = field(default_factory=dict)
     patch: int = 2
     fold: int = 1
     down: int = 1
@@ -68,10 +68,10 @@ class Family:
     clock: Clock | None = None
 
     def shape(self, pipe: Any, height: int, width: int) -> tuple[int, int, int]:
-        """(C, H, W) of a state.
+        """The shape (C, H, W) of a state, for a picture of height x width pixels.
 
         Raises:
-            ValueError: a side that is no positive multiple of the model's patch.
+            ValueError: a side is no positive multiple of the model's patch.
         """
         factor = pipe.vae_scale_factor
         patch = factor * self.patch
@@ -81,17 +81,17 @@ class Family:
         return pipe.transformer.config.in_channels // self.fold, height // side, width // side
 
     def default(self, pipe: Any, argument: str) -> Any:
-        """What `__call__` takes an argument to be if it is not given."""
+        """The default of an argument of the pipeline's `__call__`."""
         return inspect.signature(type(pipe).__call__).parameters[argument].default
 
     def call(self, pipe: Any, guidance: float) -> Arguments:
-        """Arguments of `__call__` for a guidance scale; 1 where the class would warn that it is not used."""
+        """The arguments of `__call__` for a guidance scale. A distilled pipeline gets 1; it would warn of any other."""
         distilled = pipe.config.get("is_distilled", False)
-        return {self.scale: 1.0 if distilled else guidance, **self.options()}
+        return {self.scale: 1.0 if distilled else guidance, **self.options}
 
 
 def family(pipe: Any) -> Family:
-    """The family of a pipeline, or of the name of a pipeline class.
+    """The family of a pipeline, or of a pipeline class given by its name.
 
     Raises:
         ValueError: the class is not supported.
@@ -116,6 +116,15 @@ def _tokens_last(pipe: Any, v: Tensor, shape: tuple[int, ...]) -> Tensor:
     return v.transpose(1, 2).reshape(shape)
 
 
+def _named(pipe: Any, names: tuple[str, ...], text: str, negative: str | None, tokens: int, **more: Any) -> Arguments:
+    """What `encode_prompt` returns for both texts at once, by the names of `__call__`'s arguments, if not empty."""
+    guided = negative is not None
+    values = pipe.encode_prompt(
+        text, do_classifier_free_guidance=guided, negative_prompt=negative, max_sequence_length=tokens, **more
+    )
+    return {name: value for name, value in zip(names, values, strict=True) if value is not None and len(value)}
+
+
 def _flux(pipe: Any, text: str, negative: str | None, tokens: int | None) -> Arguments:
     limit = tokens or min(512, pipe.tokenizer_2.model_max_length)
     embeds, pooled, _ = pipe.encode_prompt(text, None, max_sequence_length=limit)
@@ -133,16 +142,7 @@ def _flux2_klein(pipe: Any, text: str, negative: str | None, tokens: int | None)
 
 def _stable_diffusion_3(pipe: Any, text: str, negative: str | None, tokens: int | None) -> Arguments:
     names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-    guided = negative is not None
-    encoded = pipe.encode_prompt(
-        text,
-        None,
-        None,
-        do_classifier_free_guidance=guided,
-        negative_prompt=negative,
-        max_sequence_length=tokens or 256,
-    )
-    return {name: value for name, value in zip(names, encoded, strict=True) if value is not None}
+    return _named(pipe, names, text, negative, tokens or 256, prompt_2=None, prompt_3=None)
 
 
 def _qwen_image(pipe: Any, text: str, negative: str | None, tokens: int | None) -> Arguments:
@@ -151,34 +151,23 @@ def _qwen_image(pipe: Any, text: str, negative: str | None, tokens: int | None) 
         if words is not None:
             embeds, mask = pipe.encode_prompt(words, max_sequence_length=tokens or 512)
             out[f"{prefix}prompt_embeds"] = embeds
-            # No mask means that all count; the call would warn of its lack.
+            # No mask means that all tokens count, but the call warns if it is given none.
             out[f"{prefix}prompt_embeds_mask"] = embeds.new_ones(embeds.shape[:2]).long() if mask is None else mask
     return out
 
 
 def _z_image(pipe: Any, text: str, negative: str | None, tokens: int | None) -> Arguments:
-    guided = negative is not None
-    embeds, against = pipe.encode_prompt(
-        text, do_classifier_free_guidance=guided, negative_prompt=negative, max_sequence_length=tokens or 512
-    )
-    return {"prompt_embeds": embeds, **({"negative_prompt_embeds": against} if guided else {})}
+    return _named(pipe, ("prompt_embeds", "negative_prompt_embeds"), text, negative, tokens or 512)
 
 
 def _sana(pipe: Any, text: str, negative: str | None, tokens: int | None) -> Arguments:
     names = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask")
     instruction = FAMILIES["SanaPipeline"].default(pipe, "complex_human_instruction")
-    guided = negative is not None
-    encoded = pipe.encode_prompt(
-        text,
-        guided,
-        negative_prompt=negative or "",
-        max_sequence_length=tokens or 300,
-        complex_human_instruction=instruction,
-    )
-    return {name: value for name, value in zip(names, encoded, strict=True) if value is not None}
+    return _named(pipe, names, text, negative, tokens or 300, complex_human_instruction=instruction)
 
 
 def _empty(*shape: int) -> Tensor:
+    """A tensor (1, *shape) without values, on the meta device."""
     return torch.empty((1, *shape), device="meta", dtype=torch.bfloat16)
 
 
@@ -230,7 +219,7 @@ FAMILIES = {
             "prompt_embeds": _empty(300, c.caption_channels),
             "prompt_attention_mask": _empty(300).long(),
         },
-        options=lambda: {"use_resolution_binning": False, "negative_prompt": None},
+        options={"use_resolution_binning": False, "negative_prompt": None},
         patch=1,
     ),
 }

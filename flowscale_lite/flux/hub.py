@@ -10,20 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import diffusers
+import huggingface_hub
 import torch
-from torch import nn
-
-from . import families
-
-_logger = logging.getLogger("transformers.utils.import_utils")
-_level = _logger.level
-_logger.setLevel(logging.ERROR)  # it would warn that torchvision is missing, which nothing here needs
-import diffusers  # noqa: E402
-import huggingface_hub  # noqa: E402
-import transformers  # noqa: E402
-from diffusers import DiffusionPipeline, FluxPipeline  # noqa: E402, F401  the latter's import is what would warn
-from diffusers.utils import logging as diffusers_logging  # noqa: E402
-from huggingface_hub.errors import (  # noqa: E402
+import transformers
+from diffusers.utils import logging as diffusers_logging
+from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     LocalEntryNotFoundError,
@@ -31,25 +23,32 @@ from huggingface_hub.errors import (  # noqa: E402
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from packaging.version import Version  # noqa: E402
-from transformers.utils import logging as transformers_logging  # noqa: E402
+from packaging.version import Version
+from torch import nn
+from transformers.utils import logging as transformers_logging
 
-_logger.setLevel(_level)
+from . import families
 
+_imports = logging.getLogger("transformers.utils.import_utils")
+_imports.addFilter(lambda record: "torchvision" not in record.getMessage())  # it warns of its lack; nothing needs it
 _DTYPE = "torch_dtype" if Version(diffusers.__version__) < Version("0.42") else "dtype"
 TOKEN = "HF_TOKEN"
-"""The name of the access token, in the environment and among Colab's secrets."""
+"""The name of the hub's access token, as an environment variable and among Colab's secrets."""
 
 
 def load(model: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Any:
-    """A pipeline ready for inference on one device, whole and in one precision. For models that are large for their GPU
-    see `memory.load`.
+    """A pipeline ready for inference, all on one device and in one precision.
+
+    For a model that is large for its GPU see `memory.load_planned`.
+
+    Args:
+        model: a folder that diffusers can read, or the name of a model on the Hugging Face hub.
 
     Raises:
-        FileNotFoundError: `model` is a path that holds no pipeline, or not known to the hub; or weights of it are
-            pickles, which are not loaded.
-        PermissionError: the hub wants its licence accepted, or a token.
-        ConnectionError: the hub cannot be reached or refuses to answer, and the model is not in the cache.
+        FileNotFoundError: the folder holds no pipeline, the hub has no such model, or its weights are pickles, which
+            are not loaded.
+        PermissionError: the hub wants the model's licence accepted, or a token.
+        ConnectionError: the hub cannot be reached or refuses to answer, and the model is not in the local cache.
         ValueError: there is no such device, or the model's pipeline is not supported.
     """
     check_device(device)
@@ -57,7 +56,11 @@ def load(model: str | Path, device: str | torch.device = "cpu", dtype: torch.dty
 
 
 def check_device(device: str | torch.device) -> None:
-    """Raises ValueError if there is no such device here, or none that holds numbers: a number is put there."""
+    """Put a number on a device and read it back.
+
+    Raises:
+        ValueError: there is no such device here, or it holds no numbers, as "meta" does not.
+    """
     try:
         torch.zeros(1, device=device).tolist()
     except (RuntimeError, AssertionError, ImportError) as error:  # backends differ in how they say that they lack one
@@ -68,19 +71,19 @@ def check_device(device: str | torch.device) -> None:
 
 
 def token() -> str | None:
-    """The access token, from the environment, Colab's secrets or `hf auth login`; None if there is none."""
+    """The hub's access token: from the environment, Colab's secrets or `hf auth login`; None if there is none."""
     if os.environ.get(TOKEN):
         return os.environ[TOKEN]
     try:
         from google.colab import userdata
 
         return userdata.get(TOKEN)
-    except Exception:  # not on Colab, no such secret, or the notebook has no access to it: each has its own exception
+    except Exception:  # not on Colab, no such secret, or no access to it: each has an exception of its own
         return huggingface_hub.get_token()
 
 
 def index(model: str | Path) -> dict[str, Any]:
-    """The pipeline's model_index.json: its class, and library and class of each of its parts.
+    """The contents of a pipeline's model_index.json: its class, and the library and class of each of its parts.
 
     Raises:
         FileNotFoundError, PermissionError, ConnectionError, ValueError: see `load`.
@@ -91,7 +94,7 @@ def index(model: str | Path) -> dict[str, Any]:
         if not path.exists():
             raise FileNotFoundError(f"no model at {folder}: expected a diffusers folder with a model_index.json")
     else:
-        with _explained(model):
+        with explained(model):
             path = Path(huggingface_hub.hf_hub_download(str(model), "model_index.json", token=token()))
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -103,24 +106,24 @@ def index(model: str | Path) -> dict[str, Any]:
 
 
 def fetch(model: str | Path, dtype: torch.dtype | dict[str, torch.dtype] = torch.float32, **arguments: Any) -> Any:
-    """The pipeline by `from_pretrained` with these arguments, its models frozen and set to inference.
+    """Load a pipeline by `from_pretrained`; its models are frozen and set to inference.
 
     Args:
-        dtype: of all parts, or of each by its name, with a "default".
+        dtype: the precision of all parts; or that of each part by its name, and that of the others as "default".
+        arguments: further arguments of `from_pretrained`.
 
     Raises:
         FileNotFoundError, PermissionError, ConnectionError, ValueError: see `load`.
     """
     index(model)
-    here = Path(model).exists()
-    arguments |= {_DTYPE: dtype, "use_safetensors": True} | ({} if here else {"token": token()})
-    with _explained(model), quiet(here):  # a download shows its progress, a folder is read at once
-        pipe = DiffusionPipeline.from_pretrained(str(model), **arguments)
+    arguments |= {_DTYPE: dtype, "use_safetensors": True, **_access(model)}
+    with explained(model), quiet(Path(model).exists()):  # a download shows its progress, a folder is read at once
+        pipe = diffusers.DiffusionPipeline.from_pretrained(str(model), **arguments)
     pipe.set_progress_bar_config(disable=True)
     for part in pipe.components.values():
         if isinstance(part, nn.Module):
             part.eval().requires_grad_(False)
-    if pipe.vae is not None and all(p.ndim < 5 for p in pipe.vae.parameters()):  # a video's have a layout of their own
+    if pipe.vae is not None and all(p.ndim < 5 for p in pipe.vae.parameters()):  # a video's have 5
         pipe.vae.to(memory_format=torch.channels_last)  # the layout in which convolutions are fast
     return pipe
 
@@ -128,85 +131,108 @@ def fetch(model: str | Path, dtype: torch.dtype | dict[str, torch.dtype] = torch
 def preview(
     model: str | Path = "madebyollin/taef1", device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> nn.Module:
-    """A small autoencoder for `FlowModel.encode(..., preview=...)`; the default is TAEF1, made for FLUX.1.
+    """Load a small autoencoder for `FlowModel.encode(..., preview=...)`. The default is TAEF1, made for FLUX.1.
 
     Raises:
         FileNotFoundError, PermissionError, ConnectionError, ValueError: see `load`.
     """
     check_device(device)
-    here = Path(model).exists()
-    arguments = {_DTYPE: dtype, "use_safetensors": True} | ({} if here else {"token": token()})
-    with _explained(model), quiet(here):
+    arguments = {_DTYPE: dtype, "use_safetensors": True, **_access(model)}
+    with explained(model), quiet(Path(model).exists()):
         vae = diffusers.AutoencoderTiny.from_pretrained(str(model), **arguments)
     return vae.eval().requires_grad_(False).to(device)
 
 
 def skeleton(model: str | Path) -> Any:
-    """The pipeline without weights, on the meta device, and without tokenizers: built from its configs alone.
+    """A pipeline without weights and tokenizers, on the meta device, built from its config files alone.
 
     Raises:
         FileNotFoundError, PermissionError, ConnectionError, ValueError: see `load`.
     """
-    found = index(model)
-    where = {} if Path(model).exists() else {"token": token()}
-    parts: dict[str, Any] = {}
-    with _explained(model), quiet(), torch.device("meta"):
+    found, parts = index(model), {}
+    with explained(model), quiet(), torch.device("meta"):
         for name, part in found.items():
-            if not isinstance(part, list):
-                continue
-            library, cls = part
-            parts[name] = None
-            if name == "scheduler":
-                parts[name] = getattr(diffusers, cls).from_pretrained(str(model), subfolder=name, **where)
-            elif library == "diffusers":
-                kind = getattr(diffusers, cls)
-                parts[name] = kind.from_config(kind.load_config(str(model), subfolder=name, **where))
-            elif library == "transformers" and name.startswith("text_encoder"):
-                kind = getattr(transformers, cls)
-                parts[name] = kind(kind.config_class.from_pretrained(str(model), subfolder=name, **where))
+            if isinstance(part, list):
+                parts[name] = _weightless(model, name, *part)
     settings = {name: found[name] for name in ("is_distilled",) if name in found}
     return getattr(diffusers, found["_class_name"])(**parts, **settings)
 
 
+def _weightless(model: str | Path, name: str, library: str, cls: str) -> Any:
+    """A part of a pipeline, built from its config; None for a tokenizer and the like."""
+    where = {"subfolder": name, **_access(model)}
+    if name == "scheduler":
+        return getattr(diffusers, cls).from_pretrained(str(model), **where)
+    if library == "diffusers":
+        kind = getattr(diffusers, cls)
+        return kind.from_config(kind.load_config(str(model), **where))
+    if library == "transformers" and name.startswith("text_encoder"):
+        kind = getattr(transformers, cls)
+        return kind(kind.config_class.from_pretrained(str(model), **where))
+    return None
+
+
+def _access(model: str | Path) -> dict[str, str | None]:
+    """The access token, as an argument of `from_pretrained`, for a model that is not in a folder here."""
+    return {} if Path(model).exists() else {"token": token()}
+
+
 @contextmanager
-def _explained(model: str | Path) -> Iterator[None]:
-    """The hub's errors in plain words."""
-    page = f"https://huggingface.co/{model}"
-    secret = f"environment variable {TOKEN}, or Colab's secret of that name; never put it in a cell"
+def explained(model: str | Path) -> Iterator[None]:
+    """What diffusers, transformers and the hub's client raise while `model` is loaded, in plain words.
+
+    Raises:
+        PermissionError: the hub wants its licence accepted.
+        FileNotFoundError: there is no such model, or a file of it is missing; or its weights are pickles only.
+        ConnectionError: the hub cannot be reached or refuses to answer, and the model is not in the cache.
+    """
     try:
         yield
-    except GatedRepoError as error:
-        hint = (
-            "" if token() else f" No token was found: create one at https://huggingface.co/settings/tokens ({secret})."
-        )
-        raise PermissionError(
-            f"{model} is given to those who accept its licence: log in at {page}, accept it there, and use a token of "
-            f"that account.{hint}"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise FileNotFoundError(
-            f"the hub has no model {model}, or it is private and the token ({secret}) does not open it"
-        ) from error
-    except (RemoteEntryNotFoundError, RevisionNotFoundError) as error:
-        raise FileNotFoundError(f"the hub's {model} is no diffusers pipeline: {_line(error)}") from error
-    except (ConnectionError, HfHubHTTPError, LocalEntryNotFoundError) as error:
-        reason = _line(error.__cause__ or error)  # such as that of being asked too often
-        raise ConnectionError(f"{page} cannot be reached, and the model is not in the local cache: {reason}") from error
     except OSError as error:
-        if "safetensors" not in str(error):
+        told = _plain(model, error)
+        if told is error:
             raise
-        raise FileNotFoundError(
+        raise told from error
+
+
+def _plain(model: str | Path, error: OSError) -> OSError:
+    """The error to raise for one that a library raised; the same one if it says enough, such as that a disk is full."""
+    page = f"https://huggingface.co/{model}"
+    secret = f"environment variable {TOKEN}, or Colab's secret of that name; never put it in a cell"
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, (HfHubHTTPError, ConnectionError, LocalEntryNotFoundError)):
+        cause = cause.__cause__  # transformers wraps what the hub's client raised
+    if isinstance(cause, GatedRepoError):
+        hint = f" No token was found: create one at https://huggingface.co/settings/tokens ({secret})."
+        return PermissionError(
+            f"{model} is given to those who accept its licence: log in at {page}, accept it there, and use a token of "
+            f"that account.{'' if token() else hint}"
+        )
+    if isinstance(cause, RepositoryNotFoundError):
+        return FileNotFoundError(
+            f"the hub has no model {model}, or it is private and the token ({secret}) does not open it"
+        )
+    if isinstance(cause, (RemoteEntryNotFoundError, RevisionNotFoundError)):
+        return FileNotFoundError(f"the hub's {model} lacks what is asked for: {_line(cause)}")
+    if cause is not None:
+        offline = " (HF_HUB_OFFLINE is set)" if huggingface_hub.constants.HF_HUB_OFFLINE else ""
+        reason = _line(cause.__cause__ or cause)  # such as that of being asked too often
+        return ConnectionError(f"{page} cannot be reached{offline}, and the model is not in the local cache: {reason}")
+    if "safetensors" in str(error):
+        return FileNotFoundError(
             f"{model} lacks safetensors weights; others are not loaded, they can run code: {_line(error)}"
-        ) from error
+        )
+    return error if error.errno else FileNotFoundError(f"no model {model}, or it lacks a file: {_line(error)}")
 
 
 def _line(error: BaseException) -> str:
+    """The message of an error on one line."""
     return " ".join(str(error).split())
 
 
 @contextmanager
 def quiet(really: bool = True) -> Iterator[None]:
-    """Without the libraries' loading bars and their surprise at a small autoencoder; all is put back as it was."""
+    """Within it, the libraries show no loading bars and no warnings. Afterwards all is as it was before."""
     if not really:
         yield
         return

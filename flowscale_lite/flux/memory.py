@@ -1,71 +1,82 @@
-"""Models of real size on the GPU at hand: what they take, a plan that fits, and loading by it.
+"""A plan of precision, places and batch by which a large model fits on the GPU at hand, and loading by that plan.
 
     plan = memory.plan("black-forest-labs/FLUX.1-dev", memory.free_gib())
     print(plan)
-    pipe = memory.load("black-forest-labs/FLUX.1-dev", plan, prompts=["a red cube on a blue ball"])
+    pipe = memory.load_planned("black-forest-labs/FLUX.1-dev", plan, prompts=["a red cube on a blue ball"])
 
-Sizes are counted on PyTorch's meta device, weights from the configs and activations by running the pipeline's own call
-there. What counting does not see (the context of CUDA, fragments, buffers of kernels) is left to a reserve.
+Weights are counted from the models' configurations, activations by running the pipeline's own call on the meta device.
+What counting does not see (the context of CUDA, fragments, buffers of kernels) is left to a reserve.
 """
 
 from __future__ import annotations
 
+import functools
 import gc
 import importlib.util
 import itertools
+import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
+import diffusers
 import torch
+import transformers
 from torch import nn
 
-from . import cost, families, hub
-from .prompt import FlowModel, encode_text, known_texts
+from . import families, hub
+from .cost import GIB, blank_prompt, count_operations, text_encoders
+from .prompt import encode_text, known_texts
 
-GIB = 2**30
-WEIGHTS = ("full", "int8", "fp8", "nf4")
-"""How a transformer's weights are held: as they are; in 8 bits by torchao; in 4 bits by bitsandbytes."""
-TEXT = ("resident", "offloaded", "dropped")
-"""Where text encoders are: beside the transformer; in host memory, changing places with it for every new prompt; or
-nowhere, once the prompts given to `load` are encoded."""
-DTYPES = ("bfloat16", "float16", "float32")
-RESERVE = 1.0
-"""GiB left free by default."""
+CHOICES: Mapping[str, tuple[Any, ...]] = {
+    "dtype": ("bfloat16", "float16", "float32"),
+    "weights": ("full", "int8", "fp8", "nf4"),
+    "text": ("resident", "offloaded", "dropped"),
+    "text_weights": ("full", "nf4"),
+    "group_offload": (False, True),
+    "tiling": (False, True),
+}
+"""What the fields of a MemoryPlan can be. Its own documentation says what they mean."""
+LIBRARIES = {"int8": "torchao", "fp8": "torchao", "nf4": "bitsandbytes"}
+"""The library that quantises weights of each kind."""
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Parameters of a model: those in linear layers, which quantisation takes; the rows of these layers, each of which
-    then has a scale; and all others."""
+    """How many parameters a model has.
 
-    linear: int = 0
-    rows: int = 0
-    other: int = 0
+    Attributes:
+        linear: in the matrices of linear layers, which quantisation makes smaller.
+        rows: the rows of these matrices; in 8 bits each row has a scale.
+        other: all other parameters, and those that the libraries do not quantise (output heads, float32 layers).
+    """
+
+    linear: int
+    rows: int
+    other: int
 
     @classmethod
     def of(cls, *modules: nn.Module) -> Weights:
-        """Counted. What the libraries do not quantise (output heads, layers kept in float32) is among the others."""
-        layers = []
+        """Count the parameters of some models together."""
+        linear = rows = total = 0
         for module in modules:
+            total += sum(p.numel() for p in module.parameters())
             kept = {"lm_head", *(getattr(module, "_keep_in_fp32_modules", None) or ())}
-            named = module.named_modules()
-            layers += [part for path, part in named if isinstance(part, nn.Linear) and not kept & set(path.split("."))]
-        linear = sum(layer.weight.numel() for layer in layers)
-        total = sum(p.numel() for module in modules for p in module.parameters())
-        return cls(linear, sum(layer.out_features for layer in layers), total - linear)
+            for path, part in module.named_modules():
+                if isinstance(part, nn.Linear) and kept.isdisjoint(path.split(".")):
+                    linear += part.weight.numel()
+                    rows += part.out_features
+        return cls(linear, rows, total - linear)
 
     def gib(self, kind: str = "full", size: int = 2) -> float:
-        """GiB in memory, with `size` bytes to a parameter that is not quantised."""
-        linear = {
-            "full": size * self.linear,
-            "int8": self.linear + 4 * self.rows,
-            "fp8": self.linear + 4 * self.rows,
-            "nf4": self.linear * (1 / 2 + 4 / 64),  # a float32 scale for every 64
-        }[kind]
+        """GiB in memory, held as `kind`, with `size` bytes to a parameter that is not quantised."""
+        linear = self.linear + 4.0 * self.rows  # in 8 bits
+        if kind == "full":
+            linear = float(size * self.linear)
+        elif kind == "nf4":
+            linear = self.linear * (1 / 2 + 4 / 64)  # every 64 share a float32 scale
         return (linear + size * self.other) / GIB
 
 
@@ -76,7 +87,7 @@ class Sizes:
     Attributes:
         transformer, text, vae: parameters; text is all text encoders together.
         row: GiB of activations of one row's velocity in 16 bits, the second forward of guidance included.
-        decode, tile: GiB of activations for decoding one picture in 16 bits: whole, and in tiles of half its side.
+        decode, tile: GiB of activations of decoding one picture in 16 bits, whole and in tiles of half its side.
     """
 
     transformer: Weights
@@ -87,181 +98,89 @@ class Sizes:
     tile: float
 
 
-SIZES: Mapping[str, Sizes] = MappingProxyType(
-    {
-        "FLUX.1-schnell": Sizes(
-            Weights(11888099328, 3059776, 3079232),
-            Weights(3708813312, 967680, 1176557824),
-            Weights(2097152, 4096, 81722531),
-            0.458,
-            1.51,
-            0.39,
-        ),
-        "FLUX.1-dev": Sizes(
-            Weights(11898322944, 3065920, 3085376),
-            Weights(3708813312, 967680, 1176557824),
-            Weights(2097152, 4096, 81722531),
-            0.458,
-            1.51,
-            0.39,
-        ),
-        "FLUX.2-klein-4B": Sizes(
-            Weights(3875536896, 1016960, 7680),
-            Weights(3633315840, 1105920, 389152256),
-            Weights(2097152, 4096, 81948963),
-            0.581,
-            1.52,
-            0.40,
-        ),
-        "FLUX.2-klein-9B": Sizes(
-            Weights(9078571008, 1790080, 10240),
-            Weights(6945767424, 1400832, 1244967936),
-            Weights(2097152, 4096, 81948963),
-            0.776,
-            1.53,
-            0.41,
-        ),
-        "stable-diffusion-3.5-medium": Sizes(
-            Weights(2241822720, 1241152, 1348800),
-            Weights(4340187136, 1338368, 1240433664),
-            Weights(2097152, 4096, 81722531),
-            0.346,
-            1.51,
-            0.40,
-        ),
-        "stable-diffusion-3.5-large": Sizes(
-            Weights(8053694464, 2765248, 2933056),
-            Weights(4340187136, 1338368, 1240433664),
-            Weights(2097152, 4096, 81722531),
-            0.503,
-            1.51,
-            0.40,
-        ),
-        "Qwen-Image": Sizes(
-            Weights(20424818688, 5548096, 5582400),
-            Weights(7199817728, 1822976, 1092348928),
-            Weights(0, 0, 126892531),
-            0.384,
-            3.39,
-            0.87,
-        ),
-        "Z-Image-Turbo": Sizes(
-            Weights(6153863168, 1853504, 1045568),
-            Weights(3633315840, 1105920, 389152256),
-            Weights(2097152, 4096, 81722531),
-            0.521,
-            1.50,
-            0.39,
-        ),
-        "Sana_1600M_1024px_diffusers": Sizes(
-            Weights(848762880, 380832, 755699872),
-            Weights(2024275968, 705536, 590065920),
-            Weights(70778880, 61440, 281952867),
-            0.135,
-            1.64,
-            0.43,
-        ),
-    }
-)
-"""At 1024 x 1024, with the guidance that the makers recommend; printed by `python -m tools.runs.memory`."""
-GUIDED: Mapping[str, tuple[float, float, float]] = MappingProxyType(
-    {
-        "stable-diffusion-3.5-medium": (1.0, 0.170, 0.346),
-        "stable-diffusion-3.5-large": (1.0, 0.249, 0.503),
-        "Qwen-Image": (1.0, 0.377, 0.384),
-        "Z-Image-Turbo": (0.0, 0.521, 1.043),
-        "Sana_1600M_1024px_diffusers": (1.0, 0.064, 0.135),
-    }
-)
-"""Of the models in SIZES that guidance runs twice: the scale above which it does, and a row's GiB up to it and above.
-Most take both forwards as one batch; Qwen-Image one after the other. By default all their pipelines' calls do."""
+@functools.cache
+def stored_sizes() -> dict[str, dict[str, Any]]:
+    """Sizes of published models at 1024 x 1024, by name, as `python -m tools.runs.memory` has counted them.
 
-
-@dataclass(frozen=True)
-class Card:
-    """A GPU: the memory that PyTorch finds on it, in GiB, and the 16-bit precision that it computes fast in."""
-
-    gib: float
-    dtype: str = "bfloat16"
-
-
-CARDS: Mapping[str, Card] = MappingProxyType(
-    {"T4 16 GB": Card(14.7, "float16"), "L4 24 GB": Card(22.0), "A100 40 GB": Card(39.5), "H100 80 GB": Card(79.1)}
-)
-
-
-@torch.no_grad()
-def count(pipe: Any, height: int, width: int, guidance: float) -> Sizes:
-    """The sizes of a pipeline whose models are on the meta device; some seconds of CPU time for a large one."""
-    texts = [part for name, part in pipe.components.items() if name.startswith("text_encoder") and part is not None]
-    for module in (pipe.transformer, pipe.vae):
-        nn.Module.to(module.eval(), torch.bfloat16)  # past diffusers' warning on precision, void without weights
-    family = families.family(pipe)
-    encoded, rows = family.blank(pipe.transformer.config), 1
-    if family is families.FAMILIES["ZImagePipeline"] and family.guided(pipe, guidance):
-        rows, guidance = 2, 0.0  # guided, it reads its clock, which is void here; its batch is that of two rows
-    if family.guided(pipe, guidance):
-        encoded |= {f"negative_{name}": value for name, value in encoded.items()}
-    prompt = FlowModel(pipe, encoded, height, width, guidance, chunk=1)
-    small = replace(prompt, height=height // 2, width=width // 2)
-    x, y = (torch.empty(1, *p.shape, device="meta") for p in (prompt, small))
-    row = cost.count(pipe.transformer, lambda _: prompt.velocity(x.expand(rows, -1, -1, -1), 0.5))
-    decode = cost.count(pipe.vae, lambda _: prompt.decode(x))
-    tile = cost.count(pipe.vae, lambda _: small.decode(y))
-    joined = 4 * 3 * height * width  # the picture that tiles make up
-    return Sizes(
-        Weights.of(pipe.transformer),
-        Weights.of(*texts),
-        Weights.of(pipe.vae),
-        row.activations / GIB,
-        decode.activations / GIB,
-        (tile.activations + joined) / GIB,
-    )
+    An entry has the fields of Sizes, its `row` without guidance. Where guidance runs the model twice, `guided` has the
+    scale above which it does, and the row of that.
+    """
+    return json.loads(Path(__file__).with_name("sizes.json").read_text(encoding="utf-8"))
 
 
 def sizes(model: str | Path, height: int = 1024, width: int = 1024, guidance: float | None = None) -> Sizes:
-    """The sizes of a model: stored for those in SIZES, counted for any other folder or hub id.
+    """The sizes of a model: scaled from `stored_sizes` if it is there, counted for any other folder or hub id.
 
     Args:
-        guidance: scale; the default of the pipeline's call if None.
+        guidance: the scale; the default of the pipeline's call if None.
 
     Raises:
-        OSError, ValueError: no such model, or its pipeline is not supported.
+        OSError, ValueError: there is no such model, or its pipeline is not supported.
     """
-    name = Path(model).name
-    if name in SIZES and not Path(model).exists():
-        known, share = SIZES[name], height * width / 2**20
-        above, once, twice = GUIDED.get(name, (0.0, known.row, known.row))
-        row = once if guidance is not None and guidance <= above else twice
-        return replace(known, row=share * row, decode=share * known.decode, tile=share * known.tile)
-    pipe = hub.skeleton(model)
+    stored = stored_sizes().get(Path(model).name)
+    if stored is None or Path(model).exists():
+        return count_sizes(hub.skeleton(model), height, width, guidance)
+    row, area = stored["row"], height * width / 1024**2
+    if "guided" in stored and (guidance is None or guidance > stored["guided"]["above"]):
+        row = stored["guided"]["row"]
+    weights = {part: Weights(**stored[part]) for part in ("transformer", "text", "vae")}
+    return Sizes(**weights, row=area * row, decode=area * stored["decode"], tile=area * stored["tile"])
+
+
+def count_sizes(pipe: Any, height: int, width: int, guidance: float | None = None) -> Sizes:
+    """Count the sizes of a pipeline on the meta device, which takes some seconds of CPU time for a large model."""
+    guidance, rows = _scale(pipe, guidance), 1
+    if type(pipe).__name__ == "ZImagePipeline" and families.family(pipe).guided(pipe, guidance):
+        guidance, rows = 0.0, 2  # guided, it reads its clock, which is void here; it takes what two rows take
+    whole, half = (blank_prompt(pipe, height // n, width // n, guidance) for n in (1, 2))
+    x, small = (torch.empty(rows, *prompt.shape, device="meta") for prompt in (whole, half))
+    row = count_operations(pipe.transformer, lambda: whole.velocity(x, 0.5))
+    decode = count_operations(pipe.vae, lambda: whole.decode(x[:1]))
+    tile = count_operations(pipe.vae, lambda: half.decode(small[:1]))
+    joined = 4 * 3 * height * width  # bytes of the picture that tiles make up
+    return Sizes(
+        transformer=Weights.of(pipe.transformer),
+        text=Weights.of(*text_encoders(pipe)),
+        vae=Weights.of(pipe.vae),
+        row=row.activations / GIB,
+        decode=decode.activations / GIB,
+        tile=(tile.activations + joined) / GIB,
+    )
+
+
+def _scale(pipe: Any, guidance: float | None) -> float:
     family = families.family(pipe)
-    return count(pipe, height, width, family.default(pipe, family.scale) if guidance is None else guidance)
+    return family.default(pipe, family.scale) if guidance is None else guidance
 
 
 @dataclass(frozen=True)
-class Plan:
+class MemoryPlan:
     """Where each part of a model is, in which precision, and how many rows at a time.
 
     Attributes:
-        model: name.
+        model: its name.
         sizes: of its parts.
         free: GiB found.
         keep: GiB of them to be left free.
-        dtype: what the transformer computes in, one of DTYPES. With float16 the autoencoder, whose values may exceed
-            the range, is kept in float32, and text encoders in bfloat16.
-        weights: of the transformer, one of WEIGHTS.
-        text: where text encoders are, one of TEXT.
-        text_weights: "full" or "nf4".
+        dtype: what the transformer computes in. With float16 the autoencoder, whose values may exceed the range, is
+            kept in float32, and text encoders in bfloat16.
+        weights: how the transformer is held: "full", as it is; "int8" or "fp8", in 8 bits by torchao; "nf4", in 4 bits
+            by bitsandbytes.
+        text: where text encoders are: "resident", beside the transformer; "offloaded", in host memory, changing places
+            with it for every new prompt; "dropped", nowhere, once the prompts given to `load_planned` are encoded.
+        text_weights: how text encoders are held, "full" or "nf4".
         group_offload: the transformer's weights wait in host memory and pass through the GPU layer by layer.
         tiling: pictures are decoded in tiles, with some change where they overlap.
         chunk, decode_chunk: rows to a forward pass, pictures to a decode.
+
+    Raises:
+        ValueError: a field is not one of `CHOICES`, or a chunk is no positive whole number.
     """
 
     model: str
     sizes: Sizes = field(repr=False)
     free: float
-    keep: float = RESERVE
+    keep: float = 1.0
     dtype: str = "bfloat16"
     weights: str = "full"
     text: str = "resident"
@@ -271,22 +190,33 @@ class Plan:
     chunk: int = 1
     decode_chunk: int = 1
 
+    def __post_init__(self) -> None:
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is one of {choices}; got {getattr(self, name)!r}")
+        for name in ("chunk", "decode_chunk"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1; got {getattr(self, name)!r}")
+
     @property
-    def text_dtype(self) -> str:
-        """What text encoders compute in, however they are held: T5 and Qwen exceed the range of float16."""
-        return "bfloat16" if self.dtype == "float16" else self.dtype
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """What the transformer ("transformer"), the autoencoder ("vae") and all else ("default") compute in."""
+        dtype = getattr(torch, self.dtype)
+        if dtype is torch.float16:  # whose range T5, Qwen and autoencoders exceed
+            return {"transformer": dtype, "vae": torch.float32, "default": torch.bfloat16}
+        return {"transformer": dtype, "vae": dtype, "default": dtype}
 
     @property
     def parts(self) -> dict[str, float]:
         """GiB of each part, and of the activations of one row and one decode."""
-        size = 4 if self.dtype == "float32" else 2
-        fine = 2 if self.dtype == "bfloat16" else 4
+        bytes_of = {part: dtype.itemsize for part, dtype in self.dtypes.items()}
+        decode = self.sizes.tile if self.tiling else self.sizes.decode
         return {
-            "transformer": self.sizes.transformer.gib(self.weights, size),
-            "text encoders": self.sizes.text.gib(self.text_weights, size),
-            "autoencoder": self.sizes.vae.gib(size=fine),
-            "a row": self.sizes.row * size / 2,
-            "a decode": (self.sizes.tile if self.tiling else self.sizes.decode) * fine / 2,
+            "transformer": self.sizes.transformer.gib(self.weights, bytes_of["transformer"]),
+            "text encoders": self.sizes.text.gib(self.text_weights, bytes_of["default"]),
+            "autoencoder": self.sizes.vae.gib(size=bytes_of["vae"]),
+            "a row": self.sizes.row * bytes_of["transformer"] / 2,
+            "a decode": decode * bytes_of["vae"] / 2,
         }
 
     @property
@@ -297,52 +227,39 @@ class Plan:
         """
         part = self.parts
         resident = part["autoencoder"] + (0.5 if self.group_offload else part["transformer"])
-        beside = part["text encoders"] if self.text == "resident" else 0.0
         alone = {"resident": resident, "offloaded": part["autoencoder"], "dropped": 0.0}[self.text]
+        if self.text == "resident":
+            resident += part["text encoders"]
         return {
             "prompts": part["text encoders"] + 0.5 + alone,
-            "velocities": resident + beside + self.chunk * part["a row"],
-            "pictures": resident + beside + self.decode_chunk * part["a decode"],
+            "velocities": resident + self.chunk * part["a row"],
+            "pictures": resident + self.decode_chunk * part["a decode"],
         }
 
     @property
     def peak(self) -> float:
-        """GiB of the hungriest stage."""
+        """GiB on the GPU in the stage that takes most."""
         return max(self.stages.values())
 
     @property
     def host(self) -> float:
-        """GiB of host memory that stay in use: what waits there."""
-        part = self.parts
-        waiting = part["text encoders"] + part["transformer"] if self.text == "offloaded" else 0.0
-        return waiting + (part["transformer"] if self.group_offload else 0.0)
-
-    def _filled(self, rows: int, fixed: Mapping[str, Any]) -> Plan:
-        """With as many rows at a time as fit, and no more than `rows`."""
-        room, alone, part = self.free - self.keep, replace(self, chunk=0, decode_chunk=0).stages, self.parts
-        fit = {  # one does, although rounding may say 0.999...
-            "chunk": max(1, int((room - alone["velocities"]) / part["a row"])),
-            "decode_chunk": max(1, int((room - alone["pictures"]) / part["a decode"])),
-        }
-        chunk = fixed.get("chunk", min(rows, fit["chunk"]))
-        return replace(self, chunk=chunk, decode_chunk=fixed.get("decode_chunk", min(chunk, fit["decode_chunk"])))
+        """GiB of host memory taken by what waits there."""
+        text = self.parts["text encoders"] if self.text == "offloaded" else 0.0
+        return text + (self.parts["transformer"] if text or self.group_offload else 0.0)
 
     def summary(self) -> str:
-        """In a few words."""
-        kind = self.dtype if self.weights == "full" else self.weights
-        words = [kind + (" by group offload" if self.group_offload else ""), f"text {self.text}"]
-        words += ["text in nf4"] * (self.text_weights == "nf4") + ["tiles"] * self.tiling
+        """The plan in a few words, for a table."""
+        words = [self.dtype if self.weights == "full" else self.weights, f"text {self.text}"]
+        words += ["text in nf4"] if self.text_weights == "nf4" else []
+        words += ["group offload"] if self.group_offload else []
+        words += ["tiles"] if self.tiling else []
         return f"{', '.join(words)}, {self.chunk} rows: {self.peak:.1f} GiB"
 
     def __str__(self) -> str:
         lines = [f"{self.model}: {self.summary()} of {self.free:.1f} free, {self.keep:.1f} kept"]
-        lines += [f"  {name:17} {_size(gib)}" for name, gib in self.parts.items()]
-        lines += [f"  while {name:11} {_size(gib)}" for name, gib in self.stages.items()]
+        for name, gib in {**self.parts, **{f"while {stage}": gib for stage, gib in self.stages.items()}}.items():
+            lines.append(f"  {name:17} {gib:6.1f} GiB" if gib >= 0.1 else f"  {name:17} {1024 * gib:6.1f} MiB")
         return "\n".join(lines)
-
-
-def _size(gib: float) -> str:
-    return f"{gib:6.1f} GiB" if gib >= 0.1 else f"{1024 * gib:6.1f} MiB"
 
 
 def plan(
@@ -351,42 +268,47 @@ def plan(
     *,
     dtype: str = "bfloat16",
     host: float = math.inf,
-    keep: float = RESERVE,
+    keep: float = 1.0,
     height: int = 1024,
     width: int = 1024,
     guidance: float | None = None,
     rows: int = 16,
     **fixed: Any,
-) -> Plan:
+) -> MemoryPlan:
     """The first plan that fits, of those that cost least in quality first, and in speed second.
 
     In order: all in 16 bits beside one another; text encoders in host memory, or dropped; pictures decoded in tiles;
     the same with the transformer in int8; in nf4; in 16 bits, but streamed from host memory, which is slow.
 
     Args:
-        free: GiB of GPU memory, see `free_gib`.
-        dtype: what to compute in, see `Plan.dtype`.
+        free: GiB of GPU memory; see `free_gib`.
+        dtype: what to compute in; see `best_dtype`.
         host: GiB of host memory.
-        keep: GiB to leave free: for what is not counted, and for the models that judge.
-        guidance: scale; the default of the pipeline's call if None. It may double a row.
-        rows: most rows to a forward pass.
-        fixed: fields of Plan that are not to be chosen, such as weights="nf4", text="dropped", chunk=4.
+        keep: GiB to leave free, for what is not counted and for the models that judge.
+        guidance: the scale; the default of the pipeline's call if None. It may double a row.
+        rows: the most rows to a forward pass.
+        fixed: fields of MemoryPlan that are not to be chosen, such as weights="nf4", text="dropped", chunk=4. To have
+            fp8, which takes what int8 takes, it must be fixed.
 
     Raises:
         ValueError: nothing fits, or a field is unknown or out of range, or those fixed exclude one another.
     """
-    _check({"dtype": dtype, **fixed}, rows)
-    allowed = [fields for fields in _candidates() if _allows(fixed, fields)]
-    if not allowed:
+    if not isinstance(rows, int) or rows < 1:
+        raise ValueError(f"rows must be a whole number of at least 1; got {rows}")
+    start = MemoryPlan(Path(model).name, sizes(model, height, width, guidance), free, keep, dtype, **fixed)
+    candidates = [
+        replace(start, **fields)
+        for fields in _candidates()
+        if all(fixed.get(name, value) == value for name, value in fields.items())
+    ]
+    if not candidates:
         raise ValueError(
             f"these choices exclude one another: {fixed}; text='offloaded' and group_offload=True each need full "
             "weights, and not the other"
         )
-    start = Plan(Path(model).name, sizes(model, height, width, guidance), free, keep, dtype)
-    candidates = [replace(start, **{**fields, **fixed}) for fields in allowed]
     for one in candidates:
         if one.peak <= free - keep and one.host <= host:
-            return one._filled(rows, fixed)
+            return _fill(one, rows, fixed)
     least = min(candidates, key=lambda one: one.peak)
     raise ValueError(
         f"{start.model} does not fit into {free:.1f} GiB with {keep:.1f} kept free and {host:.1f} of host memory; "
@@ -394,46 +316,31 @@ def plan(
     )
 
 
-def _check(fixed: Mapping[str, Any], rows: int) -> None:
-    """Raises ValueError if a field of Plan is not to be chosen, or not so, or if `rows` is out of range."""
-    flags = (False, True)
-    choices: dict[str, tuple[Any, ...]] = {"weights": WEIGHTS, "text": TEXT, "text_weights": ("full", "nf4")}
-    choices |= {"dtype": DTYPES, "group_offload": flags, "tiling": flags}
-    for name, value in fixed.items():
-        if name in choices:
-            if value not in choices[name]:
-                raise ValueError(f"{name} is one of {choices[name]}; got {value!r}")
-        elif name not in ("chunk", "decode_chunk") or not isinstance(value, int) or value < 1:
-            raise ValueError(f"no such choice: {name}={value!r}")
-    if not isinstance(rows, int) or rows < 1:
-        raise ValueError(f"rows must be at least 1, a whole number; got {rows}")
-
-
 def _candidates() -> Iterator[dict[str, Any]]:
-    """Fields of plans, best first."""
+    """The fields that `plan` chooses, of all plans that can be carried out, best first."""
+    held = [("full", False), ("int8", False), ("fp8", False), ("nf4", False), ("full", True)]
     texts = [("resident", "full"), ("offloaded", "full"), ("dropped", "full"), ("dropped", "nf4"), ("resident", "nf4")]
-    kinds = [(weights, False) for weights in WEIGHTS] + [("full", True)]
-    for (weights, group), tiling, (text, text_weights) in itertools.product(kinds, (False, True), texts):
-        if text != "offloaded" or (weights == "full" and not group):  # others do not change places
-            yield {
-                "weights": weights,
-                "group_offload": group,
-                "text": text,
-                "text_weights": text_weights,
-                "tiling": tiling,
-            }
+    for transformer, tiling, text in itertools.product(held, (False, True), texts):
+        if text[0] != "offloaded" or transformer == held[0]:  # others cannot change places with text encoders
+            names = ("weights", "group_offload", "tiling", "text", "text_weights")
+            yield dict(zip(names, (*transformer, tiling, *text), strict=True))
 
 
-def _allows(fixed: Mapping[str, Any], fields: Mapping[str, Any]) -> bool:
-    """Whether a candidate has what is fixed; fp8, which takes what int8 takes, only on request."""
-    same = all(fields[name] == value for name, value in fixed.items() if name in fields)
-    return same and (fields["weights"] != "fp8" or fixed.get("weights") == "fp8")
+def _fill(plan: MemoryPlan, rows: int, fixed: Collection[str]) -> MemoryPlan:
+    """The plan, which fits, with as many rows and pictures at a time as fit, unless they are fixed."""
+    room, part = plan.free - plan.keep, plan.parts
+    if "chunk" not in fixed:
+        more = int((room - plan.stages["velocities"]) / part["a row"])
+        plan = replace(plan, chunk=min(rows, plan.chunk + more))
+    if "decode_chunk" not in fixed:
+        more = int((room - plan.stages["pictures"]) / part["a decode"])
+        plan = replace(plan, decode_chunk=min(plan.chunk, plan.decode_chunk + more))
+    return plan
 
 
 def free_gib(device: str | torch.device = "cuda") -> float:
     """GiB free: of the GPU's memory, or of the host's for the CPU."""
-    device = torch.device(device)
-    if device.type == "cuda":
+    if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(device)[0] / GIB
     import psutil
 
@@ -447,9 +354,9 @@ def best_dtype(device: str | torch.device = "cuda") -> str:
     return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
 
 
-def load(
+def load_planned(
     model: str | Path,
-    plan: Plan,
+    plan: MemoryPlan,
     device: str = "cuda",
     *,
     prompts: Sequence[str] = (),
@@ -457,49 +364,69 @@ def load(
     negative: str = "",
     max_tokens: int | None = None,
 ) -> Any:
-    """A pipeline as planned, ready for `FlowModel.encode(pipe, text, chunk=plan.chunk)`.
+    """Load a pipeline as planned, ready for `FlowModel.encode(pipe, text, chunk=plan.chunk)`.
 
     Args:
-        prompts: encoded at once. A plan that drops the text encoders needs all that will be used, with the `guidance`,
-            `negative` and `max_tokens` that `FlowModel.encode` will be given.
+        prompts: encoded at once. A plan that drops the text encoders needs all that will be used.
+        guidance, negative, max_tokens: what `FlowModel.encode` will be given with these prompts.
 
     Raises:
         ValueError: a library that the plan needs is missing, or prompts for a plan that drops text encoders.
         OSError: see `hub.load`.
     """
     hub.check_device(device)
-    quantised = _quantisation(plan)
+    for kind in {plan.weights, plan.text_weights} & LIBRARIES.keys():
+        library = LIBRARIES[kind]
+        if importlib.util.find_spec(library) is None:
+            raise ValueError(f"{kind} weights need {library}: pip install {library}, or plan for another kind")
     if plan.text == "dropped" and not prompts:
         raise ValueError(
             "the plan drops the text encoders once prompts are encoded: give `prompts`, or text='resident'"
         )
-    fine = torch.float32 if plan.dtype == "float16" else getattr(torch, plan.dtype)
-    names = [name for name in hub.index(model) if name.startswith(("text_encoder", "tokenizer"))]
-    dtypes = {"transformer": getattr(torch, plan.dtype), "vae": fine, "default": getattr(torch, plan.text_dtype)}
 
     def encode(pipe: Any) -> None:
-        family = families.family(pipe)
-        scale = family.default(pipe, family.scale) if guidance is None else guidance
+        guided = families.family(pipe).guided(pipe, _scale(pipe, guidance))
         for prompt in prompts:
-            encode_text(pipe, prompt, negative if family.guided(pipe, scale) else None, max_tokens)
+            encode_text(pipe, prompt, negative if guided else None, max_tokens)
 
-    known, absent = {}, {}
+    known, absent = {}, []
     if plan.text == "dropped":
-        encoder = hub.fetch(model, dtype=dtypes, transformer=None, vae=None, **quantised("text_encoder"))
-        encode(encoder.to(device))
-        known, absent = known_texts(encoder), dict.fromkeys(names)
+        encoder = _fetch(model, plan, ["transformer", "vae"]).to(device)
+        encode(encoder)
+        known = known_texts(encoder)
+        absent = [name for name in hub.index(model) if name.startswith(("text_encoder", "tokenizer"))]
         del encoder
         gc.collect()
-        if torch.device(device).type == "cuda":
-            torch.cuda.empty_cache()
-    pipe = hub.fetch(model, dtype=dtypes, **absent, **quantised("transformer", "text_encoder"))
+        torch.cuda.empty_cache()
+    pipe = _fetch(model, plan, absent)
     known_texts(pipe).update(known)
     _place(pipe, plan, device)
     encode(pipe)
     return pipe
 
 
-def _place(pipe: Any, plan: Plan, device: str) -> None:
+def _fetch(model: str | Path, plan: MemoryPlan, absent: Collection[str]) -> Any:
+    """The pipeline in the plan's precisions, without some of its parts."""
+    configs = {}
+    for name in hub.index(model).keys() - absent:
+        if name == "transformer" and plan.weights != "full":
+            configs[name] = _quantisation(diffusers, plan.weights, plan.dtypes["transformer"])
+        elif name.startswith("text_encoder") and plan.text_weights != "full":
+            configs[name] = _quantisation(transformers, plan.text_weights, plan.dtypes["default"])
+    arguments = {"quantization_config": diffusers.PipelineQuantizationConfig(quant_mapping=configs)} if configs else {}
+    return hub.fetch(model, plan.dtypes, **dict.fromkeys(absent), **arguments)
+
+
+def _quantisation(library: Any, kind: str, dtype: torch.dtype) -> Any:
+    """The configuration by which diffusers or transformers quantises a model that computes in `dtype`."""
+    if kind == "nf4":
+        return library.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_compute_dtype=dtype)
+    from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
+
+    return library.TorchAoConfig(Int8WeightOnlyConfig() if kind == "int8" else Float8WeightOnlyConfig())
+
+
+def _place(pipe: Any, plan: MemoryPlan, device: str) -> None:
     """Move the parts to where the plan has them."""
     if plan.tiling:
         pipe.vae.enable_tiling()
@@ -507,53 +434,15 @@ def _place(pipe: Any, plan: Plan, device: str) -> None:
             pipe.vae.tile_sample_min_size //= 2
             pipe.vae.tile_latent_min_size //= 2
     if plan.text == "offloaded":
-        order = pipe.model_cpu_offload_seq.split("->")
-        pipe.model_cpu_offload_seq = "->".join(name for name in order if name != "vae")
+        pipe.model_cpu_offload_seq = pipe.model_cpu_offload_seq.replace("->vae", "")
         pipe._exclude_from_cpu_offload = [*pipe._exclude_from_cpu_offload, "vae"]  # a search decodes at every step
         pipe.enable_model_cpu_offload(device=device)
-        return
-    if plan.group_offload:
-        pipe.transformer.enable_group_offload(
-            onload_device=torch.device(device),
+    elif plan.group_offload:
+        pipe.enable_group_offload(
+            torch.device(device),
             offload_type="leaf_level",
             use_stream=torch.device(device).type == "cuda",
+            exclude_modules=[name for name in pipe.components if name != "transformer"],
         )
-    for name, part in pipe.components.items():
-        if isinstance(part, nn.Module) and not (name == "transformer" and plan.group_offload):
-            part.to(device)
-
-
-def _quantisation(plan: Plan) -> Callable[..., dict[str, Any]]:
-    """Of names of parts: the argument of from_pretrained that quantises those which the plan quantises.
-
-    Raises:
-        ValueError: a library is missing.
-    """
-    import diffusers
-    import transformers
-
-    kinds = {"transformer": plan.weights, "text_encoder": plan.text_weights}
-    for kind, library in (("int8", "torchao"), ("fp8", "torchao"), ("nf4", "bitsandbytes")):
-        if kind in kinds.values() and importlib.util.find_spec(library) is None:
-            raise ValueError(
-                f"a plan with {kind} weights needs {library}: pip install {library}, or choose another kind"
-            )
-
-    def four(config: Any, dtype: str) -> Any:
-        return config(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=getattr(torch, dtype))
-
-    def mapping(*parts: str) -> dict[str, Any]:
-        configs: dict[str, Any] = {}
-        if "text_encoder" in parts and plan.text_weights == "nf4":
-            text = four(transformers.BitsAndBytesConfig, plan.text_dtype)
-            configs |= dict.fromkeys(("text_encoder", "text_encoder_2", "text_encoder_3"), text)
-        if "transformer" in parts and plan.weights == "nf4":
-            configs["transformer"] = four(diffusers.BitsAndBytesConfig, plan.dtype)
-        elif "transformer" in parts and plan.weights != "full":
-            from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
-
-            kind = Int8WeightOnlyConfig() if plan.weights == "int8" else Float8WeightOnlyConfig()
-            configs["transformer"] = diffusers.TorchAoConfig(kind)
-        return {"quantization_config": diffusers.PipelineQuantizationConfig(quant_mapping=configs)} if configs else {}
-
-    return mapping
+    else:
+        pipe.to(device)

@@ -1,7 +1,7 @@
 """A diffusers pipeline, tiny-flux, FLUX.1 or one of its relatives, as a Problem: prompt, velocity, time grid, decoder.
 
-States are unpacked latents (C, H, W) in float32, drawn as diffusers draws them: the same generator gives the picture
-that `pipe(prompt, generator=...)` gives. Whatever the model's own precision and batch size, only this file knows.
+States are unpacked latents (C, H, W) in float32. They are drawn as diffusers draws them, so a generator gives the
+picture that `pipe(prompt, generator=...)` gives. The model's own precision and batch size matter in this file only.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ import copy
 import functools
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -21,13 +22,20 @@ from torch import Tensor
 from .. import schedules
 from ..interpolants import LINEAR
 from ..kernels import Kernel
-from ..rewards import Decoded, Reward, chunked
+from ..rewards import Reward, chunked, decoded
 from ..search import Problem, Result
 from . import families
 
+_KNOWN: WeakKeyDictionary[Any, dict[tuple[str, str | None, int | None], families.Arguments]] = WeakKeyDictionary()
+
+
+def known_texts(pipe: Any) -> dict[tuple[str, str | None, int | None], families.Arguments]:
+    """The texts that a pipeline has encoded, by (text, negative text, token limit); forgotten with the pipeline."""
+    return _KNOWN.setdefault(pipe, {})
+
 
 def encode_text(pipe: Any, text: str, negative: str | None = None, tokens: int | None = None) -> families.Arguments:
-    """The arguments of the pipeline's `__call__` that stand for a prompt; each prompt is encoded once a pipeline.
+    """The arguments of the pipeline's `__call__` that stand for a prompt. A pipeline encodes each prompt once.
 
     Raises:
         ValueError: the text is new, and the pipeline holds no text encoder.
@@ -45,13 +53,8 @@ def encode_text(pipe: Any, text: str, negative: str | None = None, tokens: int |
     return known[key] if model is None else _cast(known[key], model.dtype, pipe._execution_device)
 
 
-def known_texts(pipe: Any) -> dict[tuple[str, str | None, int | None], families.Arguments]:
-    """What a pipeline has encoded: by text, negative text and token limit."""
-    return pipe.__dict__.setdefault("_known_texts", {})
-
-
 def _cast(arguments: families.Arguments, dtype: torch.dtype, device: Any = None) -> families.Arguments:
-    """Arguments with their tensors, also those in lists, in another precision (unless they count) and place."""
+    """The arguments on another device and their floating-point tensors, also those in lists, in another precision."""
 
     def cast(value: Any) -> Any:
         if isinstance(value, list):
@@ -71,38 +74,21 @@ def _repeated(arguments: families.Arguments, rows: int) -> families.Arguments:
 
 @contextmanager
 def exact_time(pipe: Any, t: float | None = None) -> Iterator[None]:
-    """Within it, the transformer is told the time t, or if None that of the scheduler's next step, in float32.
+    """Within it, the transformer is told the time in float32: t, or that of the scheduler's next step if t is None.
 
     FLUX, FLUX.2 and Qwen-Image round time to the model's precision before they take its sinusoid. bfloat16 has 8 bits,
-    so that near t = 1 there is one time in every 0.004, and neighbours on a fine grid become one. `FlowModel` uses
-    this; so can you, around a call of a pipeline in half precision.
+    so near t = 1 it can tell times apart that differ by 0.004 or more, and neighbours on a fine grid become one.
+    `FlowModel` uses this function; you can put it around a call of a pipeline in half precision.
     """
-
-    def now() -> float:
-        if t is not None:
-            return t
-        scheduler = pipe.scheduler
-        index = scheduler.begin_index if scheduler.step_index is None else scheduler.step_index
-        return float(scheduler.sigmas[index or 0])
-
     clock, transformer = families.family(pipe).clock, pipe.transformer
     if clock is None:
         yield
         return
-    fresh = [False]  # the sinusoid may be taken of the guidance scale too, always after that of time
-
-    def begin(module: Any, args: Any) -> None:
-        fresh[0] = True
-
-    def replace(module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        if not fresh[0]:
-            return None
-        fresh[0] = False
-        return (torch.full_like(args[0], now(), dtype=torch.float32) * clock.unit, *args[1:])
-
+    exact = _ExactTime(functools.partial(_next_time, pipe) if t is None else lambda: t, clock.unit)
+    sinusoid = transformer.get_submodule(clock.sinusoid)
     hooks = [
-        transformer.register_forward_pre_hook(begin),
-        transformer.get_submodule(clock.sinusoid).register_forward_pre_hook(replace),
+        transformer.register_forward_pre_hook(exact.begin),
+        sinusoid.register_forward_pre_hook(exact.replace),
     ]
     try:
         yield
@@ -111,26 +97,52 @@ def exact_time(pipe: Any, t: float | None = None) -> Iterator[None]:
             hook.remove()
 
 
+def _next_time(pipe: Any) -> float:
+    """The time of the step that the pipeline's scheduler takes next."""
+    scheduler = pipe.scheduler
+    index = scheduler.begin_index if scheduler.step_index is None else scheduler.step_index
+    return float(scheduler.sigmas[index or 0])
+
+
+class _ExactTime:
+    """Two hooks, for a transformer and its sinusoid, that replace the rounded time by the exact one, times a unit.
+
+    A transformer takes the sinusoid of time first. It may take the sinusoid of the guidance scale afterwards, so the
+    hook answers to the first call in each forward pass only.
+    """
+
+    def __init__(self, now: Callable[[], float], unit: float):
+        self.now, self.unit, self.first = now, unit, False
+
+    def begin(self, transformer: Any, args: Any) -> None:
+        self.first = True
+
+    def replace(self, sinusoid: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        if not self.first:
+            return args
+        self.first = False
+        return (torch.full_like(args[0], self.now(), dtype=torch.float32) * self.unit, *args[1:])
+
+
 class _Listener:
-    """In a scheduler's place: the pipeline runs its loop at the one time given, or at none, and what it hands over
-    stays here."""
+    """A stand-in for the scheduler. The pipeline's loop runs once, at the time t, or not at all if t is None.
+
+    Attributes:
+        asked: the arguments of `set_timesteps`, from which the scheduler would make its time grid.
+        velocity: what the pipeline handed to `step`; None before.
+    """
 
     order = 1
 
     def __init__(self, scheduler: Any, t: float | None = None):
-        self.scheduler, self.config, self.t = scheduler, scheduler.config, t
+        self.config, self.t = scheduler.config, t
         self.asked: dict[str, Any] = {}
         self.velocity: Tensor | None = None
 
     def set_timesteps(
-        self,
-        num_inference_steps: int | None = None,
-        device: str | torch.device | None = None,
-        sigmas: Any = None,
-        mu: float | None = None,
-        timesteps: Any = None,
+        self, num_inference_steps: Any = None, device: Any = None, sigmas: Any = None, mu: Any = None
     ) -> None:
-        given = {"num_inference_steps": num_inference_steps, "sigmas": sigmas, "mu": mu, "timesteps": timesteps}
+        given = {"num_inference_steps": num_inference_steps, "sigmas": sigmas, "mu": mu}
         self.asked = {name: value for name, value in given.items() if value is not None}
         times = [] if self.t is None else [self.t * self.config.num_train_timesteps]
         self.timesteps = torch.tensor(times, device=device)
@@ -143,22 +155,36 @@ class _Listener:
         return (sample,)
 
 
+def _fixed_to(device: torch.device, cls: Any) -> Any:
+    """A pipeline class that stays on a device. diffusers' own walks through all modules twice in every call: to find
+    the device, and at the end to move models away."""
+
+    class Pipeline(cls):
+        _execution_device = device
+
+        def maybe_free_model_hooks(self) -> None:
+            pass
+
+    return Pipeline
+
+
 @dataclass(frozen=True)
 class FlowModel:
-    """A prompt on a pipeline, encoded once; calls give the velocity.
+    """A pipeline with a prompt, as a velocity: a call with states and times gives eps - x0.
 
-    Every question is put to the pipeline's own `__call__`, with a listener in its scheduler's place: the velocity at a
-    state and time, the time grid, the picture of a latent.
+    The velocity, the time grid and the picture of a latent all come from the pipeline's own `__call__`. It is run with
+    a listener in the scheduler's place, which is handed the velocity.
 
     Attributes:
         pipe: the pipeline, of one of `families.FAMILIES`; it is left as it was.
-        encoded: the arguments of its `__call__` that stand for the prompt, in the precision and on the device that the
-            pipeline had. Once it has another, `encode` again, which is quick.
+        encoded: the arguments of its `__call__` that stand for the prompt, in the pipeline's precision and on its
+            device. If the pipeline is moved or cast, call `encode` again, which is quick.
         height, width: of the picture, in pixels.
-        guidance: guidance scale; distilled, or with a second forward, which doubles `cost`. Not used by a model that
-            has neither.
-        chunk: rows a forward pass.
-        preview: a small autoencoder to judge pictures by in a search (`AutoencoderTiny`); None for the pipeline's own.
+        guidance: the guidance scale. Guidance is distilled into the model, or takes a second forward pass, which
+            doubles `cost`; a model that has neither ignores it.
+        chunk: rows in one forward pass.
+        preview: a small autoencoder (`AutoencoderTiny`) that decodes the pictures which a search judges; None for the
+            pipeline's own.
     """
 
     pipe: Any = field(repr=False)
@@ -186,14 +212,15 @@ class FlowModel:
         """Encode `text`, unless this pipeline has encoded it before.
 
         Args:
-            height, width: the model's own size if None.
+            height, width: in pixels; the model's own size if None.
             guidance: the default of the pipeline's `__call__` if None.
-            negative: what guidance leads away from, where it takes a second forward.
-            max_tokens: the tokenizer's limit (at most 512) or `__call__`'s default if None.
+            negative: the text that guidance leads away from, where guidance takes a second forward pass.
+            max_tokens: the most tokens of the text that count; the tokenizer's limit (at most 512) or the default of
+                `__call__` if None.
 
         Raises:
-            ValueError: an unsupported pipeline; a side that is no positive multiple of the latent patch; chunk < 1;
-                guidance that is no finite number; a text that is new to a pipeline without text encoders.
+            ValueError: the pipeline is not supported, a side is no positive multiple of the latent patch, chunk < 1,
+                guidance is not finite, or the text is new to a pipeline without text encoders.
         """
         family = families.family(pipe)
         height, width = (native_size(pipe) if side is None else side for side in (height, width))
@@ -212,39 +239,41 @@ class FlowModel:
 
     @property
     def embeds(self) -> Tensor:
-        """The encoded prompt (1, L, d); its pooled encoding (1, d), where there is one, is `pooled`."""
+        """The encoded prompt (1, L, d)."""
         return self.encoded["prompt_embeds"]
 
     @property
     def pooled(self) -> Tensor:
+        """The pooled encoding of the prompt (1, d), for the families that have one."""
         return self.encoded["pooled_prompt_embeds"]
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Of the latents: (C, H, W)."""
+        """The shape of one state, a latent picture: (C, H, W)."""
         return self.family.shape(self.pipe, self.height, self.width)
 
     @property
     def cost(self) -> int:
-        """NFE of one row: 2 where guidance runs the model twice."""
+        """Function evaluations (NFE) of one row: 2 where guidance runs the model twice, else 1."""
         return 1 + self.family.guided(self.pipe, self.guidance)
 
     @property
     def multi_step(self) -> bool:
-        """Whether the model needs many steps (FLUX.1-dev) or few (schnell, which has no guidance embedding).
+        """Whether the model needs many steps to draw a picture, as FLUX.1-dev does and FLUX.1-schnell does not.
 
-        Other models say nothing of it. Those made for few steps (klein, SD3.5-large-turbo, Z-Image-Turbo) run without
-        guidance, so a model is taken to need many where guidance runs it twice: give a turbo `guidance=0`.
+        Of FLUX.1 those with a guidance embedding need many. No config of another family says. The models made for few
+        steps (FLUX.2-klein, SD3.5-large-turbo, Z-Image-Turbo) run without guidance; so a model of these families is
+        taken to need many steps if guidance runs it twice. Give a turbo model `guidance=0`.
         """
         if type(self.pipe).__name__ == "FluxPipeline":
             return bool(self.pipe.transformer.config.guidance_embeds)
         return self.cost > 1
 
     def times(self, steps: int) -> tuple[float, ...]:
-        """The grid that `pipe(..., num_inference_steps=steps)` runs on, resolution shift included.
+        """The time grid that `pipe(..., num_inference_steps=steps)` runs on, with its shift for the resolution.
 
         Raises:
-            ValueError: steps < 1, or the pipeline's scheduler is not one for flow models.
+            ValueError: steps < 1, or the pipeline's scheduler is not made for flow models.
         """
         if steps < 1:
             raise ValueError(f"steps must be at least 1; got {steps}")
@@ -255,18 +284,19 @@ class FlowModel:
 
     @property
     def device(self) -> torch.device:
+        """The device that the pipeline computes on."""
         return self.pipe._execution_device
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        """Velocity eps - x0 at latents x (K, C, H, W) and times t (K,), `chunk` rows at a time."""
-        groups = [(t == time).nonzero()[:, 0] for time in t.unique()]  # a call of the pipeline has one time
+        """The velocity eps - x0 (K, C, H, W) at latents x (K, C, H, W) and times t (K,), `chunk` rows at a time."""
+        groups = [(t == time).nonzero()[:, 0] for time in t.unique()]  # one call of the pipeline has one time
         chunks = [rows for group in groups for rows in group.split(self.chunk)]
         with torch.set_grad_enabled(torch.is_grad_enabled() and x.requires_grad):
             parts = [self.velocity(x[rows], float(t[rows[0]])) for rows in chunks]
             return torch.cat(parts)[torch.cat(chunks).argsort()]
 
     def velocity(self, x: Tensor, t: float) -> Tensor:
-        """The same at one time for all rows, in one forward pass."""
+        """The velocity at latents x (K, C, H, W) and one time t for all rows, in one forward pass."""
         with exact_time(self.pipe, t):
             v = self._ask(x, t)[1].velocity
         assert v is not None
@@ -284,34 +314,36 @@ class FlowModel:
             return chunked(lambda rows: self._ask(rows, vae=vae)[0].float(), self.chunk if chunk is None else chunk)(x)
 
     def leaders(self, result: Result, reward: Reward, number: int = 4) -> tuple[Tensor, Tensor]:
-        """The finished particles that previews rank highest, judged again by the full autoencoder, best first.
+        """The best pictures of a search that judged previews, decoded in full and judged again.
 
-        Returns pictures (number, 3, height, width) and their rewards (number,); fewer if the search kept fewer.
+        Decoded are the `number` finished particles with the highest rewards, or all if the search kept fewer.
+
+        Returns:
+            Pictures (number, 3, height, width) and their new rewards (number,), best first.
         """
         p = result.particles
         pictures = self.decode(p.x[p.reward.argsort(descending=True)[:number]])
-        rewards = reward(pictures)
-        order = rewards.argsort(descending=True)
-        return pictures[order], rewards[order]
+        rewards, order = reward(pictures).sort(descending=True)
+        return pictures[order], rewards
 
     @functools.cached_property
-    def _listening(self) -> Any:
-        """A copy of the pipeline that does not search all modules for its device at every call, shows no progress, and
-        moves no models about at the end."""
-        pipe, cls = copy.copy(self.pipe), type(self.pipe)
-        still = {"_execution_device": self.device, "maybe_free_model_hooks": lambda pipe: None}
-        pipe.__class__ = type(cls.__name__, (cls,), still)
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
+    def _twin(self) -> Any:
+        """A second pipeline of the same parts. It shows no progress and moves no models from device to device."""
+        distilled = {"is_distilled": True} if self.pipe.config.get("is_distilled") else {}
+        twin = _fixed_to(self.device, type(self.pipe))(**self.pipe.components, **distilled)
+        twin.set_progress_bar_config(disable=True)
+        return twin
 
     def _ask(self, x: Tensor, t: float | None = None, *, steps: int = 1, vae: Any = None) -> tuple[Tensor, _Listener]:
-        """The pipeline's `__call__` on latents x, at one time or at none; decoded if an autoencoder is given."""
-        pipe, listener = copy.copy(self._listening), _Listener(self.pipe.scheduler, t)
-        pipe.__dict__["scheduler"] = listener  # past the pipeline's own bookkeeping, which tells of its parts
-        encoded = self.encoded
+        """Run the pipeline's `__call__` on latents x, at the time t or at none.
+
+        Returns its latents, or its pictures if an autoencoder is given, and the listener.
+        """
+        pipe, listener, encoded = copy.copy(self._twin), _Listener(self.pipe.scheduler, t), self.encoded
+        pipe.scheduler = listener
         if vae is not None:
-            pipe.__dict__["vae"], encoded = vae, _cast(encoded, vae.dtype)  # the call casts latents as the encoding is
-        call = inspect.unwrap(type(pipe).__call__)  # without its no_grad: a gradient may be wanted
+            pipe.vae, encoded = vae, _cast(encoded, vae.dtype)  # the call casts latents to the precision of `encoded`
+        call = inspect.unwrap(type(pipe).__call__)  # without its no_grad, for a gradient may be wanted
         output = call(
             pipe,
             height=self.height,
@@ -333,10 +365,13 @@ class FlowModel:
         times: tuple[float, ...] | None = None,
         decode_chunk: int | None = None,
     ) -> Problem:
-        """The search problem: `reward` judges pictures (K, 3, height, width), the preview's where there is a preview.
+        """The search problem of this prompt.
 
         Args:
-            times: overrides the pipeline's grid of `steps`.
+            reward: judges pictures (K, 3, height, width), which `preview` decodes if there is one.
+            kernel: the transition from one time to the next.
+            steps: of the pipeline's own time grid.
+            times: a time grid to use instead.
             decode_chunk: rows decoded and judged at a time; `chunk` if None.
 
         Raises:
@@ -347,11 +382,7 @@ class FlowModel:
             raise ValueError(f"decode_chunk must be at least 1; got {decode_chunk}")
         return Problem(
             velocity=self,
-            reward=Decoded(
-                functools.partial(self.decode, preview=self.preview is not None),
-                reward,
-                chunk=decode_chunk,
-            ),
+            reward=decoded(functools.partial(self.decode, preview=self.preview is not None), reward, decode_chunk),
             path=LINEAR,
             kernel=kernel,
             times=self.times(steps) if times is None else times,
@@ -362,8 +393,11 @@ class FlowModel:
 
 
 def native_size(pipe: Any) -> int:
-    """Side of the pictures a model was made for, in pixels: the default of its `__call__`, and for FLUX.1 that of the
-    most tokens its resolution shift knows, so that a small FLUX draws small pictures."""
+    """The side, in pixels, of the pictures that a model was made for.
+
+    For FLUX.1 it follows from the most tokens that its scheduler knows, so that a small FLUX draws small pictures. For
+    others it is the default of `__call__`.
+    """
     if type(pipe).__name__ == "FluxPipeline":
         return math.isqrt(pipe.scheduler.config.max_image_seq_len) * 2 * pipe.vae_scale_factor
     sites = getattr(pipe, "default_sample_size", None) or getattr(pipe.transformer.config, "sample_size", None)

@@ -1,10 +1,10 @@
-"""The samplers of this package as a diffusers scheduler: in place of the one that a flow-matching pipeline brings.
+"""The samplers of this package as a diffusers scheduler, which takes the place of a flow-matching pipeline's own.
 
     pipe.scheduler = FlowSDEScheduler.from_config(pipe.scheduler.config, kernel="sde", interpolant="vp")
 
-diffusers' own ways of sampling flow models with noise either change the law of the samples (`stochastic_sampling`) or
-fix the noise level (arXiv 2503.19385 needs to choose it), and pipelines do not hand `generator` to `step`. Here every
-kernel of `kernels` and every grid of `schedules` can be had, and the noise has a seed.
+diffusers' `stochastic_sampling` changes the law of the samples, and pipelines do not hand their `generator` to `step`.
+This scheduler takes every kernel of `kernels` and every grid of `schedules`, and its noise has a seed. Its noise level
+can be chosen, which arXiv 2503.19385 needs.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ INTERPOLANTS = ("linear", "vp")
 
 @dataclass
 class FlowSDESchedulerOutput(BaseOutput):
-    """What a step returns.
+    """What a step of `FlowSDEScheduler` returns.
 
     Attributes:
         prev_sample: the state at the next time, in the dtype of the model's output.
@@ -43,28 +43,29 @@ class FlowSDESchedulerOutput(BaseOutput):
 class FlowSDEScheduler(FlowMatchEulerDiscreteScheduler):
     """Stochastic and deterministic samplers of linear-path flow models, as a drop-in diffusers scheduler.
 
-    The time grid, its shifts and `scale_noise` (image to image) are those of FlowMatchEulerDiscreteScheduler; the step
-    is a kernel of this package, in float32 whatever the model's precision. The state it returns has the dtype of the
-    model's output, as pipelines expect: in bfloat16 it is rounded at every step (`FlowModel` keeps float32).
+    The time grid, its shifts and `scale_noise` (image to image) are those of FlowMatchEulerDiscreteScheduler. The step
+    is a kernel of this package, computed in float32 whatever the model's precision. The state that a step returns has
+    the dtype of the model's output, as pipelines expect: in bfloat16 it is rounded at every step. (`FlowModel` keeps
+    its states in float32.)
 
     Args:
-        kernel: "sde" is Euler-Maruyama, which keeps the flow's marginals for every g up to the error of few steps;
-            "ddim" the DDPM transition around the posterior means; "ode" Euler's step, diffusers' own.
-        g: scale of the diffusion g t^2 of "sde"; the paper's choice is 3.
-        eta: noise of "ddim": 0 is DDIM, 1 the full posterior.
-        interpolant: "linear", or "vp" for the paper's conversion. In the linear coordinates that pipelines work in,
-            conversion is a grid, `schedules.paper_vp`, and for "sde" a diffusion, `kernels.vp_diffusion`.
-            The grid replaces the pipeline's, shift and all.
-        finish: steps in which the long last interval of the paper's grid is crossed. The paper's 1 is sound for models
-            of few steps only; None is half of all steps, at least 1.
-        times: a grid of your own, strictly falling to exactly 0, instead of the pipeline's or the paper's. A pipeline
-            must then be called with `num_inference_steps=len(times) - 1`.
+        kernel: "sde" is Euler-Maruyama, which keeps the flow's marginals for every g, up to the error of few steps.
+            "ddim" is the DDPM transition around the posterior means. "ode" is Euler's step, diffusers' own.
+        g: scale of the diffusion g t^2 of "sde"; the paper takes 3.
+        eta: noise of "ddim"; 0 is DDIM, 1 the DDPM posterior.
+        interpolant: "linear", or "vp" for the paper's conversion. In the linear coordinates of pipelines, conversion
+            is another grid, `schedules.paper_vp`, and for "sde" another diffusion, `kernels.vp_diffusion`. The grid
+            replaces the pipeline's and its shift.
+        finish: the number of steps in which the long last interval of the paper's grid is crossed. The paper's 1 is
+            sound for models of few steps only. None is half of all steps, rounded down, and at least 1.
+        times: a grid of your own, strictly falling to exactly 0, instead of the pipeline's or the paper's. The
+            pipeline must then be called with `num_inference_steps=len(times) - 1`.
         seed: of the scheduler's generator. Its noise goes on from call to call, so that calls are independent;
             `manual_seed` starts it again.
 
     Raises:
-        ValueError: an unknown kernel or interpolant, g < 0, eta outside [0, 1], `times` no schedule; or a model that
-            FlowMatchEulerDiscreteScheduler would run with inverted or stochastic steps.
+        ValueError: the kernel or interpolant is unknown, g < 0, eta is outside [0, 1], `times` is no schedule, or the
+            config asks for inverted or stochastic steps.
     """
 
     # A saved pipeline names the module of its scheduler, and diffusers takes ".flux." in that name for its own FLUX.
@@ -100,7 +101,7 @@ class FlowSDEScheduler(FlowMatchEulerDiscreteScheduler):
         if invert_sigmas or stochastic_sampling:
             raise ValueError(
                 "invert_sigmas and stochastic_sampling must be False: time runs from noise at 1 to data at 0, "
-                "and what noise is added is for `kernel` to say"
+                "and `kernel` says how noise is added"
             )
         super().__init__(
             num_train_timesteps=num_train_timesteps,
@@ -122,16 +123,16 @@ class FlowSDEScheduler(FlowMatchEulerDiscreteScheduler):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """The scheduler for a pipeline whose scheduler has this config; keyword arguments override its fields.
+        """The scheduler for a pipeline whose own scheduler has this config; keyword arguments override its fields.
 
-        DPM-Solver's `flow_shift` (Sana) is what others call `shift`.
+        The `flow_shift` of DPM-Solver, with which Sana comes, is taken for `shift`.
         """
         if isinstance(config, Mapping) and config.get("use_flow_sigmas"):
             kwargs.setdefault("shift", config["flow_shift"])
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
     def manual_seed(self, seed: int) -> FlowSDEScheduler:
-        """Start the noise again at a seed; returns the scheduler."""
+        """Start the noise again at a seed, and return the scheduler."""
         self.generator = Generator().manual_seed(seed)
         return self
 
@@ -143,10 +144,10 @@ class FlowSDEScheduler(FlowMatchEulerDiscreteScheduler):
         mu: float | None = None,
         timesteps: list[float] | None = None,
     ) -> None:
-        """The grid of the next run: what FlowMatchEulerDiscreteScheduler makes of these, unless the config has another.
+        """Set the grid of the next run: the config's, or what FlowMatchEulerDiscreteScheduler makes of the arguments.
 
         Raises:
-            ValueError: `times` of the config has another number of steps, or the grid does not fall to exactly 0.
+            ValueError: the config's `times` has another number of steps, or the grid does not fall to exactly 0.
         """
         super().set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)
         steps = len(self.timesteps)
@@ -162,10 +163,10 @@ class FlowSDEScheduler(FlowMatchEulerDiscreteScheduler):
         schedules.check(self.sigmas.tolist())
 
     def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor | None = None) -> Tensor:
-        """The state (1 - t) sample + t noise at the time of `timestep` (K,), or at that of the run's first step.
+        """The state (1 - t) sample + t noise, at the times of `timestep` (K,), or at that of the run's first step.
 
         Raises:
-            ValueError: no noise.
+            ValueError: no noise is given.
         """
         if noise is None:
             raise ValueError("scale_noise needs the noise that is to be mixed in")
@@ -182,13 +183,12 @@ class FlowSDEScheduler(FlowMatchEulerDiscreteScheduler):
         """One step of the kernel from the state `sample` (K, *D) with velocity `model_output` (K, *D).
 
         Args:
-            timestep: one of `self.timesteps`; read at the first step of a run only, and then only if no begin index
-                was set.
-            generator: of the noise; the scheduler's own by default.
-            return_dict: False for a tuple with the next state alone.
+            timestep: one of `self.timesteps`. It counts at the first step of a run only, if no begin index was set.
+            generator: draws the noise; the scheduler's own if None.
+            return_dict: if False, the next state is returned in a tuple.
 
         Raises:
-            ValueError: `timestep` is an index, or the run is over.
+            ValueError: `timestep` is an integer, or the run is over.
         """
         if isinstance(timestep, int) or (isinstance(timestep, Tensor) and not timestep.is_floating_point()):
             raise ValueError("timestep must be one of scheduler.timesteps, a float; got an integer, an index perhaps")

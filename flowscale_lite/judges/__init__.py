@@ -1,33 +1,31 @@
-"""Real reward models, all of them from transformers: counts, VQAScore, CLIPScore, aesthetics, PickScore.
+"""Real reward models, all of them from transformers.
 
-A model is loaded once (`Finder`, `VisionLanguage`, `Clip`); a judge binds it to a prompt, and is a Reward: pictures
-(K, 3, H, W) in [0, 1] -> (K,), `chunk` pictures at a time. Nothing here needs torchvision; transformers is imported by
-the loaders only. Weights come as safetensors, from a folder or from the hub.
+| judge             | model                     | trusted for                                             | gradient |
+|-------------------|---------------------------|---------------------------------------------------------|----------|
+| `grounded_counts` | GroundingDINO and SAM     | how many there are of each kind of object               | no       |
+| `vqa_score`       | Qwen-VL                   | whether the picture shows what the prompt says          | no       |
+| `clip_score`      | CLIP                      | whether picture and prompt are about the same thing     | yes      |
+| `pick_score`      | CLIP-H trained on choices | which picture people prefer; to check gains of a search | yes      |
+| `aesthetic_score` | CLIP and a linear head    | whether the picture looks good, whatever the prompt     | yes      |
 
-The judges that rest on CLIP can be differentiated with respect to the pictures. The others see 8-bit pictures, and
-count or answer; they give no gradient.
+A model (`Finder`, `VisionLanguage`, `Clip`) is loaded once, as safetensors, from a folder or from the hub. A judge
+binds it to a prompt, and is a Reward: pictures (K, 3, H, W) in [0, 1] -> (K,), computed for `chunk` pictures at a time.
+transformers is imported when a model is loaded. torchvision is not needed.
 """
 
-from .clip import CLIPS, Aesthetic, Clip, CLIPScore, PickScore, aesthetic_head
-from .counts import Cleaning, Finder, Found, GroundedCounts, clean
-from .pictures import check_pictures, to_pil
-from .vqa import VLMS, VisionLanguage, VQAScore
+from .clip import Clip, aesthetic_score, clip_score, pick_score
+from .counts import Finder, Found, clean, grounded_counts
+from .vqa import VisionLanguage, vqa_score
 
 __all__ = [
-    "CLIPS",
-    "VLMS",
-    "Aesthetic",
-    "CLIPScore",
-    "Cleaning",
     "Clip",
     "Finder",
     "Found",
-    "GroundedCounts",
-    "PickScore",
-    "VQAScore",
     "VisionLanguage",
-    "aesthetic_head",
-    "check_pictures",
+    "aesthetic_score",
     "clean",
-    "to_pil",
+    "clip_score",
+    "grounded_counts",
+    "pick_score",
+    "vqa_score",
 ]

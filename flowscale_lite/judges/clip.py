@@ -1,10 +1,8 @@
-"""Judges that rest on CLIP: CLIPScore, PickScore and an aesthetic score. All have gradients."""
+"""Judges that rest on CLIP: CLIPScore, PickScore and an aesthetic score. All of them have gradients."""
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,50 +10,38 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..rewards import chunked
-from .pictures import Chunked, check_pictures, load_model, pretrained
+from ..rewards import Reward, chunked
+from .pictures import check_pictures, load_model, pretrained
 
 CLIPS = {
-    "clip-l": ("openai/clip-vit-large-patch14", None),
+    "clip-l": ("openai/clip-vit-large-patch14", "openai/clip-vit-large-patch14"),
     "pickscore": ("yuvalkirstain/PickScore_v1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"),
 }
-"""Short names: (weights, tokenizer if it is kept elsewhere)."""
-_MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of CLIP's training pictures
+"""Short names of models: where the weights are, and where the tokenizer is."""
 
 
 @dataclass(frozen=True)
 class Clip:
-    """A CLIP model: pictures and texts as unit vectors of one space.
-
-    Attributes:
-        model: a transformers CLIPModel.
-        tokenizer: its tokenizer.
-    """
+    """A CLIPModel of transformers and its tokenizer: pictures and texts as unit vectors of one space."""
 
     model: Any
     tokenizer: Any
 
     @classmethod
-    def load(
-        cls,
-        name: str | Path = "clip-l",
-        *,
-        tokenizer: str | Path | None = None,
-        device: str = "cpu",
-        dtype: torch.dtype = torch.float32,
-    ) -> Clip:
-        """From a folder, a hub id, or a short name of `CLIPS`. Raises what `pretrained` and `load_model` do."""
+    def load(cls, name: str | Path = "clip-l", *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Clip:
+        """From a folder, a hub id, or a short name of `CLIPS`. Raises what `pictures.load_model` does."""
         from transformers import AutoTokenizer, CLIPModel
 
-        name, elsewhere = CLIPS.get(str(name), (name, None))
-        model = load_model(CLIPModel, name, device, dtype)
-        return cls(model, pretrained(AutoTokenizer, tokenizer or elsewhere or name))
+        weights, tokenizer = CLIPS.get(str(name), (name, name))
+        return cls(load_model(CLIPModel, weights, device, dtype), pretrained(AutoTokenizer, tokenizer))
 
     def pixels(self, images: Tensor) -> Tensor:
         """Pictures (K, 3, H, W) as the model wants them: the middle square, resized and normalised. Differentiable.
 
-        CLIP's own preprocessing without its 8-bit step, so close to it but not to the bit.
+        The processor of transformers rounds to 8 bits on the way, so it has no gradient; this is close to it.
         """
+        from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
         x, size = check_pictures(images).float(), self.model.config.vision_config.image_size
         scale = size / min(x.shape[2:])
         high, wide = (max(size, int(side * scale)) for side in x.shape[2:])
@@ -63,112 +49,61 @@ class Clip:
             x = F.interpolate(x, (high, wide), mode="bicubic", antialias=True).clamp(0, 1)
         top, left = (high - size) // 2, (wide - size) // 2
         x = x[:, :, top : top + size, left : left + size].to(self.model.device)
-        mean, std = (x.new_tensor(v).view(3, 1, 1) for v in (_MEAN, _STD))
+        mean, std = (x.new_tensor(v).view(3, 1, 1) for v in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
         return ((x - mean) / std).to(self.model.dtype)
 
     def pictures(self, images: Tensor) -> Tensor:
-        """(K, 3, H, W) -> unit vectors (K, d), float32."""
-        pooled = self.model.visionload_model(pixel_values=self.pixels(images)).pooler_output
-        return F.normalize(self.model.visual_projection(pooled).float(), dim=-1)
+        """Pictures (K, 3, H, W) as unit vectors (K, d), float32, on the model's device."""
+        features = self.model.get_image_features(pixel_values=self.pixels(images)).pooler_output
+        return F.normalize(features.float(), dim=-1)
 
     @torch.no_grad()
     def text(self, text: str) -> Tensor:
         """A text as a unit vector (d,), float32; cut off at the model's length (77 tokens)."""
         limit = self.model.config.text_config.max_position_embeddings
         tokens = self.tokenizer(text, truncation=True, max_length=limit, return_tensors="pt").to(self.model.device)
-        pooled = self.model.textload_model(
-            input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
-        ).pooler_output
-        return F.normalize(self.model.text_projection(pooled).float(), dim=-1)[0]
+        features = self.model.get_text_features(tokens["input_ids"], tokens["attention_mask"]).pooler_output
+        return F.normalize(features.float(), dim=-1)[0]
 
 
-@dataclass(frozen=True)
-class CLIPScore(Chunked):
-    """2.5 max(cos, 0) of picture and prompt (Hessel et al., arXiv 2104.08718): (K, 3, H, W) -> (K,)."""
+def clip_score(clip: Clip, prompt: str, *, chunk: int = 16) -> Reward:
+    """CLIPScore, 2.5 max(cos, 0) of picture and prompt (Hessel et al., arXiv 2104.08718): (K, 3, H, W) -> (K,).
 
-    clip: Clip
-    prompt: str
-    chunk: int = 16
-
-    @cached_property
-    def _text(self) -> Tensor:
-        return self.clip.text(self.prompt)
-
-    def __call__(self, images: Tensor, /) -> Tensor:
-        cosine = chunked(lambda rows: self.clip.pictures(rows) @ self._text, self.chunk)(images)
-        return 2.5 * cosine.clamp_min(0).to(images.device)
-
-
-@dataclass(frozen=True)
-class PickScore(Chunked):
-    """How much people would like the picture for the prompt (Kirstain et al., arXiv 2305.01569): (K, 3, H, W) -> (K,).
-
-    The scaled cosine of a CLIP-H trained on choices between two pictures; a difference d means that the better one is
-    chosen with probability 1 / (1 + exp(-d)). Of another kind than the counting and answering judges: use it to hold a
-    gain of theirs against, not as the reward.
+    Raises ValueError if `chunk`, the pictures a forward pass, is less than 1.
     """
-
-    clip: Clip
-    prompt: str
-    chunk: int = 16
-
-    @cached_property
-    def _text(self) -> Tensor:
-        return self.clip.text(self.prompt) * self.clip.model.logit_scale.detach().float().exp()
-
-    def __call__(self, images: Tensor, /) -> Tensor:
-        return chunked(lambda rows: self.clip.pictures(rows) @ self._text, self.chunk)(images).to(images.device)
+    text = clip.text(prompt)
+    return chunked(lambda images: 2.5 * (clip.pictures(images) @ text).clamp_min(0).to(images.device), chunk)
 
 
-@dataclass(frozen=True)
-class Aesthetic(Chunked):
-    """An aesthetic score of pictures, whatever the prompt: a head over CLIP's unit vectors. (K, 3, H, W) -> (K,).
+def pick_score(clip: Clip, prompt: str, *, chunk: int = 16) -> Reward:
+    """PickScore, how much people would like the picture for the prompt (Kirstain et al., arXiv 2305.01569).
 
-    The LAION predictor is such a head over "clip-l", on a scale of about 1 to 10. It is published as a pickle: convert
-    it once, with PyTorch's weights-only loader and safetensors' `save_file`, and load it with `aesthetic_head`.
+    It is the scaled cosine of a CLIP-H that was trained on people's choices between two pictures: (K, 3, H, W) -> (K,).
+    A difference d means that the better one is chosen with probability 1 / (1 + exp(-d)). It works unlike the judges
+    that count or answer questions, so use it to check what a search gained by them, and not as the reward.
+
+    Raises ValueError if `chunk`, the pictures a forward pass, is less than 1.
     """
-
-    clip: Clip
-    head: nn.Module
-    chunk: int = 16
-
-    def __call__(self, images: Tensor, /) -> Tensor:
-        return chunked(lambda rows: self.head(self.clip.pictures(rows))[:, 0], self.chunk)(images).to(images.device)
+    text = clip.text(prompt) * clip.model.logit_scale.detach().float().exp()
+    return chunked(lambda images: (clip.pictures(images) @ text).to(images.device), chunk)
 
 
-def aesthetic_head(path: str | Path, clip: Clip) -> nn.Module:
-    """A chain of linear layers read from a safetensors file: a single one, or the MLP of the LAION predictor.
+def aesthetic_score(clip: Clip, head: nn.Module, *, chunk: int = 16) -> Reward:
+    """How good pictures look, whatever the prompt: (K, 3, H, W) -> (K,).
 
-    That MLP has no nonlinearity, and dropout between its layers only, so the shapes in the file say all.
+    Args:
+        clip: the model.
+        head: the model's unit vectors (K, d) -> (K, 1). The LAION predictor is such a head over "clip-l", on a scale of
+            about 1 to 10: linear layers 768-1024-128-64-16-1, with dropout in training and no nonlinearity. It is
+            published as a pickle: convert it once, with PyTorch's weights-only loader and safetensors' `save_file`.
+        chunk: pictures a forward pass.
 
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not safetensors, or the layers do not lead from the CLIP's vectors to one number.
+    Raises ValueError if the head does not lead from the model's vectors to one number each, and for chunk < 1.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no file {path} with an aesthetic head")
+    head = head.eval().requires_grad_(False).to(clip.model.device)
+    vectors = torch.zeros(2, clip.model.config.projection_dim, device=clip.model.device)
     try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is no safetensors file; pickles are not loaded, they can run code") from error
-    names = sorted(
-        (name.removesuffix("weight") for name in tensors if name.endswith("weight")),
-        key=lambda name: [int(n) for n in re.findall(r"\d+", name)],
-    )
-    layers = [_linear(tensors[f"{name}weight"], tensors.get(f"{name}bias")) for name in names]
-    sizes = [clip.model.config.projection_dim, *(layer.out_features for layer in layers)]
-    if not layers or sizes[-1] != 1 or any(layer.in_features != n for layer, n in zip(layers, sizes, strict=False)):
-        shapes = {name: tuple(t.shape) for name, t in tensors.items()}
-        raise ValueError(f"{path} holds no chain of linear layers from {sizes[0]} numbers to one; it holds {shapes}")
-    return nn.Sequential(*layers).requires_grad_(False).to(clip.model.device)
-
-
-def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    if weight.ndim != 2:
-        raise ValueError(f"a linear layer's weight has two dimensions; got {tuple(weight.shape)}")
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
-    layer.load_state_dict({"weight": weight.float()} | ({} if bias is None else {"bias": bias.float()}))
-    return layer
+        head(vectors).view(2, 1)
+    except RuntimeError as error:
+        raise ValueError(f"the head must lead from vectors (K, {vectors.shape[1]}) to (K, 1)") from error
+    return chunked(lambda images: head(clip.pictures(images))[:, 0].to(images.device), chunk)

@@ -1,4 +1,4 @@
-"""Search methods, a file each; RBF's stopping rules are in `stopping`."""
+"""Search methods, a file each: frozen dataclasses, which refuse a field out of range with a ValueError."""
 
 from .beam import Beam
 from .best_of_n import BestOfN
@@ -11,7 +11,3 @@ from .smc import SMC, log_z
 from .stopping import BestOfEnough, BestOfQuota, FirstImprovement
 from .svdd import SVDD
 from .zero_order import ZeroOrder
-
-# fmt: off
-__all__ = ["RBF", "SMC", "SVDD", "Beam", "BestOfEnough", "BestOfN", "BestOfQuota", "Blockwise", "FirstImprovement",
-           "Guide", "Refine", "SearchOverPaths", "ZeroOrder", "log_z"]

@@ -22,10 +22,8 @@ def require_positive(method: object, *names: str) -> None:
 def require_noise(problem: Problem) -> None:
     """Raises ValueError if all candidates from one state coincide."""
     if not problem.kernel.stochastic:
-        raise ValueError(
-            f"under the deterministic kernel {problem.kernel.name!r} all candidates coincide; "
-            "use a stochastic one, such as sde(...) or ddim(1.0)"
-        )
+        name = problem.kernel.name
+        raise ValueError(f"all candidates coincide under the deterministic kernel {name!r}; use ddim(1.0) or sde(...)")
 
 
 def require_posterior_mean(problem: Problem) -> None:

@@ -14,21 +14,17 @@ from .stopping import BestOfEnough
 class Beam:
     """Draws alike from several states and keeps the best candidates, whosever they are.
 
-    A beam forgives an early mistake, where a single chain does not. So it suits multi-step models, whose look-ahead
-    says little near the noise. Quotas roll over as in RBF with `BestOfEnough`, counted for each state.
+    A beam forgives an early mistake, so it suits multi-step models, whose look-ahead says little near the noise. Quotas
+    roll over as in RBF with `BestOfEnough`, counted for each state.
 
     Attributes:
         states: states kept.
         init: initial noises of each, of which the best by look-ahead reward is kept.
         enough: candidates of one state that do for a transition far from the end, see `BestOfEnough`.
-        select_below: time from which candidates are selected. Above it one a state is drawn and none refused, since
-            near t = 1 the look-ahead of a multi-step model says nothing, and to select wastes the budget.
-        narrow: the number of states kept falls geometrically from `states` to 1, so that the look-ahead decides over
-            many states early, and over many candidates of one state late.
+        select_below: time from which candidates are selected. Above it, where the look-ahead of a multi-step model says
+            nothing, one a state is drawn.
+        narrow: the number of states kept falls geometrically from `states` to 1.
         guide: steers each state, once for all its candidates, by the gradient of the look-ahead reward.
-
-    Raises:
-        ValueError: a field is out of range.
     """
 
     states: int = 8
@@ -45,9 +41,8 @@ class Beam:
 
     @classmethod
     def multi_step(cls, max_nfe: int, steps: int = 10, cost: int = 1) -> Beam:
-        """Settings for a model that needs many steps, found on tiny-flux dev in 10 steps: a state for about every 32
-        evaluations (3 a step where steps are more), and selection from t = 0.8 on. To be used with
-        `schedules.logit_normal`, which has its steps there. `cost` is the problem's: NFE of one evaluation."""
+        """Settings found on tiny-flux dev in 10 steps: a state for about every 32 evaluations (3 a step where steps are
+        more), and selection from t = 0.8 on. To be used with `schedules.logit_normal`. `cost` is the problem's."""
         return cls(states=max(2, max_nfe // cost // max(32, 3 * steps)), select_below=0.8)
 
     def check(self, problem: Problem, max_nfe: int) -> None:
@@ -56,9 +51,7 @@ class Beam:
         require_noise(problem)
         price, ahead = problem.look_ahead.price, problem.evaluations_ahead()
         if ahead and not self._selecting(problem):
-            raise ValueError(
-                f"no transition lands at select_below = {self.select_below} or below; times {problem.times}"
-            )
+            raise ValueError(f"no transition lands at select_below = {self.select_below} or below; {problem.times}")
         each = (self.init + ahead) * price + problem.evaluations_kept() + guide_price(self.guide, problem)
         what = f"{self.states} state(s) of {self.init} first noises and a candidate at each of {ahead} transitions"
         require_budget(problem, max_nfe, self.states * each, what)
@@ -69,7 +62,7 @@ class Beam:
 
     def advance(self, p: Particles, run: Run) -> Particles:
         """The best candidates of all states."""
-        ahead = run.evaluations_ahead(p.t)
+        ahead = run.problem.evaluations_ahead(p.t)
         p = run.evaluate(p)
         p = self.guide(p, run) if self.guide else p
         if ahead == 0:
@@ -79,10 +72,10 @@ class Beam:
             return run.score(run.propose(p))
         problem, price, selecting = run.problem, run.problem.look_ahead.price, self._selecting(run.problem)
         # What all transitions that select share, and what is left of it.
-        each = self.init + run.evaluations_ahead() - selecting
+        each = self.init + run.problem.evaluations_ahead() - selecting
         reserved = each * price + problem.evaluations_kept() + guide_price(self.guide, problem)
         share = run.max_nfe // problem.cost - self.states * reserved
-        kept = round(self.states ** ((ahead - 1) / run.evaluations_ahead())) if self.narrow else self.states
+        kept = round(self.states ** ((ahead - 1) / run.problem.evaluations_ahead())) if self.narrow else self.states
         left = run.evaluations_left - kept * (problem.evaluations_kept(s) + guide_price(self.guide, problem, s))
         quota = left - share * (ahead - 1) // selecting
         k = len(p) * price

@@ -19,9 +19,6 @@ class BestOfN:
         n: number of samples; None for as many as the budget pays for, less than one being left.
         init: initial noises of each sample, of which the best by look-ahead reward is kept; 1 does not look ahead.
         guide: steers every sample by the gradient of the look-ahead reward: DPS (Chung et al., arXiv 2209.14687).
-
-    Raises:
-        ValueError: n or init is below 1.
     """
 
     n: int | None = None

@@ -19,11 +19,7 @@ class Blockwise:
         chains: states kept.
         init: initial noises of each chain, of which the best by look-ahead reward is kept.
         block: transitions from one choice to the next; the last block may be shorter.
-        copies: branches of a state; None divides what the budget leaves equally among transitions, and spends all but
-            less than one branch of the last block for every chain.
-
-    Raises:
-        ValueError: a field is below 1.
+        copies: branches of a state; None divides what the budget leaves equally among transitions.
     """
 
     chains: int = 2
@@ -47,7 +43,7 @@ class Blockwise:
 
     def advance(self, p: Particles, run: Run) -> Particles:
         """The best branch of each, a block later."""
-        ahead = run.evaluations_ahead(p.t)
+        ahead = run.problem.evaluations_ahead(p.t)
         if ahead == 0:
             return run.propose(p)
         q = run.propose(p, self.copies or run.evaluations_left // (self.chains * ahead))

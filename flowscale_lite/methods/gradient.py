@@ -17,24 +17,16 @@ class Guide:
 
     With strength 1/tau this approximates the score of p(x0) exp(r(x0)/tau), exactly so where the data are Gaussian and
     the reward linear. In terms of posterior means it moves x0 by strength sigma^2/alpha times the gradient and takes
-    the noise that x leaves, eps' = (x - alpha x0')/sigma; velocity, and so every kernel, follow.
-
-    Near the noise the factor 1/alpha grows without bound, while the true gradient vanishes in proportion to alpha and
-    a model's errors in it do not: below `floor` the factor stays at 1/floor, which fades the strength out by
-    alpha/floor and is finite at alpha = 0.
-
-    Not steered is the last transition, to t = 0: a step along the gradient would remain in the sample as it is.
-    A reward of steps, such as a rounded one, has gradient 0 and steers nowhere.
+    the noise that x leaves, eps' = (x - alpha x0')/sigma; velocity, and so every kernel, follow. The last transition,
+    to t = 0, is not steered: a step along the gradient would remain in the sample as it is.
 
     Attributes:
         strength: of the gradient, an inverse temperature; or, if normalised, a length.
         normalised: instead moves x0 by strength sigma in the gradient's direction (root mean square over a sample's
             numbers), however long the gradient is; no floor is needed.
         below: the time from which particles are steered.
-        floor: least alpha in the factor 1/alpha.
-
-    Raises:
-        ValueError: a field is out of range.
+        floor: least alpha in the factor 1/alpha. Near the noise a model's errors in the gradient would grow without
+            bound; below the floor the strength fades out by alpha/floor instead.
     """
 
     strength: float = 1.0
@@ -50,10 +42,7 @@ class Guide:
                 raise ValueError(f"{name} must lie in (0, 1]; got {value}")
 
     def __call__(self, p: Particles, run: Run) -> Particles:
-        """The particles, unscored, with their velocity and posterior mean steered; as they are where none is.
-
-        A steered row costs the evaluations of `Run.gradient` and one reward call.
-        """
+        """The particles, unscored, with velocity and estimate steered where due, at the price of `Run.gradient`."""
         if p.t > self.below or run.next_time(p.t) == 0:
             return p
         p = run.evaluate(p)
@@ -67,25 +56,18 @@ class Guide:
         v = p.v - (a * ds - da * s) / s * shift
         return replace(p, v=v, x0=p.x0 + shift, reward=p.reward * math.nan)
 
-    def cost(self, problem: Problem, t: float | None = None) -> int:
-        """Evaluations that steering one particle from time t (None: from the start) to the end costs."""
+    def price(self, problem: Problem, t: float | None = None) -> int:
+        """Evaluations that steering one particle from time t (None: from the start) to the end costs.
+
+        Raises ValueError: from the start on, nothing would be steered.
+        """
         start = self.below if t is None else min(t, self.below)
         steered = sum(u <= start and s > 0 for u, s in pairwise(problem.times))
+        if t is None and steered == 0:
+            raise ValueError(f"nothing to steer: no transition but the last starts at below = {self.below:g} or later")
         return steered * problem.gradient_cost * problem.look_ahead.price
-
-    def check(self, problem: Problem) -> None:
-        """Raises ValueError if no transition would be steered."""
-        if self.cost(problem) == 0:
-            raise ValueError(
-                f"nothing to steer: no transition but the last starts at below = {self.below:g} or later; "
-                f"times {problem.times}"
-            )
 
 
 def guide_price(guide: Guide | None, problem: Problem, t: float | None = None) -> int:
-    """Evaluations that steering one particle will cost ahead of time t (None: from the start, and checked)."""
-    if guide is None:
-        return 0
-    if t is None:
-        guide.check(problem)
-    return guide.cost(problem, t)
+    """`Guide.price`; 0 without a guide."""
+    return 0 if guide is None else guide.price(problem, t)

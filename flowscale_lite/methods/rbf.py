@@ -21,21 +21,13 @@ class RBF:
     record is the best reward accepted so far. If the quota is spent without such a candidate, the best of the
     transition is taken. The default rule draws enough candidates and takes the best of them.
 
-    The step to t = 0 needs no velocity and is free, so a schedule of N intervals has N - 1 transitions to pay for. The
-    quotas are the budget after the first noises divided among those, remainder included.
-
     Attributes:
         init: initial noises of each chain, of which the best by look-ahead reward is kept.
         rule: when to stop drawing, see `methods.stopping`.
-        batch: candidates drawn and evaluated at a time. Every row evaluated is charged, so with FirstImprovement up to
-            batch - 1 of them are speculation. 1 wastes none.
+        batch: candidates drawn and evaluated at a time. With FirstImprovement up to batch - 1 of them are speculation.
         chains: searches that share the budget equally; the best finished sample is returned.
-        finish: the last transition to pay for spends all that is left and takes the best, whatever the rule: there is
-            nothing later to save for. False reports what the rule does not spend as left.
+        finish: the last transition to pay for spends all that is left and takes the best, whatever the rule.
         guide: steers each accepted state, once for all its candidates, by the gradient of the look-ahead reward.
-
-    Raises:
-        ValueError: init, batch or chains is below 1.
     """
 
     init: int = 4
@@ -50,15 +42,13 @@ class RBF:
 
     @classmethod
     def published(cls, init: int = 25, chains: int = 2, batch: int = 1) -> RBF:
-        """The paper's rule with the settings of its public code: two chains of 25 first noises, one draw at a time, the
-        first improvement, and all that is left in the last transition."""
+        """The settings of the paper's public code: two chains of 25 first noises, first improvement, a finish."""
         return cls(init=init, rule=FirstImprovement(), chains=chains, batch=batch)
 
     @classmethod
     def few_step(cls, max_nfe: int, cost: int = 1) -> RBF:
-        """Settings for a few-step model, found on tiny-flux schnell: a quarter of the budget on first noises, whose
-        look-ahead already tells much, then the first improvement. To be used with the paper's VP-SDE,
-        `sde(vp_diffusion())` on `paper_vp(steps, finish=1)`. `cost` is the problem's: NFE of one evaluation."""
+        """Settings found on tiny-flux schnell: a quarter of the budget on first noises, then first improvements. To be
+        used with the VP-SDE, `sde(vp_diffusion())` on `paper_vp(steps)`. `cost` is the problem's."""
         return cls(init=max(1, max_nfe // cost // 4), rule=FirstImprovement())
 
     def check(self, problem: Problem, max_nfe: int) -> None:
@@ -79,7 +69,7 @@ class RBF:
 
     def advance(self, p: Particles, run: Run) -> Particles:
         """One accepted candidate for every chain."""
-        if run.evaluations_ahead(p.t) == 0:  # the step to t = 0 is free
+        if run.problem.evaluations_ahead(p.t) == 0:  # the step to t = 0 is free
             return run.propose(p)
         p = run.evaluate(p)
         p = self.guide(p, run) if self.guide else p
@@ -88,9 +78,10 @@ class RBF:
 
     def _accept(self, p: Particles, run: Run) -> Particles:
         """The paper's algorithm: one transition of one chain."""
-        ahead, price = run.evaluations_ahead(p.t), run.problem.look_ahead.price
-        record, share, left = (p.carry[name].item() for name in ("record", "share", "left"))
-        quota = left - share * (ahead - 1) // run.evaluations_ahead()  # an equal share, and what rolled over
+        ahead, price = run.problem.evaluations_ahead(p.t), run.problem.look_ahead.price
+        record = float(p.carry["record"])
+        share, left = (int(p.carry[name]) for name in ("share", "left"))
+        quota = left - share * (ahead - 1) // run.problem.evaluations_ahead()  # an equal share, and what rolled over
         last = self.finish and ahead == 1
         most = self.rule.most(quota // price, left // price, ahead)
         best, drawn, taken = None, 0, None

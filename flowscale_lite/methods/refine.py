@@ -21,19 +21,13 @@ class Refine:
     from there. If its reward is better it is the new record holder. Levels are the schedule's times after the first, an
     equal part of the budget each: high ones may change what is there, low ones how it looks. When the budget is spent,
     the record holder's estimate is the sample. So this is for few-step models, whose posterior mean is a sharp picture;
-    a multi-step model needs a look-ahead that ends in one. A trajectory has as many chances as steps, and a new draw
-    changes all of it. Here any number of tries can put right one region and leave the others as they are. The problem's
-    kernel is not used.
+    a multi-step model needs a look-ahead that ends in one. The problem's kernel is not used.
 
     Attributes:
         init: initial noises, of which the best by look-ahead reward is the first record holder.
         share: of the regions that are redrawn in a try, at least one.
-        cells: regions along each side of a sample, or as many as it has entries. A sample (C, H, W) is cut along H and
-            W, one of fewer axes along all of them.
+        cells: regions along each side of a sample: (C, H, W) is cut along H and W, one of fewer axes along all of them.
         batch: tries evaluated at a time, of which the best counts; 1 wastes none.
-
-    Raises:
-        ValueError: a field is out of range.
     """
 
     init: int = 4
@@ -48,8 +42,7 @@ class Refine:
 
     @classmethod
     def few_step(cls, max_nfe: int, cost: int = 1) -> Refine:
-        """Settings for a few-step model, found on tiny-flux schnell: a quarter of the budget on first noises; to be
-        used with `schedules.levels`. `cost` is the problem's: NFE of one evaluation."""
+        """Settings found on tiny-flux schnell: a quarter of the budget on first noises; for `schedules.levels`."""
         return cls(init=max(1, max_nfe // cost // 4))
 
     def check(self, problem: Problem, max_nfe: int) -> None:

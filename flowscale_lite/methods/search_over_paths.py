@@ -13,19 +13,14 @@ from ._common import best_noises, require_budget, require_positive, require_post
 class SearchOverPaths:
     """Keeps a few paths: again and again renoises copies of each up, runs the ODE further down, and keeps the best.
 
-    All moves are along the schedule. The first leg runs the ODE down `down` intervals from noise; every later one goes
-    up `up` and down `down` intervals, and the best look-ahead rewards of all copies, whosever they are, are kept.
-    Noise enters by renoising alone, so the problem's kernel is not used.
+    The first leg runs the ODE down `down` intervals of the schedule from noise. Every later one goes up `up` and down
+    `down` intervals, and the best of all copies are kept. The problem's kernel is not used.
 
     Attributes:
         paths: states kept.
-        copies: renoised copies of a path in each leg; None divides what the budget leaves equally among evaluations,
-            and spends all but less than one copy of every path through the last leg.
+        copies: renoised copies of a path in each leg; None divides what the budget leaves equally.
         init: initial noises of each path, of which the best by look-ahead reward is kept.
         up, down: intervals of the schedule, up < down.
-
-    Raises:
-        ValueError: a field is below 1, or up is not below down.
     """
 
     paths: int = 2

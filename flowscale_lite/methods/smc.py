@@ -19,35 +19,27 @@ class SMC:
     """Weighted particles that follow the law p(x0) exp(r(x0)/tau): a sampler, where the other methods only search.
 
     At each time a particle of look-ahead reward v has the potential exp(f), f = lambda(t) v/tau with
-    lambda(t) = (1 - t)^tempering. Its weight is multiplied by a gain; the gains of every line of descent multiply to
-    exp(r/tau) of its finished sample, so the target is the same whatever the options, and only the variance differs.
-    When the effective sample size falls below `threshold`, particles are resampled and their weights made equal;
-    otherwise they keep their weights. Exact up to the number of particles and the kernel's own error.
-
-    Sources: twisted SMC for diffusion (Wu et al., arXiv 2306.17775), tempering (DAS, Kim et al., arXiv 2501.05803), the
-    gains "max" and "sum" (Feynman-Kac steering, Singhal et al., arXiv 2501.06848).
+    lambda(t) = (1 - t)^tempering. Its weight is multiplied by exp of the gain in f since the time before. The gains of
+    every line of descent multiply to exp(r/tau) of its finished sample, so the target is the same whatever the options,
+    and only the variance differs. When the effective sample size falls below `threshold`, particles are resampled and
+    their weights made equal. Sources: twisted SMC for diffusion (Wu et al., arXiv 2306.17775), tempering (DAS, Kim et
+    al., arXiv 2501.05803).
 
     Attributes:
         particles: their number K; None for as many as the budget pays for, less than one being left.
         tau: temperature.
         scheme: of resampling, a name in `resampling.SCHEMES`.
         threshold: fraction of K; 0 never resamples (importance sampling), 1 does so whenever the weights differ.
-        potential: the gain is exp of the "difference" of f from the time before; or of the "max" or the "sum" of f so
-            far, which favour early promise, with the finished sample's gain correcting for all before it.
         tempering: exponent of lambda; 0 weighs at full strength from the start, 1 lets the strength grow linearly.
         init: initial noises for each particle; K of them are drawn by weight, which leaves the target as it is.
-        guide: steers the particles by the gradient of the look-ahead reward. Their weights are multiplied by the ratio
-            of the unguided and the guided transition density, so the target is the same.
-
-    Raises:
-        ValueError: a field is out of range.
+        guide: steers the particles by the gradient of the look-ahead reward; weights correct for it, so that the target
+            is the same.
     """
 
     particles: int | None = None
     tau: float = 1.0
     scheme: Literal["multinomial", "stratified", "systematic", "residual"] = "systematic"
     threshold: float = 0.5
-    potential: Literal["difference", "max", "sum"] = "difference"
     tempering: float = 0.0
     init: int = 1
     guide: Guide | None = None
@@ -60,8 +52,6 @@ class SMC:
             raise ValueError(f"scheme must be one of {', '.join(SCHEMES)}; got {self.scheme!r}")
         if not 0 <= self.threshold <= 1:
             raise ValueError(f"threshold must lie in [0, 1]; got {self.threshold}")
-        if self.potential not in ("difference", "max", "sum"):
-            raise ValueError(f'potential must be "difference", "max" or "sum"; got {self.potential!r}')
         if not 0 <= self.tempering < math.inf:
             raise ValueError(f"tempering must not be negative; got {self.tempering}")
 
@@ -77,8 +67,7 @@ class SMC:
         k = self.particles or run.evaluations_left // self._price(run.problem)
         p = run.score(run.start(k * self.init))
         zero = torch.zeros_like(p.reward)
-        worst = torch.full_like(zero, -math.inf) if self.potential == "max" else zero
-        p = self._weigh(replace(p, carry={"log_z": zero, "gains": zero, "history": worst}))
+        p = self._weigh(replace(p, carry={"log_z": zero, "potential": zero}))
         return p if self.init == 1 else self._resample(p, k, run)
 
     def advance(self, p: Particles, run: Run) -> Particles:
@@ -108,10 +97,9 @@ class SMC:
 
     def _weigh(self, p: Particles) -> Particles:
         """Multiplies the weights by the gains."""
-        f, gains, history = (1 - p.t) ** self.tempering * p.reward / self.tau, p.carry["gains"], p.carry["history"]
-        history = torch.maximum(history, f) if self.potential == "max" else history + f
-        gain = f - gains if self.potential == "difference" or p.t == 0 else history
-        return replace(p, logw=p.logw + gain, carry={**p.carry, "gains": gains + gain, "history": history})
+        f = (1 - p.t) ** self.tempering * p.reward / self.tau
+        gain = f - p.carry["potential"]
+        return replace(p, logw=p.logw + gain, carry={**p.carry, "potential": f})
 
     def _resample(self, p: Particles, k: int, run: Run) -> Particles:
         """k particles of equal weight; the mean weight goes into the estimate of the normalising constant."""
@@ -122,10 +110,7 @@ class SMC:
 def log_z(p: Particles) -> float:
     """Log of the estimate of E_p[exp(r/tau)], the normalising constant, from SMC's particles, `Result.particles`.
 
-    The estimate itself, not its logarithm, is unbiased.
-
-    Raises:
-        ValueError: the particles are another method's.
+    The estimate itself, not its logarithm, is unbiased. Raises ValueError: the particles are another method's.
     """
     if "log_z" not in p.carry:
         raise ValueError("only particles of SMC carry an estimate of the normalising constant")

@@ -1,4 +1,4 @@
-"""RBF's stopping rules: how many of a quota's candidates are drawn, and which of them is taken at once."""
+"""RBF's stopping rules: how many of a quota's candidates are drawn, and which is taken at once."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ class Rule(Protocol):
     """When a transition has drawn enough candidates."""
 
     def most(self, quota: int, left: int, ahead: int) -> int:
-        """The most candidates to draw, up to the `quota` of this transition. `left` is for all transitions left, of
-        which there are `ahead`, this one included."""
+        """The most candidates to draw of the `quota`; `left` are for all `ahead` transitions left, with this one."""
         ...
 
     def take(self, rewards: Tensor, record: float) -> int | None:
@@ -52,14 +51,8 @@ class BestOfEnough:
 
     The best of n grows slowly with n, and the noise of the next transition covers most of what a choice gains. The last
     choice is not covered by any noise. So late transitions get more: with a transitions left, this one included, at
-    least left / 4^(a - 1) candidates are drawn, if the quota allows it.
-
-    Attributes:
-        enough: candidates of one state. 24 is a balance: closed-form flows do better with 16 (`tools.runs.toy_table`),
-            pictures worse (`tools.runs.results`).
-
-    Raises:
-        ValueError: enough is below 1.
+    least left / 4^(a - 1) candidates are drawn, if the quota allows it. 24 are a balance: closed-form flows do better
+    with 16 (`tools.runs.toy_table`), pictures worse (`tools.runs.results`).
     """
 
     enough: int = 24

@@ -19,12 +19,8 @@ class SVDD:
     Attributes:
         chains: states kept.
         init: initial noises of each chain, of which the best by look-ahead reward is kept.
-        copies: children of a state at each transition; None divides what the budget leaves equally among transitions,
-            and spends all but less than one child for every chain.
+        copies: children of a state at each transition; None divides what the budget leaves equally among transitions.
         guide: steers each chain's state, once for all its children, by the gradient of the look-ahead reward.
-
-    Raises:
-        ValueError: a field is below 1.
     """
 
     chains: int = 2
@@ -48,7 +44,7 @@ class SVDD:
 
     def advance(self, p: Particles, run: Run) -> Particles:
         """The best child of each."""
-        ahead = run.evaluations_ahead(p.t)
+        ahead = run.problem.evaluations_ahead(p.t)
         if ahead == 0:
             return run.propose(p)
         p = run.evaluate(p)

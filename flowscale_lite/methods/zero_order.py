@@ -16,18 +16,13 @@ from ._common import best_noises, evaluations_at_noise, require_budget, require_
 class ZeroOrder:
     """Hill climbing on the initial noise: samples its neighbours' noises by the ODE, moves to the best, and so on.
 
-    A neighbour of noise n is sqrt(1 - radius^2) n + radius z with fresh noise z: from Gaussian noise it makes Gaussian
-    noise, of the same expected norm, whatever the radius. (A plain sum n + radius z would inflate it round by round.)
-    Rounds go on until the budget is spent but for less than one sample; the best sample of all rounds is returned. The
-    samples are the ODE's, so the problem's kernel is not used, and the rounds all start at the schedule's first time.
+    A neighbour of noise n is sqrt(1 - radius^2) n + radius z with fresh noise z, which is Gaussian like n. Rounds go on
+    until the budget is spent; the best sample of all rounds is returned. The problem's kernel is not used.
 
     Attributes:
         neighbours: noises a round.
         radius: 1 draws afresh (best-of-N); near 0 neighbours hardly differ.
         init: initial noises, of which the best by look-ahead reward is the first to be sampled.
-
-    Raises:
-        ValueError: a field is out of range.
     """
 
     neighbours: int = 4
@@ -57,7 +52,7 @@ class ZeroOrder:
         q = run.score(p).best()
         carry = {"pivot": noise[q.parent], "sample": q.x, "record": q.reward}
         carry = carry if q.reward > q.carry["record"] else q.carry
-        n = min(self.neighbours, run.evaluations_left // (1 + run.evaluations_ahead()))
+        n = min(self.neighbours, run.evaluations_left // (1 + run.problem.evaluations_ahead()))
         if n == 0:
             return replace(q, x=carry["sample"], x0=carry["sample"], reward=carry["record"])
         near = math.sqrt(1 - self.radius**2) * carry["pivot"] + self.radius * run.noise(n)

@@ -1,18 +1,32 @@
-"""Where the files that the project ships are found: the `data` folder of the clone, or FLOWSCALE_DATA."""
+"""Where the files that this project ships are found: tiny-flux, the held-out judge, the prompts, the stored runs."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
+PACKAGE = Path(__file__).resolve().parents[1]
+
 
 def locate(name: str) -> Path:
     """The path of a shipped file or folder, e.g. locate("tiny-flux/dev").
 
+    It is looked for in the folder that the environment variable FLOWSCALE_DATA names. Where that is not set, an
+    installed package looks in its own `data` folder, and a clone of the repository in the clone's. The stored runs,
+    `results`, are in the repository only.
+
     Raises:
-        FileNotFoundError: it is not there; the message says where it was looked for.
+        FileNotFoundError: it is not there. The message says where it was looked for and what to do.
     """
-    root = Path(os.environ.get("FLOWSCALE_DATA", Path(__file__).resolve().parents[2] / "data"))
-    if not (root / name).exists():
-        raise FileNotFoundError(f"no {name} in {root}: clone the repository, or set FLOWSCALE_DATA to its data folder")
-    return root / name
+    chosen = os.environ.get("FLOWSCALE_DATA")
+    installed = (PACKAGE / "data").is_dir()
+    if chosen:
+        folder = Path(chosen)
+    else:
+        folder = PACKAGE / "data" if installed else PACKAGE.parent / "data"
+    if (folder / name).exists():
+        return folder / name
+    where = f"{folder}, which FLOWSCALE_DATA names" if chosen else str(folder)
+    if installed and name.startswith("results"):
+        where += "; stored runs are in the repository, not in the installed package"
+    raise FileNotFoundError(f"no {name} in {where}: clone the repository and set FLOWSCALE_DATA to its data folder")

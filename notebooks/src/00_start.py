@@ -38,7 +38,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-from flowscale_lite import RBF, BestOfN, ode, paper_vp, plots, sde, search, vp_diffusion
+from flowscale_lite import RBF, BestOfN, ode, paper_vp, plots, sde, search, steps, vp_diffusion
 from flowscale_lite.experiments import clustered_mean, paired_difference, read
 from flowscale_lite.flux import FlowModel, load
 from flowscale_lite.tiny import shapes
@@ -72,7 +72,7 @@ pictures = pipe(TEXT, num_images_per_prompt=4, generator=generator, output_type=
 # It is 0 when every count is right. The reward that we optimise is a smooth version, in which a blurred object counts for less than one; you will see why
 # in notebook 03.
 
-# %%
+# %% alt="Four plain samples for the prompt, with what the counter sees in each: all four miscount."
 scene = shapes.parse(TEXT)
 reward = shapes.CountReward(scene)
 
@@ -85,9 +85,9 @@ def describe(picture):
 
 
 fig, axes = plt.subplots(1, 4, figsize=(10, 3))
-for ax, picture, r in zip(axes, pictures, reward(pictures), strict=True):
-    plots.picture(ax, picture, f"reward {r:.1f}\n" + describe(picture).replace(", ", "\n"))
-plots.show(fig, alt="Four plain samples for the prompt, with what the counter sees in each: all four miscount.")
+seen = [describe(picture).replace(", ", "\n") for picture in pictures]
+plots.strip(axes, pictures, [f"reward {r:.1f}\n{what}" for r, what in zip(reward(pictures), seen, strict=True)])
+plt.show()
 assert not shapes.exact(scene, pictures).any()
 
 # %% [markdown]
@@ -125,14 +125,11 @@ assert torch.allclose(prompt.decode(latents), pictures, atol=1e-4), "our loop an
 # Nothing is hidden: these few lines give diffusers' pictures. And the guesses on the way are worth a look, for a search must tell a good start
 # from a bad one long before the picture is done.
 
-# %%
+# %% alt="Posterior mean of the first sample at ten times: coarse shapes already at t = 1, clear ones towards t = 0."
 fig, axes = plt.subplots(1, 10, figsize=(12, 1.7))
-for ax, t, guess in zip(axes, times, guesses, strict=False):
-    plots.picture(ax, prompt.decode(guess[:1])[0], f"t = {t:.2f}")
-plots.show(
-    fig,
-    alt="Posterior mean of the first sample at ten times: coarse shapes already at t = 1, clear ones towards t = 0.",
-)
+first = torch.cat([prompt.decode(guess[:1]) for guess in guesses])
+plots.strip(axes, first, [f"t = {t:.2f}" for t in times[:10]])
+plt.show()
 
 # %% [markdown]
 # The first guess, made from pure noise, is nearly a picture: that is what "few-step" means, and what a search can use.
@@ -152,19 +149,17 @@ problems = {"best-of-N": prompt.problem(reward, ode), "RBF": prompt.problem(rewa
 methods = {"best-of-N": BestOfN(), "RBF": RBF.few_step(budget)}
 found, film = {}, []
 for name, method in methods.items():
-    generator = torch.Generator().manual_seed(3)
-    watch = (lambda p, run: film.append((p.t, p.best().x0))) if name == "RBF" else None
-    found[name] = search(problems[name], method, max_nfe=budget, generator=generator, on_step=watch)
+    run = steps(problems[name], method, max_nfe=budget, generator=torch.Generator().manual_seed(3))
+    for step in run:  # a search is stepped; what it keeps after each step is in run.particles
+        if name == "RBF":
+            film.append((step.t, run.particles.best().x0))
+    found[name] = run.result()
 for name, result in found.items():
     print(f"{name:10} reward {result.reward:6.2f}   NFE {result.nfe}   reward calls {result.reward_calls}")
 
-# %%
+# %% alt="Left the plain sample, middle RBF's picture after 250 NFE, right the look-ahead reward of what it kept: it falls at first and ends near 0."
 fig = plots.before_after(pictures[0], prompt.decode(found["RBF"].best[None])[0], found["RBF"], title=TEXT)
-plots.show(
-    fig,
-    alt="Left the plain sample, middle RBF's picture after 250 NFE, right the look-ahead reward of what it kept: it "
-    "falls at first and ends near 0.",
-)
+plt.show()
 
 # %% [markdown]
 # This is one seed, number 3, and one on which RBF succeeds. Others do not all end so well:
@@ -182,7 +177,7 @@ for seed in range(4):
 # drawn there. (It ends with two points at 250 NFE, for the step to $t = 0$ is free.) Move along the path yourself; the strip below shows the same without
 # a widget. The paper's grid begins just short of $t = 1$, at the noisiest state of another interpolant (notebook 05), and its steps are small early.
 
-# %%
+# %% alt="The posterior mean that RBF kept at the step chosen."
 strip = torch.cat([prompt.decode(x0) for _, x0 in film])
 
 
@@ -190,7 +185,7 @@ def show_step(step=0):
     """The posterior mean that RBF kept at one step."""
     fig, ax = plt.subplots(figsize=(2.4, 2.6))
     plots.picture(ax, strip[step], f"t = {film[step][0]:.4g}: reward {float(reward(strip[step : step + 1])):.2f}")
-    plots.show(fig, alt=f"The posterior mean that RBF kept at step {step}.")
+    plt.show()
 
 
 try:
@@ -200,15 +195,10 @@ try:
 except ImportError:
     show_step()
 
-# %%
+# %% alt="The posterior means that RBF kept, one a step: objects come, go and change their kind for most of the way, and the counts are right only in the last two."
 fig, axes = plt.subplots(1, len(film), figsize=(12, 1.7))
-for ax, (t, _), picture in zip(axes, film, strip, strict=True):
-    plots.picture(ax, picture, f"t = {t:.4g}")
-plots.show(
-    fig,
-    alt="The posterior means that RBF kept, one a step: objects come, go and change their kind for most of the way, "
-    "and the counts are right only in the last two.",
-)
+plots.strip(axes, strip, [f"t = {t:.4g}" for t, _ in film])
+plt.show()
 print(f"of the {len(film)} pictures, exactly right: number", *(1 + np.flatnonzero(shapes.exact(scene, strip))))
 
 # %% [markdown]
@@ -277,7 +267,7 @@ for name in names[:2]:
 # A search gives you what you ask for. Ask only that there be nine objects in all, and it will not care of which kinds: the reward is perfect, the picture wrong.
 
 
-# %%
+# %% alt="Nine objects, as the prompt has in all, but few of the kinds that it asks for: the reward is near zero, the picture wrong."
 def nine_things(pictures):
     """Minus the squared error of the total number of objects, whatever their kind: (K,)."""
     total = shapes.soft_count(shapes.detect(pictures)).sum(1)
@@ -290,11 +280,7 @@ fooled = prompt.decode(result.best[None])
 assert result.reward > -0.3 and shapes.count(fooled).sum() == 9 and not shapes.exact(scene, fooled)[0]
 fig, ax = plt.subplots(figsize=(2.6, 2.8))
 plots.picture(ax, fooled[0], f"reward {result.reward:.2f}\n" + describe(fooled[0]).replace(", ", "\n"))
-plots.show(
-    fig,
-    alt="Nine objects, as the prompt has in all, but few of the kinds that it asks for: the reward is near zero, the "
-    "picture wrong.",
-)
+plt.show()
 
 # %% [markdown]
 # ### Exercise 1: what a budget buys (difficulty 1 of 5, 5 minutes)

@@ -91,7 +91,7 @@ PATHS = {"linear": LINEAR, "VP": VP, "cosine": COSINE}
 # FLUX and Stable Diffusion 3 use the linear path. VP ("variance preserving") is that of the diffusion models before them.
 
 
-# %%
+# %% alt="Signal level falling from 1 to 0 and noise level rising from 0 to 1 on the linear, VP and cosine path."
 def levels(name, t):
     """alpha and sigma of (1.2) at times t, elementwise."""
     if name == "linear":
@@ -113,9 +113,7 @@ for ax, name in zip(axes, PATHS, strict=True):
         ax.plot(t, level, label=label)
     ax.set(title=name, xlabel="t")
 axes[0].legend(fontsize=8)
-plots.show(
-    fig, alt="Signal level falling from 1 to 0 and noise level rising from 0 to 1 on the linear, VP and cosine path."
-)
+plt.show()
 
 # %% [markdown]
 # Our data is a mixture of three Gaussians in the plane, with unequal weights. Two dimensions can be drawn, and a mixture can be solved exactly, so that we shall
@@ -142,7 +140,7 @@ def cloud(ax, x, kind, size=5, **style):
     ax.set(xlim=(-3.2, 3.2), ylim=(-3.2, 3.2), aspect="equal")
 
 
-# %%
+# %% alt="The data, three separate clouds at t = 0, melts into one round cloud of noise at t = 1; linear path."
 generator = torch.Generator().manual_seed(0)
 x0 = mixture.sample(600, generator)
 eps = torch.randn(x0.shape, generator=generator)
@@ -151,9 +149,7 @@ for ax, time in zip(axes, (0.0, 0.3, 0.6, 1.0), strict=True):
     a, s = levels("linear", torch.tensor(time))
     cloud(ax, a * x0 + s * eps, mode(x0))
     ax.set_title(f"t = {time:g}")
-plots.show(
-    fig, alt="The data, three separate clouds at t = 0, melts into one round cloud of noise at t = 1; linear path."
-)
+plt.show()
 
 # %% [markdown]
 # Read the row from right to left: that is what a sampler must achieve. At $t = 1$ nothing tells the three components apart; at $t = 0.3$ they have parted.
@@ -264,7 +260,7 @@ assert ((average - exact).abs() < 4 * error).all(), "the average velocity is not
 x, y = exact.tolist()
 print(f"average over pairs ({average[0]:.3f}, {average[1]:.3f}); the package's velocity ({x:.3f}, {y:.3f})")
 
-# %%
+# %% alt="Sixty grey lines from data points of all three clouds cross at one point at time 0.6; a black arrow shows minus their average velocity, which points between two of the clouds and is shorter than most lines."
 rows = torch.multinomial(w, 60, generator=generator)
 fig, ax = plt.subplots(figsize=(4.6, 4.2))
 for pair in rows:
@@ -275,11 +271,7 @@ arrow = {"angles": "xy", "scale_units": "xy", "scale": 1, "width": 0.012, "zorde
 ax.quiver(*here, *(-exact), color="black", **arrow)
 ax.scatter(*here, color="white", edgecolors="black", s=50, zorder=4)
 ax.set(xlim=(-3.2, 3.2), ylim=(-3.2, 3.2), aspect="equal", title="pairs through one point at t = 0.6")
-plots.show(
-    fig,
-    alt="Sixty grey lines from data points of all three clouds cross at one point at time 0.6; a black arrow shows "
-    "minus their average velocity, which points between two of the clouds and is shorter than most lines.",
-)
+plt.show()
 
 # %% [markdown]
 # Each grey line is one pair that passes through the white dot at $t = 0.6$: a marker at its data point, the other end at its noise. The black arrow is minus the average velocity, the way a sampler will go
@@ -571,7 +563,7 @@ error = (WEIGHTS * (1 - WEIGHTS) / len(noise)).sqrt()
 assert ((arrived - WEIGHTS).abs() < 4 * error).all(), "the flow fills the components in the wrong proportion"
 print("share of samples in each component:", [f"{p:.2f}" for p in arrived], "wanted:", WEIGHTS.tolist())
 
-# %%
+# %% alt="Left, straight lines between random noise points and data points cross everywhere. Right, the flow's trajectories from noise to the three clouds bend, and few cross; each cloud is fed from its own side."
 fig, axes = plt.subplots(1, 2, figsize=(7.5, 3.8), sharey=True)
 kinds = mode(road[-1])
 for k in range(90):
@@ -584,11 +576,7 @@ for ax, start in zip(axes, (eps, noise), strict=True):
     ax.scatter(*start[:90].T, s=5, color="black", zorder=3)
 axes[0].set_title("pairs: straight, crossing")
 axes[1].set_title("the flow: bent")
-plots.show(
-    fig,
-    alt="Left, straight lines between random noise points and data points cross everywhere. Right, the flow's "
-    "trajectories from noise to the three clouds bend, and few cross; each cloud is fed from its own side.",
-)
+plt.show()
 
 # %% [markdown]
 # Both pictures lead from black noise points to coloured data points, and at every time the two crowds have the same density $p_t$. Yet on the left many pairs go through one place and time, each its own way, because noise and data were paired at random. On the right two roads may
@@ -622,20 +610,15 @@ for name, path in PATHS.items():
     print(f"{name:6}: 8 steps err by {errors[name][2]:.3f} and send {lost} of 300 to a wrong component;", end=" ")
     print(f"256 steps have {ratios[-1]:.2f} of the error of 128")
 
-# %%
+# %% alt="Error of Euler's method against the number of steps on log axes: from 8 steps on three nearly parallel lines of slope -1. VP's line starts highest, falls steeply and crosses the linear path's between 4 and 8 steps."
 fig, ax = plt.subplots(figsize=(5.2, 3.4))
 for (name, values), marker in zip(errors.items(), "osv", strict=True):
     ax.loglog(STEPS, values, marker=marker, markersize=4, label=name)
 ax.loglog(STEPS[2:], [2 / n for n in STEPS[2:]], color="0.6", linestyle=":", label="slope -1")
 ax.set(xlabel="Euler steps (NFE a sample)", ylabel="median distance from exact end")
-ax.set_xticks(STEPS, STEPS)
-ax.minorticks_off()
+plots.ticks(ax.xaxis, STEPS)
 ax.legend(fontsize=8)
-plots.show(
-    fig,
-    alt="Error of Euler's method against the number of steps on log axes: from 8 steps on three nearly parallel lines "
-    "of slope -1. VP's line starts highest, falls steeply and crosses the linear path's between 4 and 8 steps.",
-)
+plt.show()
 
 # %% [markdown]
 # From 8 steps on all three fall with slope $-1$, as the Taylor series says; the largest steps are too large for its first terms. The path changes the factor in front, for a fixed number of *equal* steps in $t$; notebook 05 will show that all paths visit the same states,
@@ -753,7 +736,7 @@ for name, field in {"zero": 0 * x, "linear regression": fit, "exact": crowd}.ite
 # The differences agree up to Monte Carlo error. And the minimisers? We fit the same six coefficients (for each coordinate) twice, once to pairs and once to the truth, on ever more draws, with 20 repeats each. If (1.13) is right the distance between the two answers must
 # vanish like $1/\sqrt{K}$, the rate of an average of $K$ noisy terms of mean zero.
 
-# %%
+# %% alt="Distance between the coefficients fitted to pairs and those fitted to the exact velocity: it falls along a line of slope minus one half as the number of draws grows, with error bars of two standard errors."
 SIZES, REPEATS = [250, 500, 1000, 2000], 20
 distance = []
 for k in SIZES:
@@ -769,15 +752,11 @@ ax.errorbar(
     SIZES, mean, yerr=[2 * d.std() / math.sqrt(REPEATS) for d in distance], marker="o", capsize=3, label="measured"
 )
 ax.loglog(SIZES, [mean[0] * math.sqrt(SIZES[0] / k) for k in SIZES], linestyle=":", label=r"slope $-\frac{1}{2}$")
-ax.set(xlabel="draws K", ylabel="distance of minimisers", xticks=SIZES, xticklabels=SIZES)
-ax.set_yticks([0.2, 0.4, 0.8], [0.2, 0.4, 0.8])
-ax.minorticks_off()
+ax.set(xlabel="draws K", ylabel="distance of minimisers")
+plots.ticks(ax.xaxis, SIZES)
+plots.ticks(ax.yaxis, [0.2, 0.4, 0.8])
 ax.legend()
-plots.show(
-    fig,
-    alt="Distance between the coefficients fitted to pairs and those fitted to the exact velocity: it falls along a "
-    "line of slope minus one half as the number of draws grows, with error bars of two standard errors.",
-)
+plt.show()
 
 # %% [markdown]
 # ## Training a network
@@ -832,7 +811,7 @@ blocks = losses.view(2, -1, 50).mean(2)  # means of 50 steps
 print(f"mean loss of the last 1000 steps {losses[0, -1000:].mean():.3f}; the floor C of (1.13) is {C.mean():.3f}")
 print("loss on the truth:", ", ".join(f"{blocks[1, k // 50 - 1]:.3f} to step {k}" for k in (500, 1000, 2000, 4000)))
 
-# %%
+# %% alt="Left, the training loss falls within some hundred steps close to its floor, creeps to it in the next thousand and fluctuates around it. Right, on a log axis, the loss on the truth goes on falling until the last steps."
 assert blocks[1, -1] < 0.3 * blocks[1, 19], "nothing was gained after step 1000"
 fig, axes = plt.subplots(1, 2, figsize=(7.5, 2.8))
 axes[0].plot(blocks[0].repeat_interleave(50))
@@ -841,16 +820,12 @@ axes[0].set(xlabel="step", title="loss on pairs, means of 50", ylim=(2.7, 4.0))
 axes[0].legend(fontsize=8)
 axes[1].semilogy(blocks[1].repeat_interleave(50))
 axes[1].set(xlabel="step", title="loss on the truth, means of 50", ylim=(0.003, 3))
-plots.show(
-    fig,
-    alt="Left, the training loss falls within some hundred steps close to its floor, creeps to it in the next thousand "
-    "and fluctuates around it. Right, on a log axis, the loss on the truth goes on falling until the last steps.",
-)
+plt.show()
 
 # %% [markdown]
 # To look at the loss one would think that training ended after a few hundred steps. It did not: the noise of the pairs hides what is still gained. The loss on the truth, which only a toy can compute, shows it. So compare with the exact field itself. First by eye.
 
-# %%
+# %% alt="Minus the velocity on a grid at times 0.9, 0.6, 0.4 and 0.2: broad grey arrows for the exact field, thin black ones for the learned one, which lie on top of the grey except far from the data."
 axis = torch.linspace(-2.7, 2.7, 11)
 grid = torch.cartesian_prod(axis, axis)
 times = torch.linspace(0, 1, 11)
@@ -869,16 +844,12 @@ def show_fields(ax, k):
 fig, axes = plt.subplots(2, 2, figsize=(6.4, 6.4), sharex=True, sharey=True)
 for ax, k in zip(axes.flat, (9, 6, 4, 2), strict=True):
     show_fields(ax, k)
-plots.show(
-    fig,
-    alt="Minus the velocity on a grid at times 0.9, 0.6, 0.4 and 0.2: broad grey arrows for the exact field, thin "
-    "black ones for the learned one, which lie on top of the grey except far from the data.",
-)
+plt.show()
 
 # %% [markdown]
 # Grey and broad is the truth, black and thin the network; they are drawn towards the data, the way a sampler goes. Find the places where they part: they are where hardly any training point ever came. With a live kernel you can move through time.
 
-# %%
+# %% alt="Exact and learned field at the time chosen."
 try:
     from ipywidgets import IntSlider, interact
 
@@ -886,7 +857,7 @@ try:
     def at_time(k):
         fig, ax = plt.subplots(figsize=(4, 4))
         show_fields(ax, k)
-        plots.show(fig, alt=f"Exact and learned field at time {times[k]:.1f}.")
+        plt.show()
 except ImportError:
     print("ipywidgets is not installed; the figure above shows four of the times")
 
@@ -920,7 +891,7 @@ assert (moments[slope.argmax()] - 0.4).abs() < 0.06 and (moments[rate.argmax()] 
     "the peaks lie elsewhere"
 )
 
-# %%
+# %% alt="Left: relative error of the learned velocity over time, with a rise at both ends and two humps in the middle; dashed the exact field's derivative in time, largest between the humps, dotted its derivatives in x, largest at 0.4. Right: error of the posterior mean, largest at t = 1, of the noise, largest at t = 0, and of the score, which grows without bound towards t = 0."
 fig, axes = plt.subplots(1, 2, figsize=(7.5, 3.2))
 axes[0].plot(moments, 100 * relative, label="error of the network (left)")
 axes[0].set(xlabel="t", ylabel="% of rms velocity", ylim=(0, 11), title="velocity")
@@ -937,13 +908,7 @@ late = moments >= 0.05
 axes[1].plot(moments[late], ((1 - moments) / moments * error)[late], label=r"score: times $(1 - t)/t$")
 axes[1].set(xlabel="t", ylabel="rms error", title="what is read off it", ylim=(0, 0.6))
 axes[1].legend(fontsize=8)
-plots.show(
-    fig,
-    alt="Left: relative error of the learned velocity over time, with a rise at both ends and two humps in the "
-    "middle; dashed the exact field's derivative in time, largest between the humps, dotted its derivatives in x, "
-    "largest at 0.4. Right: error of the posterior mean, largest at t = 1, "
-    "of the noise, largest at t = 0, and of the score, which grows without bound towards t = 0.",
-)
+plt.show()
 
 # %% [markdown]
 # Read the left picture from the middle outwards. While the crowd parts the error has two humps, near $t = 0.3$ and $0.65$. The exact field is steepest in $x$ (dotted) at $0.4$ and changes fastest in time (dashed) around $0.55$: neither alone says where a network errs. Towards $t = 0$ and $t = 1$ the error rises again,
@@ -953,7 +918,7 @@ plots.show(
 # The right picture shows what the same errors do later in this series. By (1.8) on the linear path, an error $e$ in $u_t$ is an error $t\,e$ in $x_{0\mid t}$, $(1 - t)\,e$ in $\varepsilon_{\mid t}$, and $(1 - t)\,e/t$ in the score. So a reward's look-ahead
 # suffers at $t \to 1$, and samplers that need the score suffer at $t \to 0$, however good the network. At last the samples, from the same noise through both fields.
 
-# %%
+# %% alt="Samples of the exact and of the learned field from the same noise: three clouds that look alike, but for a few strays between them in the learned one."
 noise32, grid50 = noise[:800].float(), np.linspace(1, 0, 51).tolist()
 true_samples, net_samples = euler(u, noise32, grid50)[-1], euler(learned, noise32, grid50)[-1]
 apart = (true_samples - net_samples).norm(dim=1)
@@ -962,11 +927,7 @@ for ax, points, title in zip(axes, (true_samples, net_samples), ("exact field", 
     cloud(ax, points, mode(points), size=7)
     share = mode(points).bincount(minlength=3) / len(points)
     ax.set_title(f"{title}: shares " + ", ".join(f"{p:.2f}" for p in share), fontsize=10)
-plots.show(
-    fig,
-    alt="Samples of the exact and of the learned field from the same noise: three clouds that look alike, but for a "
-    "few strays between them in the learned one.",
-)
+plt.show()
 print(f"median distance between the two samples of one noise {apart.median():.2f}; data scale {SCALES[0]:.2f}")
 
 # %% [markdown]
@@ -976,7 +937,7 @@ print(f"median distance between the two samples of one noise {apart.median():.2f
 #
 # **Straight pairs do not make a straight flow.** "The training target is a straight line, so one step is enough." Try it, with the exact field.
 
-# %%
+# %% alt="Samples with 1, 2, 4 and 16 Euler steps: all in one point, the data mean, with one step; smeared between the clouds with two and four; three clouds with sixteen."
 fig, axes = plt.subplots(1, 4, figsize=(7.5, 2.3), sharey=True)
 for ax, n in zip(axes, (1, 2, 4, 16), strict=True):
     end = euler(u, noise[:400], np.linspace(1, 0, n + 1).tolist())[-1]
@@ -985,11 +946,7 @@ for ax, n in zip(axes, (1, 2, 4, 16), strict=True):
     ax.set_title(f"{n} step" + "s" * (n > 1))
 one = euler(u, noise, [1.0, 0.0])[-1]
 assert torch.allclose(one, mixture.mean().expand_as(one))
-plots.show(
-    fig,
-    alt="Samples with 1, 2, 4 and 16 Euler steps: all in one point, the data mean, with one step; smeared between the "
-    "clouds with two and four; three clouds with sixteen.",
-)
+plt.show()
 
 # %% [markdown]
 # One step sends *every* noise to the cross, the mean of the data, where there is no data at all. At $t = 1$ the state says nothing about $x_0$, so $x_{0\mid 1} = \mathbb E[x_0]$ whatever the noise, and by (1.8) one Euler step on the linear path
@@ -1019,7 +976,7 @@ except ValueError as refused:
 #
 # **A perfect fit to finite data only gives it back.** Thirty training points are a mixture too, of thirty Gaussians of scale 0. Formula (1.11) is then the exact minimiser of the training loss; no network could do better.
 
-# %%
+# %% alt="Four hundred samples of the perfectly fitted flow: each sits on one of the thirty training points."
 points = mixture.sample(30, generator).double()
 memory = GaussianMixture(points, 0.0).velocity(LINEAR)
 recalled = euler(memory, noise[:400], np.linspace(1, 0, 101).tolist())[-1]
@@ -1032,9 +989,7 @@ ax.scatter(*recalled.T, s=60, facecolors="none", edgecolors="#D55E00", label="40
 ax.scatter(*points.T, s=8, color="black", label="30 training points")
 ax.set(xlim=(-3.2, 3.2), ylim=(-3.2, 3.2), aspect="equal")
 ax.legend(fontsize=8, loc="upper right")
-plots.show(
-    fig, alt="Four hundred samples of the perfectly fitted flow: each sits on one of the thirty training points."
-)
+plt.show()
 
 # %% [markdown]
 # Every sample is a training point. What makes a flow model more than a copying machine is that a network does *not* fit perfectly: it is smooth where the exact answer is not.

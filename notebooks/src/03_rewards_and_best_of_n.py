@@ -87,7 +87,7 @@ assert torch.equal(torch.from_numpy(-shapes.residual(scene, film)) == 0, torch.t
 # We fade in one of six objects and look at three judges: the exact counter, the smooth reward, and a small convolutional network that was trained to count on other drawings. The network is our *held-out judge*: no method may
 # see its verdicts, so no method can please it by any other way than drawing what was asked.
 
-# %%
+# %% alt="Three pictures with one circle faint, half drawn and full. Beside them the rewards against its opacity: the exact counter jumps from -1 to 0 near 0.7, the held-out judge near 0.5; the smooth reward climbs from -1 to 0 between 0.6 and 0.9."
 judge = HeldOutJudge.load(locate("judge/held_out.safetensors"))
 held_out = -((judge.counts(film) - scene.target) ** 2).sum(1)
 fig, axes = plt.subplots(1, 4, figsize=(10, 2.5), width_ratios=(1, 1, 1, 2.2))
@@ -98,12 +98,7 @@ axes[3].plot(fade, reward(film), label="smooth reward (3.2)")
 axes[3].plot(fade, held_out, label="held-out judge (counts)", linestyle="-", linewidth=5, alpha=0.4, zorder=1)
 axes[3].set(xlabel="opacity of the sixth object", ylabel="reward")
 axes[3].legend(fontsize=8)
-plots.show(
-    fig,
-    alt="Three pictures with one circle faint, half drawn and full. Beside them the rewards against its opacity: the "
-    "exact counter jumps from -1 to 0 near 0.7, the held-out judge near 0.5; the smooth reward climbs from -1 to "
-    "0 between 0.6 and 0.9.",
-)
+plt.show()
 
 # %% [markdown]
 # The exact counter sees nothing until it sees everything. A search takes small steps, and asks of two candidates which one is on the better way; a reward of steps often answers "no difference". We will count the ties below.
@@ -238,20 +233,15 @@ for model in ("dev", "schnell"):
     for i, value in zip(LOOK[model], trust[model], strict=True):
         print(f"{model:8} t = {times[model][i]:.2f}: rank correlation {value}")
 
-# %%
+# %% alt="Rank correlation of look-ahead and final reward, against time from noise to data. dev starts near 0 at t = 1 and rises towards 1; schnell starts near 0.6 at t = 1. The bars are 95 % intervals."
 fig, ax = plt.subplots(figsize=(5.6, 3.2))
 for (model, values), marker in zip(trust.items(), "os", strict=True):
     t = [times[model][i] for i in LOOK[model]]
-    mean, low, high = np.array(values).T
-    ax.errorbar(t, mean, yerr=(mean - low, high - mean), marker=marker, capsize=3, label=model)
+    plots.intervals(ax, t, values, marker=marker, label=model)
 ax.axhline(0, color="0.6", linewidth=0.8, linestyle="-")
 ax.set(xlabel="time t (1 is noise)", ylabel="rank correlation with the final reward", xlim=(1.03, 0.2))
 ax.legend()
-plots.show(
-    fig,
-    alt="Rank correlation of look-ahead and final reward, against time from noise to data. dev starts near 0 at t = 1"
-    " and rises towards 1; schnell starts near 0.6 at t = 1. The bars are 95 % intervals.",
-)
+plt.show()
 
 # %% [markdown]
 # This figure decides what a search can do. With schnell the first evaluation of a noise says already much about how good its picture will be, so a search may try many noises and drop most at once. With dev it says next to nothing: candidates at
@@ -358,7 +348,7 @@ def predicted(r, n):
     return np.sort(r) @ np.diff((np.arange(m + 1) / m) ** n)
 
 
-# %%
+# %% alt="Expected best reward against N for three prompts. The dots, measured on half of the pool, lie near the curve predicted from the other half's quantile function; the bars of the dots and the band of the curve overlap. The normal formula rises above 0, the highest reward there is."
 fig, axes = plt.subplots(1, 3, figsize=(9.5, 2.9))
 for ax, k in zip(axes, (1, 3, 5), strict=True):
     a, b = first[k][again[0]], other[k][again[1]]
@@ -378,12 +368,7 @@ for ax, k in zip(axes, (1, 3, 5), strict=True):
     ax.set_title(PROMPTS[k].replace(" and ", "\nand "), fontsize=9)
 axes[0].set_ylabel("expected best reward")
 axes[0].legend(fontsize=8, loc="lower right")
-plots.show(
-    fig,
-    alt="Expected best reward against N for three prompts. The dots, measured on half of the pool, lie near the curve"
-    " predicted from the other half's quantile function; the bars of the dots and the band of the curve overlap. "
-    "The normal formula rises above 0, the highest reward there is.",
-)
+plt.show()
 
 # %% [markdown]
 # Half of the pool predicts the other through its quantile function, as well as 32 samples allow (bars and band: 95 %, from drawing each half anew; the intervals of their differences all hold 0). The normal formula fails: no reward exceeds 0. What counts is the shape of $Q$ near $u = 1$, how often the model is *nearly right*, and not mean and variance.
@@ -411,7 +396,7 @@ curves = {
 for n, a, b in zip(NS, given, fair, strict=True):
     print(f"N = {n:2}: exact {a[0]:.2f} [{a[1]:.2f}, {a[2]:.2f}]   held-out judge {b[0]:.2f} [{b[1]:.2f}, {b[2]:.2f}]")
 
-# %%
+# %% alt="Share of exact pictures against N: the counter's and the held-out judge's curves rise together and flatten; the theory that treats each prompt by itself lies close to the counter's curve, a little below at N = 32; the theory with the mean p lies far above for large N."
 fig, ax = plt.subplots(figsize=(6.4, 3.6))
 for (mean, low, high), marker, name in ((given.T, "o", "counter"), (fair.T, "s", "held-out judge")):
     ax.fill_between(NS, low, high, alpha=0.15)
@@ -427,12 +412,7 @@ ax.set(
     ylim=(0, 1),
 )
 ax.legend(fontsize=8)
-plots.show(
-    fig,
-    alt="Share of exact pictures against N: the counter's and the held-out judge's curves rise together and flatten; "
-    "the theory that treats each prompt by itself lies close to the counter's curve, a little below at N = 32; the "
-    "theory with the mean p lies far above for large N.",
-)
+plt.show()
 
 # %% [markdown]
 # The curve "prompt by prompt" takes its $p_k$ from the same pool, in which every exact picture ranks before all others: it is a guide, not a test. At $N = 32$ it lies below the dots, since (3.6) draws without replacement: one exact picture in 64 is in half of the sets of 32.
@@ -471,7 +451,7 @@ for n in (2, 8, 32, 128):
 # Is that a good bargain? Among all laws at the same distance from $p$, the one of highest mean reward is the exponential tilt $p\,e^{r/\tau}/Z$: for any $q$, $\mathrm{KL}(q \,\|\, p\,e^{r/\tau}/Z) = \mathrm{KL}(q \,\|\, p) - E_q[r]/\tau + \log Z \ge 0$, with equality
 # only for the tilt itself. Right panel: the bargain of best-of-$N$ beside that frontier.
 
-# %%
+# %% alt="Left, the density of a mixture and of its best of 2 and of 8: mass moves to where the reward is highest, and a histogram of simulated winners fits the formula for 8. Right, mean reward against KL: best-of-N lies on or just below the exponential tilt's curve."
 sets = line.sample(8 * 20_000, torch.Generator().manual_seed(0)).view(20_000, 8).numpy()
 winners = sets[np.arange(20_000), (-((sets - 0.9) ** 2)).argmax(1)]
 frontier = []
@@ -491,12 +471,7 @@ axes[1].plot(*np.array(bargain).T, marker="o", linestyle="", label="best of 1, 2
 axes[1].set(xlabel="KL from the model (nats)", ylabel="mean reward", xlim=(-0.1, 2.8))
 axes[0].legend(fontsize=8, loc="upper left")
 axes[1].legend(fontsize=8, loc="lower right")
-plots.show(
-    fig,
-    alt="Left, the density of a mixture and of its best of 2 and of 8: mass moves to where the reward is highest, and"
-    " a histogram of simulated winners fits the formula for 8. Right, mean reward against KL: best-of-N lies on "
-    "or just below the exponential tilt's curve.",
-)
+plt.show()
 
 # %% [markdown]
 # Best-of-$N$ is close to the best that can be had at its distance, but the distance grows only as $\log N$. To go $d$ nats away takes about $e^{d + 1}$ samples. A search that moves the sampler itself, step by step, does not pay that price; that is the hope of the
@@ -537,7 +512,7 @@ for name, proxy in proxies.items():
     print(f"{name:10} own reward at N = 32: {table[name][-1, 0]:+.2f} standard deviations;", end=" ")
     print(f"held-out judge from {table[name][0, 1]:.2f} to {table[name][-1, 1]:.2f}")
 
-# %%
+# %% alt="Left, the reward that is optimised rises with N for all three rewards. Right, the held-out judge's share of exact pictures rises for 'counts', rises less for 'total only', and falls for 'more ink'."
 fig, axes = plt.subplots(1, 2, figsize=(9, 3))
 for (name, values), marker in zip(table.items(), "osD", strict=True):
     for ax, column in zip(axes, values.T, strict=True):
@@ -547,13 +522,9 @@ for ax, label in zip(axes, ("its own reward (standard deviations)", "exact, by t
     ax.set(xlabel="N", ylabel=label)
 axes[1].set_ylim(0, 1)
 axes[0].legend(fontsize=8)
-plots.show(
-    fig,
-    alt="Left, the reward that is optimised rises with N for all three rewards. Right, the held-out judge's share of "
-    "exact pictures rises for 'counts', rises less for 'total only', and falls for 'more ink'.",
-)
+plt.show()
 
-# %%
+# %% alt="The best of 64 pictures of one prompt by each of the three rewards: by counts a right one; by total the right number of objects but wrong kinds; by ink too many objects."
 shown = 5
 best = {name: int(proxy[shown].argmax()) for name, proxy in proxies.items()}
 fig, axes = plt.subplots(1, 3, figsize=(7.2, 3.2))
@@ -561,11 +532,7 @@ for ax, (name, k) in zip(axes, best.items(), strict=True):
     verdict = "right" if second[shown, k] else "wrong"
     plots.picture(ax, pool[shown][k], f"best of 64 by {name}\nheld-out judge: {verdict}")
 fig.suptitle(PROMPTS[shown] + "\n", fontsize=11)
-plots.show(
-    fig,
-    alt="The best of 64 pictures of one prompt by each of the three rewards: by counts a right one; by total the "
-    "right number of objects but wrong kinds; by ink too many objects.",
-)
+plt.show()
 assert table["more ink"][-1, 1] <= table["more ink"][0, 1] < table["counts"][-1, 1], "ink should not help to count"
 
 # %% [markdown]

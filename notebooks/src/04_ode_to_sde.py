@@ -37,21 +37,16 @@ from itertools import pairwise
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import torch
-from IPython.display import Markdown, display
+from IPython.display import display
 from tqdm.auto import tqdm
 
-from flowscale_lite import COSINE, LINEAR, VP, GaussianMixture, experiments, kernels, plots, uniform
+from flowscale_lite import COSINE, LINEAR, VP, GaussianMixture, kernels, plots, uniform
 from flowscale_lite.experiments import clustered_mean
 from flowscale_lite.flux import FlowModel, load
 from flowscale_lite.tiny import shapes
 from flowscale_lite.tiny.data import locate
-
-
-def table(lines):
-    """Show a table, a dict a line."""
-    display(Markdown(experiments.markdown(lines)))
-
 
 # %% [markdown]
 # Symbols are those of notebook 01. Data $x_0$ sit at $t = 0$, noise $\varepsilon \sim N(0, I)$ at $t = 1$, and $x_t = \alpha_t x_0 + \sigma_t \varepsilon$ between them; $\alpha_t = 1 - t$,
@@ -190,7 +185,7 @@ for name, c in {"right, c = 1/2": 0.5, "wrong sign, c = -1/2": -0.5, "without th
     }
     assert (max(gaps.values()) < 2e-3) == (c == 0.5)
     lines.append({"drift": name} | {f"g = {g:g}": f"{gap:.3f}" for g, gap in gaps.items()})
-table(lines)
+pd.DataFrame(lines)
 
 # %% [markdown]
 # These are the largest errors relative to the largest $|\partial_t p|$. Only the first line vanishes for every $g$; and at $g = 0$ all three do, for then there is nothing to pay for.
@@ -291,7 +286,7 @@ for seed, (name, g) in enumerate(tqdm(diffusions.items())):
     start = marginal(FIRST).sample(BATCHES * SIZE, generator)
     clouds[name] = simulate(euler_maruyama(g), start, fine, generator)
 
-# %%
+# %% alt="A row for each diffusion coefficient. Left, the paths of twelve particles: smooth for the ODE, rougher below. Right, histograms at four times: in all of them the histogram fills the exact marginal density, drawn as a line."
 fig, axes = plt.subplots(len(clouds), 5, figsize=(11, 7))
 ticks = torch.linspace(-3.2, 3.2, 400, dtype=torch.float64)[:, None]
 for name, states, row in zip(clouds, clouds.values(), axes, strict=True):
@@ -303,11 +298,7 @@ for name, states, row in zip(clouds, clouds.values(), axes, strict=True):
         ax.plot(ticks, density(ticks, fine[k]), color="black")
         ax.set(yticks=[], title=f"$t = {fine[k]:.2f}$" if name == "$g = 0$, the ODE" else "")
 axes[0, 0].set_title("twelve particles")
-plots.show(
-    fig,
-    alt="A row for each diffusion coefficient. Left, the paths of twelve particles: smooth for the ODE, rougher below. "
-    "Right, histograms at four times: in all of them the histogram fills the exact marginal density, drawn as a line.",
-)
+plt.show()
 
 # %% [markdown]
 # The line is the exact marginal, the grey area what the particles do. From top to bottom the particles move in utterly different ways, and the columns are the same.
@@ -380,7 +371,7 @@ def true_variance(t):
     return ((1 - t) * STD) ** 2 + t**2
 
 
-# %%
+# %% alt="The worst relative error of the variance on the way against the number of steps, both logarithmic, for four diffusion coefficients: three fall in parallel to a line of slope minus one; the memoryless one starts far above, falls faster, and joins them at about a thousand steps."
 counts = [10 * 2**k for k in range(9)]
 fig, ax = plt.subplots()
 for (name, g), marker in zip(diffusions.items(), "os^D", strict=True):
@@ -394,12 +385,7 @@ for (name, g), marker in zip(diffusions.items(), "os^D", strict=True):
 ax.loglog(counts, [0.4 / n for n in counts], color="0.6", linestyle="-", label="slope $-1$")
 ax.set(xlabel="steps", ylabel="worst error of the variance, relative")
 ax.legend(fontsize=8)
-plots.show(
-    fig,
-    alt="The worst relative error of the variance on the way against the number of steps, both logarithmic, for four "
-    "diffusion coefficients: three fall in parallel to a line of slope minus one; the memoryless one starts far above, "
-    "falls faster, and joins them at about a thousand steps.",
-)
+plt.show()
 
 # %% [markdown]
 # In the end all lines fall with slope $-1$: every $g$ is right in the limit, with an error of first order in the step. They differ in height. The memoryless $g$ grows without bound at $t \to 1$, and ten steps of (4.9) cannot follow it: its worst error is that of the first step, which falls with slope $-2$ until, beyond a thousand steps, it is small beside the rest.
@@ -456,7 +442,7 @@ assert abs(scale - mean.item()) < 1e-3 and abs(math.sqrt(variance) - std) < 1e-3
 #
 # **The sign, and the half.** Both mistakes are easily made, and both still give samples. Here with $g = 1$ and 100 steps, beside the right step.
 
-# %%
+# %% alt="Three histograms against the exact density. Right: it fills the density. Wrong sign: particles spread over the whole axis, what is left of the modes is displaced. Without the half: the peaks are too high and too narrow."
 constants = {"right": 0.5, "wrong sign": -0.5, "without the half": 1.0}
 lines = []
 fig, axes = plt.subplots(1, 3, figsize=(10, 2.8), sharey=True)
@@ -472,12 +458,8 @@ for ax, (name, c) in zip(axes, constants.items(), strict=True):
     ax.plot(ticks, density(ticks, 0.0), color="black")
     ax.set(title=name, yticks=[])
     assert (found.low > floor.high) == (c != 0.5)
-table(lines)
-plots.show(
-    fig,
-    alt="Three histograms against the exact density. Right: it fills the density. Wrong sign: particles spread over "
-    "the whole axis, what is left of the modes is displaced. Without the half: the peaks are too high and too narrow.",
-)
+display(pd.DataFrame(lines))
+plt.show()
 
 # %% [markdown]
 # With the wrong sign the noise is never paid for and the particles drift apart. Without the half it is paid for twice, and the modes come out too narrow (the left one has standard deviation 0.3 in truth). The second mistake is the more dangerous one, since it *looks* good: fewer odd samples, at the price of variety.
@@ -504,16 +486,16 @@ for steps in (4, 10, 40, 200):
     start = torch.randn(BATCHES * SIZE, 1, generator=torch.Generator().manual_seed(8))
     flow = w1(simulate(kernels.ode, start, uniform(steps), torch.Generator())[-1])
     lines.append({"steps": steps, "$W_1$, stochastic sampling": noisy, "$W_1$, ODE": flow})
-table(lines)
+display(pd.DataFrame(lines))
 assert noisy.low > floor.high, "not the law of the data, however many steps"
 
-# %%
+# %% alt="Histogram of diffusers' stochastic samples against the exact density: all three modes too narrow."
 last = diffusers_sample(200, BATCHES * SIZE, torch.Generator().manual_seed(8))
 fig, ax = plt.subplots(figsize=(5, 2.8))
 ax.hist(last[:, 0].numpy(), bins=80, range=(-3.2, 3.2), density=True, color="0.75")
 ax.plot(ticks, density(ticks, 0.0), color="black")
 ax.set(yticks=[], title="stochastic_sampling, 200 steps")
-plots.show(fig, alt="Histogram of diffusers' stochastic samples against the exact density: all three modes too narrow.")
+plt.show()
 
 # %% [markdown]
 # From some point on more steps do not help: the modes stay too narrow. Its step is: guess the picture, then draw *all* the noise anew,
@@ -606,7 +588,7 @@ for name, kernel in samplers.items():
         ratio = exact_moments(kernel, grid)[:, 1] / [true_variance(t) for t in grid]
         line[f"{n} steps"] = f"{ratio[-1]:.3f} ({max(ratio, key=lambda r: abs(math.log(r))):.3f})"
     lines.append(line)
-table(lines)
+pd.DataFrame(lines)
 
 # %% [markdown]
 # Variance over true variance at the end, and in brackets the worst on the way. And on the mixture, $W_1$ of the final samples:
@@ -621,9 +603,9 @@ for name, kernel in samplers.items():
         final[name, n] = simulate(kernel, start, uniform(n), generator)[-1, :, 0]
         line[f"{n} steps"] = w1(final[name, n])
     lines.append(line)
-table(lines)
+pd.DataFrame(lines)
 
-# %%
+# %% alt="Final histograms of three samplers at 4, 10 and 40 steps against the exact density. At 4 steps the ODE and the DDPM transition put too much into the narrow middle mode and too little into the outer ones; Euler-Maruyama is closer. At 40 steps all three are close."
 fig, axes = plt.subplots(3, 3, figsize=(9, 5), sharex=True, sharey=True)
 for row, name in zip(axes, samplers, strict=True):
     for ax, n in zip(row, (4, 10, 40), strict=True):
@@ -633,12 +615,7 @@ for row, name in zip(axes, samplers, strict=True):
     row[0].set_ylabel(name)
 for ax, n in zip(axes[0], (4, 10, 40), strict=True):
     ax.set_title(f"{n} steps")
-plots.show(
-    fig,
-    alt="Final histograms of three samplers at 4, 10 and 40 steps against the exact density. At 4 steps the ODE and "
-    "the DDPM transition put too much into the narrow middle mode and too little into the outer ones; Euler-Maruyama "
-    "is closer. At 40 steps all three are close.",
-)
+plt.show()
 
 # %% [markdown]
 # Read the tables with care. With few steps Euler-Maruyama with $3t^2$ ends *closer* to the data than the DDPM transition: at every number of steps on Gaussian data, at 4 and 10 on the mixture, where at 40 they are level. But on the way its variance is far too high (the number in brackets), and it is on the way that a search
@@ -674,7 +651,7 @@ for name in ("$g = 0$, the ODE", "$g = 3t^2$", "$g$ memoryless"):
     grid = tuple(t * k for k in uniform(200))
     families[name] = simulate(kernel, start, grid, torch.Generator().manual_seed(3))
 
-# %%
+# %% alt="Forty paths from one state at time 0.6, and below them the histogram of 4,000 ends with the exact posterior as a line. ODE: a single path and a single spike. 3 t squared: ends in all modes, the histogram differs from the posterior. Natural: the histogram fills the posterior."
 least = w1(law.sample(children, torch.Generator().manual_seed(4)), law)
 print("W1 from the posterior")
 print(f"{'exact draws':17} {least.mean:.3f} [{least.low:.3f}, {least.high:.3f}]")
@@ -689,12 +666,7 @@ for (above, below), (name, states) in zip(axes.T, families.items(), strict=True)
     print(f"{plain(name):17} {found.mean:.3f} [{found.low:.3f}, {found.high:.3f}]")
 axes[0, 0].set_ylabel("$t$")
 assert found.low < least.high, "the memoryless SDE draws from the posterior"
-plots.show(
-    fig,
-    alt="Forty paths from one state at time 0.6, and below them the histogram of 4,000 ends with the exact posterior "
-    "as a line. ODE: a single path and a single spike. 3 t squared: ends in all modes, the histogram differs from the "
-    "posterior. Natural: the histogram fills the posterior.",
-)
+plt.show()
 
 # %% [markdown]
 # This is why a search needs noise. Copies of a particle are of no use under the ODE: they all arrive at the same place. Under the SDE the copies are *proposals*, each by itself as legitimate as the other, and a search may keep the good ones.
@@ -718,21 +690,15 @@ def onwards(kernel, x, times, generator):
     return x
 
 
-# %%
+# %% alt="Six continuations of one state at time 0.75 under three samplers. ODE: the same picture six times. The SDE and the DDPM transition: six pictures alike in layout, with different objects here and there and rewards."
 first = torch.randn(20, *prompt.shape, generator=torch.Generator().manual_seed(0))
 parents = {k: onwards(kernels.ode, first, times[: k + 1], torch.Generator()) for k in (0, 4, 6)}
 fig, axes = plt.subplots(3, 6, figsize=(9, 4.9))
 for row, (name, kernel) in zip(axes, samplers.items(), strict=True):
     generator = torch.Generator().manual_seed(1)
     born = prompt.decode(onwards(kernel, parents[4][3:4].expand(6, -1, -1, -1), times[4:], generator))
-    for ax, picture, r in zip(row, born, reward(born), strict=True):
-        plots.picture(ax, picture, f"reward {r:.1f}")
-    row[0].set_ylabel(name)
-plots.show(
-    fig,
-    alt="Six continuations of one state at time 0.75 under three samplers. ODE: the same picture six times. The SDE "
-    "and the DDPM transition: six pictures alike in layout, with different objects here and there and rewards.",
-)
+    plots.strip(row, born, [f"reward {r:.1f}" for r in reward(born)], name)
+plt.show()
 
 # %% [markdown]
 # And in numbers, for 20 states at each of three times, four children each: how far apart the children are (root mean squared difference of two pictures), and the best child's reward minus the reward of the one child that the ODE has.
@@ -758,12 +724,13 @@ cases = [(name, k) for name in ("SDE, $3t^2$", "DDPM transition") for k in paren
 family = {
     (n, k): siblings(samplers[n], parents[k], times[k:], torch.Generator().manual_seed(2)) for n, k in tqdm(cases)
 }
-table(
+states = pd.DataFrame(
     [
         {"kernel": n, "from $t$": times[k], "distance of siblings": mean(far), "gain of the best of four": mean(gain)}
         for (n, k), (far, gain) in family.items()
     ]
 )
+display(states)
 for name in ("SDE, $3t^2$", "DDPM transition"):
     less = mean(family[name, 0][1] - family[name, 6][1])
     print(f"{plain(name)}: gain from t = 1 minus gain from t = {times[6]:.3f}, paired by state: {less}")

@@ -39,8 +39,9 @@ from itertools import pairwise
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import torch
-from IPython.display import Markdown, display
+from IPython.display import display
 from scipy.stats import spearmanr
 from tqdm.auto import tqdm
 
@@ -50,13 +51,7 @@ from flowscale_lite.flux import FlowModel, load
 from flowscale_lite.interpolants import COSINE, LINEAR, VP, convert
 from flowscale_lite.tiny import shapes
 from flowscale_lite.tiny.data import locate
-from flowscale_lite.toys import GaussianMixture
-
-
-def table(lines):
-    """Show a table, a dict a line."""
-    display(Markdown(experiments.markdown(lines)))
-
+from flowscale_lite.tiny.toys import GaussianMixture
 
 # %% [markdown]
 # Symbols are those of notebook 01. Two paths will be around, so the second one gets a bar: the linear path has states $x_t = \alpha_t x_0 + \sigma_t\varepsilon$ with $\alpha_t = 1 - t$, $\sigma_t = t$, and the other one
@@ -95,7 +90,7 @@ on_linear, on_vp = x0 * (1 - t) + eps * t, x0 * VP.alpha(s) + eps * VP.sigma(s)
 assert torch.allclose(on_vp, c * on_linear), "(5.3)"
 assert torch.allclose(VP.sigma(s) / VP.alpha(s), t / (1 - t)), "(5.2)"
 
-# %%
+# %% alt="Eight pairs of data and noise. Left, straight lines on the linear path; middle, curves on VP; right, the VP states divided by c at times t of s, as dots: they lie on the straight lines, most of them close to t = 1."
 fig, axes = plt.subplots(1, 3, figsize=(10, 3), sharey=True)
 axes[0].plot(t, on_linear.T, color="0.5", linestyle="-")
 axes[0].set(title="linear path", xlabel="$t$")
@@ -104,11 +99,7 @@ axes[1].set(title="VP, same $x_0$ and $\\varepsilon$", xlabel="$s$")
 axes[2].plot(t, on_linear.T, color="0.75", linestyle="-", linewidth=3)
 axes[2].plot(t[::5], (on_vp / c).T[::5], "k.", markersize=4)
 axes[2].set(title="VP, rescaled and with its clock set", xlabel="$t_s$")
-plots.show(
-    fig,
-    alt="Eight pairs of data and noise. Left, straight lines on the linear path; middle, curves on VP; right, the VP "
-    "states divided by c at times t of s, as dots: they lie on the straight lines, most of them close to t = 1.",
-)
+plt.show()
 
 # %% [markdown]
 # Left and middle the same eight pairs on two paths; on the right VP's states, divided by $c_s$, at times $t_s$. They lie on the straight lines. Look also at *where* they lie: the dots are equally spaced in $s$, and most of them crowd near $t = 1$. That is what will matter.
@@ -214,7 +205,7 @@ for src, dst in ((LINEAR, COSINE), (LINEAR, VP), (COSINE, LINEAR)):
         cells = {f"s = {now:g}": f"{float(v):.6f}" for now, v in zip(s, values[:, 0], strict=True)}
         lines.append({"from": src.name, "to": dst.name, "how": how} | cells)
 assert theirs[0].isnan() and ours.isfinite().all()
-table(lines)
+pd.DataFrame(lines)
 
 # %% [markdown]
 # The endpoints avoid the trouble because nothing in them is ever divided by something small. The ratio may be 0 or infinite, the time answers with 0 or 1; the scale is a quotient of lengths $\sqrt{\alpha^2 + \sigma^2}$, which are never 0 (where ratios agree, $\bar\sigma/\sigma$,
@@ -224,16 +215,14 @@ table(lines)
 #
 # Conversion changed nothing about posterior means or trajectories. What did change is the clock: a step of 0.1 in $s$ is not a step of 0.1 in $t$.
 
-# %%
+# %% alt="Linear time as a function of VP's time: it rises steeply at first and is nearly flat, close to 1, later."
 s = torch.linspace(0, 1, 1001, dtype=torch.float64)
 t, _ = time_and_scale(s)
 fig, ax = plt.subplots(figsize=(4.6, 3.4))
 ax.plot(s, t)
 ax.plot([0.5, 0.5, 0], [0, t[500], t[500]], color="0.5", linestyle=":")
 ax.set(xlabel="VP's time $s$", ylabel="linear time $t_s$", xlim=(0, 1), ylim=(0, 1.02))
-plots.show(
-    fig, alt="Linear time as a function of VP's time: it rises steeply at first and is nearly flat, close to 1, later."
-)
+plt.show()
 last = float(t[-1])
 print(f"half of VP's time lies above linear time {float(t[500]):.2f}, its last tenth above {float(t[900]):.3f}")
 print(f"and it ends at {last:.4f}, short of pure noise")
@@ -258,7 +247,7 @@ def paper_grid(n):
 
 assert paper_grid(10) == schedules.paper_vp(10) and paper_grid(7) == schedules.paper_vp(7)
 
-# %%
+# %% alt="Ten-step grids on the linear time axis. Uniform: even. Uniform in s: denser near 1. The paper's: most of its times above 0.9, then 0.86, 0.71, and one long step to 0; of eight steps with the last in three: two stops on it."
 vp_uniform = (*time_and_scale(torch.linspace(1, 0, 11, dtype=torch.float64))[0].tolist(),)
 grids = {
     "uniform in $t$": schedules.uniform(10),
@@ -273,11 +262,7 @@ ax.set(
     yticks=[0, -1, -2, -3], yticklabels=grids, ylim=(-3.6, 0.6), xlabel="linear time (sampling goes from right to left)"
 )
 ax.grid(False)
-plots.show(
-    fig,
-    alt="Ten-step grids on the linear time axis. Uniform: even. Uniform in s: denser near 1. The paper's: most of its "
-    "times above 0.9, then 0.86, 0.71, and one long step to 0; of eight steps with the last in three: two stops on it.",
-)
+plt.show()
 print(f"the paper's grid: {sum(t > 0.9 for t in paper_grid(10))} of 10 steps begin above 0.9")
 print(f"the last step begins at {paper_grid(10)[-2]:.2f}")
 
@@ -323,7 +308,7 @@ for t in (0.05, 0.3, 0.7, 0.95):
     on_vp = kernels.memoryless(VP)
     assert math.isclose(diffusion_on_linear(on_vp)(t), kernels.memoryless(LINEAR)(t), rel_tol=1e-9)
 
-# %%
+# %% alt="Diffusion coefficients on the linear path, logarithmic. VP's is above 3 t squared only near t = 1, where it reaches 11, and far below it elsewhere; the memoryless one is above both."
 t = np.linspace(0.02, 0.993, 200)
 curves = {"$3t^2$ on the linear path": three_s_squared, "$3s^2$ on VP": kernels.vp_diffusion()}
 curves["memoryless, on either"] = kernels.memoryless(LINEAR)
@@ -332,11 +317,7 @@ for name, g in curves.items():
     ax.semilogy(t, [g(float(now)) for now in t], label=name)
 ax.set(xlabel="linear time", ylabel="$g_t$ on the linear path", ylim=(1e-3, 30))
 ax.legend()
-plots.show(
-    fig,
-    alt="Diffusion coefficients on the linear path, logarithmic. VP's is above 3 t squared only near t = 1, where it "
-    "reaches 11, and far below it elsewhere; the memoryless one is above both.",
-)
+plt.show()
 
 # %% [markdown]
 # The last assertion above the figure is worth a pause. The *memoryless* diffusion of notebook 04, moved from VP to the linear path, is the memoryless diffusion of the linear path. It must be: the noising process has no interpolant in it but the scale and the clock. The paper's choices, $3t^2$ on one path
@@ -443,7 +424,7 @@ for t, s in pairwise(schedules.uniform(10)[3:]):
 ratio = float(x.var()) / propagate(affine_steps(LOUD, schedules.uniform(10))[3:])
 assert abs(ratio - 1) < 4 * math.sqrt(2 / len(x)), "four standard errors of a variance"
 
-# %%
+# %% alt="Share of variety left to siblings against the step, left, and against the linear time, right, at which they part. By step the paper's grid stays near 1 almost to the end, with VP-SDE below; the linear SDE falls steadily; diffusion alone starts at a half and falls to near zero at once. By time VP-SDE falls earlier than linear SDE."
 fig, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
 lines, shares = [], {}
 for name, (kernel, times, _) in samplers.items():
@@ -452,17 +433,14 @@ for name, (kernel, times, _) in samplers.items():
     shares[name] = [math.sqrt(propagate(steps[k:]) / total) for k in range(len(times) - 1)]
     axes[0].plot(range(10), shares[name], marker=STYLES[name], markersize=4, label=name)
     axes[1].plot(times[:-1], shares[name], marker=STYLES[name], markersize=4, label=name)
-    lines.append({"sampler": name, "standard deviation of the ends, over the true one": math.sqrt(total) / 0.5})
+    lines.append(
+        {"sampler": name, "standard deviation of the ends, over the true one": f"{math.sqrt(total) / 0.5:.3f}"}
+    )
 axes[0].set(xlabel="step at which siblings part", ylabel="share (5.11)", ylim=(0, 1.05))
 axes[1].set(xlabel="linear time at which siblings part", xlim=(1.02, 0))
 fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncol=5, fontsize=9)
-plots.show(
-    fig,
-    alt="Share of variety left to siblings against the step, left, and against the linear time, right, at which they "
-    "part. By step the paper's grid stays near 1 almost to the end, with VP-SDE below; the linear SDE falls steadily; "
-    "diffusion alone starts at a half and falls to near zero at once. By time VP-SDE falls earlier than linear SDE.",
-)
-table(lines)
+plt.show()
+pd.DataFrame(lines)
 
 # %% [markdown]
 # Two lessons. **By step** (left) the paper's grid keeps siblings different for most of the run: its *clock* stays where futures are open. That is what "VP explores more" means for a search, which pays by the step. **By time** (right) the advantage is gone, and more: at equal linear time
@@ -560,7 +538,7 @@ print(f"{len(rows)} rows")
 # %% [markdown]
 # First, with your own eyes: six siblings under each sampler that part after three of ten steps, with their rewards.
 
-# %%
+# %% alt="Six siblings each under five samplers, parted after step 3. On the paper's grid, with either diffusion, they are six different pictures; under the linear SDE and the DDPM transition variations of one; with the diffusion alone the same overfull picture six times."
 prompt = FlowModel.encode(pipeline("schnell"), HARD[1], guidance=2.0, chunk=64)
 reward = shapes.CountReward(shapes.parse(HARD[1]))
 fig, axes = plt.subplots(len(samplers), 6, figsize=(7.5, 6.6))
@@ -569,22 +547,15 @@ for row, (name, (kernel, times, path)) in zip(axes, samplers.items(), strict=Tru
     noise = torch.randn(1, *prompt.shape, generator=generator)
     states, _ = onwards(prompt, kernel, path.at(times[0])[1] * noise, times[:4], generator, path)
     kin = prompt.decode(onwards(prompt, kernel, states[3].repeat(6, 1, 1, 1), times[3:], generator, path)[0][-1])
-    for ax, picture, r in zip(row, kin, reward(kin), strict=True):
-        plots.picture(ax, picture, f"{float(r):.1f}")
-    row[0].set_ylabel(name, fontsize=8)
+    plots.strip(row, kin, [f"{r:.1f}" for r in reward(kin)], name)
 fig.suptitle(HARD[1], fontsize=10)
-plots.show(
-    fig,
-    alt="Six siblings each under five samplers, parted after step 3. On the paper's grid, with either diffusion, they "
-    "are six different pictures; under the linear SDE and the DDPM transition variations of one; with the diffusion "
-    "alone the same overfull picture six times.",
-)
+plt.show()
 
 # %% [markdown]
 # On the paper's grid they are different pictures; on the uniform grid they vary one. With the diffusion alone the picture is overfull, and always the same. In numbers, over all prompts:
 
 
-# %%
+# %% alt="Distance of finished siblings against the step at which they part, for dev and schnell. From the noise all are alike. By step 6 and 8 the paper's grid and VP-SDE still make different pictures; the linear SDE, the exact transition and diffusion alone make nearly the same one."
 def cell(model, name, value):
     """A value's mean over prompts, with its interval."""
     mine = [row for row in rows if (row["model"], row["sampler"]) == (model, name)]
@@ -595,20 +566,13 @@ fig, axes = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True)
 for ax, model in zip(axes, ("dev", "schnell"), strict=True):
     for name in samplers:
         spread = [cell(model, name, f"part at {k}") for k in (0, *PARTED)]
-        middle, low, high = zip(*spread, strict=True)
-        bars = [np.subtract(middle, low), np.subtract(high, middle)]
-        ax.errorbar((0, *PARTED), middle, yerr=bars, marker=STYLES[name], markersize=4, capsize=2, label=name)
+        plots.intervals(ax, (0, *PARTED), spread, marker=STYLES[name], label=name)
     ax.axhline(cell(model, "linear SDE", "strangers").mean, color="0.5", linestyle=":", linewidth=1)
     ax.text(8, cell(model, "linear SDE", "strangers").mean + 0.004, "strangers, linear SDE", fontsize=8, ha="right")
     ax.set(title=f"tiny-flux {model}", xlabel="step at which siblings part", ylim=(0, 0.31))
 axes[0].set_ylabel("distance of siblings")
 fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncol=5, fontsize=9)
-plots.show(
-    fig,
-    alt="Distance of finished siblings against the step at which they part, for dev and schnell. From the noise all "
-    "are alike. By step 6 and 8 the paper's grid and VP-SDE still make different pictures; the linear SDE, the exact "
-    "transition and diffusion alone make nearly the same one.",
-)
+plt.show()
 
 
 # %%
@@ -633,7 +597,7 @@ def kept(model, name, k):
     return f"{cell(model, name, f'part at {k}').mean / cell(model, name, 'strangers').mean:.0%}"
 
 
-table(
+pd.DataFrame(
     [
         {"siblings, as a share of strangers": name}
         | {f"{model}, from step {k}": kept(model, name, k) for model in ("dev", "schnell") for k in (0, 3, 6)}
@@ -657,7 +621,7 @@ for model in ("dev", "schnell"):
         lines.append({f"tiny-flux {model}": name} | found)
         more = against(model, "+ diffusion", name, "strangers") if name != "+ diffusion" else None
         assert more is None or more.low > 0, "strangers are furthest apart where the pictures are overfull"
-    table(lines)
+    display(pd.DataFrame(lines))
 
 # %% [markdown]
 # Is variety worth having? The tables show the reward of what comes out *without* a search, and the look-ahead reward after five steps.
@@ -673,7 +637,8 @@ pairs += [("dev", "VP-SDE, last step in three", "linear SDE"), ("dev", "DDPM tra
 pairs += [("schnell", name, "linear SDE") for name in ("VP-SDE", "+ grid", "DDPM transition")]
 pairs += [("schnell", "VP-SDE, on VP itself", "VP-SDE")]
 gains = {pair: against(*pair, "finished") for pair in pairs}
-table([{"model": m, "finished reward of": a, "minus that of": b, "is": gain} for (m, a, b), gain in gains.items()])
+lines = [{"model": m, "finished reward of": a, "minus that of": b, "is": gain} for (m, a, b), gain in gains.items()]
+display(pd.DataFrame(lines))
 signs = [(gain.low > 0) - (gain.high < 0) for gain in gains.values()]
 assert signs == [-1, 1, -1, 0, 1, 0, -1, -1], "worse, better, worse, not shown, ..."
 assert cell("schnell", "VP-SDE", "look-ahead").low > cell("dev", "VP-SDE", "look-ahead").high
@@ -707,15 +672,16 @@ searches = stored("interpolants_search.jsonl", search_run, 40, ("schnell",))
 searches = [row | {"exact": bool(row["exact"])} for row in searches]  # a share, with a share's interval
 mine = {name: [row for row in searches if row["sampler"] == name] for name in everything}
 lines = experiments.table(searches, ["sampler"], ["reward", "exact"])
-for line in lines:
-    other = experiments.paired_difference(mine["VP-SDE"], mine[line["sampler"]], "reward", by=("prompt",))
-    line["VP-SDE's reward minus this"] = other if line["sampler"] != "VP-SDE" else ""
-table(lines)
+lines["VP-SDE's reward minus this"] = [
+    experiments.paired_difference(mine["VP-SDE"], mine[name], "reward", by=("prompt",)) if name != "VP-SDE" else ""
+    for name in lines.index
+]
+lines
 
-# %%
+# %% alt="Reward found by the search against variety, left, and against the reward without a search, right, a mark for each of eight samplers. Left there is no order; right the better sampler mostly makes the better search."
 fig, axes = plt.subplots(1, 2, figsize=(8, 4.2), sharey=True)
 shown = {name: STYLES.get(name, marker) for name, marker in zip(everything, "os^DvPX*", strict=True)}
-best = {line["sampler"]: line["reward"].mean for line in lines}
+best = {name: reward.mean for name, reward in lines["reward"].items()}
 for ax, value in zip(axes, ("part at 6", "finished"), strict=True):
     known = {name: cell("schnell", name, value).mean for name in shown}
     for name, marker in shown.items():
@@ -726,11 +692,7 @@ for ax, value in zip(axes, ("part at 6", "finished"), strict=True):
 axes[0].set(xlabel="variety: siblings parted after step 6", ylabel="reward that the search finds")
 axes[1].set_xlabel("quality: reward without a search")
 fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncol=3, fontsize=9)
-plots.show(
-    fig,
-    alt="Reward found by the search against variety, left, and against the reward without a search, right, a mark for "
-    "each of eight samplers. Left there is no order; right the better sampler mostly makes the better search.",
-)
+plt.show()
 
 # %%
 stronger = experiments.read(locate("results/search.jsonl"))
@@ -796,7 +758,7 @@ for name, both in twins.items():
         line[f"{n} steps"] = f"{distance:.3f}" if distance > 1e-9 else "below 1e-9"
         assert (distance < 1e-9) == name.startswith("DDPM"), "(5.13) holds for DDIM and DDPM transitions only"
     lines.append(line)
-table(lines)
+pd.DataFrame(lines)
 
 # %% [markdown]
 # This is the mean distance of twins where it is largest on the way, in units of the data. It is zero for the DDPM transition (rounding aside), whatever $\eta$. For Euler's steps it vanishes with the step, slowly. So "which interpolant?" is a real question for Euler-Maruyama at ten steps, and no question at all for the DDPM transition.
@@ -833,7 +795,7 @@ ways = {
 }
 
 
-# %%
+# %% alt="Six pictures of schnell under the VP-SDE run three ways from the same noise. In linear coordinates, mostly clean; on VP with Euler's last step several red objects are green; with an exact last step red or orange again."
 def finished(way, prompt, n, seed):
     """n pictures (n, 3, H, W), from noises that all ways share."""
     kernel, times, path = way
@@ -845,15 +807,9 @@ def finished(way, prompt, n, seed):
 fig, axes = plt.subplots(3, 6, figsize=(7.5, 4.4))
 for row, (name, way) in zip(axes, ways.items(), strict=True):
     pictures = finished(way, prompt, 6, seed=8)
-    for ax, picture, r in zip(row, pictures, reward(pictures), strict=True):
-        plots.picture(ax, picture, f"{float(r):.1f}")
-    row[0].set_ylabel(name, fontsize=8)
+    plots.strip(row, pictures, [f"{r:.1f}" for r in reward(pictures)], name)
 fig.suptitle(HARD[1], fontsize=10)
-plots.show(
-    fig,
-    alt="Six pictures of schnell under the VP-SDE run three ways from the same noise. In linear coordinates, mostly "
-    "clean; on VP with Euler's last step several red objects are green; with an exact last step red or orange again.",
-)
+plt.show()
 
 # %%
 found = {name: [] for name in ways}  # over prompts: the mean of four pictures
@@ -862,7 +818,8 @@ for seed, text in enumerate(tqdm(HARD[:20])):
     for name, way in ways.items():
         ends = finished(way, each, 4, seed)
         found[name].append(float(shapes.CountReward(shapes.parse(text))(ends).mean()))
-table([{"VP-SDE run in": name, "finished reward": clustered_mean(found[name], HARD[:20])} for name in ways])
+lines = [{"VP-SDE run in": name, "finished reward": clustered_mean(found[name], HARD[:20])} for name in ways]
+display(pd.DataFrame(lines))
 euler = np.subtract(found["VP, Euler to the end"], found["linear coordinates"])
 exact = np.subtract(found["VP, last step exact"], found["linear coordinates"])
 gained, lacking = clustered_mean(exact - euler, HARD[:20]), clustered_mean(-exact, HARD[:20])
@@ -888,7 +845,7 @@ def half(clock=True, scale=True):
     return converted
 
 
-# %%
+# %% alt="Histograms of three samplers against the exact density of the mixture: right, it fills it; without the scale the outer modes are moved inwards; without the clock the middle mode is a spike and the others lie too far out."
 fields = {"right": half(), "without the scale": half(scale=False), "without the clock": half(clock=False)}
 fine = torch.linspace(1, 1e-3, 301, dtype=torch.float64).tolist()
 truth = data.sample(4000, torch.Generator().manual_seed(9))[:, 0].double().sort().values
@@ -903,11 +860,7 @@ for ax, (name, field) in zip(axes, fields.items(), strict=True):
     ax.plot(ticks, data.log_prob(ticks).exp(), color="black")
     ax.set(title=f"{name}\n$W_1$ = {distance:.2f}", yticks=[])
     assert (distance < 0.08) == (name == "right")
-plots.show(
-    fig,
-    alt="Histograms of three samplers against the exact density of the mixture: right, it fills it; without the scale "
-    "the outer modes are moved inwards; without the clock the middle mode is a spike and the others lie too far out.",
-)
+plt.show()
 
 # %% [markdown]
 # Neither raises an error, and both make samples. On pictures such a mistake looks like a bad model. A mixture, where the answer is known, tells the two apart.

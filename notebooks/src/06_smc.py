@@ -40,7 +40,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from flowscale_lite import LINEAR, SMC, GaussianMixture, Problem, QuadraticReward, log_z, plots, search
+from flowscale_lite import LINEAR, SMC, GaussianMixture, Problem, QuadraticReward, log_z, plots, search, steps
 from flowscale_lite.flux import FlowModel, load
 from flowscale_lite.kernels import ddim, ode, quadratic, sde
 from flowscale_lite.resampling import SCHEMES, ess, systematic
@@ -98,34 +98,15 @@ mass = (ring.log_prob(grid) + reward(grid) / TAU).exp() * (axis[1] - axis[0]) **
 assert math.isclose(math.log(mass.sum()), LOG_Z, abs_tol=1e-8) and math.isclose(their_log_z, LOG_Z, abs_tol=1e-12)
 
 
-# %%
-def contours(ax, law, lines=False, lim=2.9):
-    """The density of a mixture, as filled contours or as lines."""
-    side = torch.linspace(-lim, lim, 161, dtype=torch.float64)
-    xx, yy = torch.meshgrid(side, side, indexing="xy")
-    p = law.log_prob(torch.stack([xx, yy], -1).view(-1, 2)).exp().view(xx.shape)
-    levels = float(p.max()) * np.array([0.01, 0.05, 0.2, 0.5, 1.01])
-    if lines:
-        ax.contour(xx, yy, p, levels=levels, colors="black", linewidths=0.7)
-    else:
-        ax.contourf(xx, yy, p, levels=levels, cmap="Greys", alpha=0.6)
-    ax.set(xlim=(-lim, lim), ylim=(-lim, lim), aspect="equal")
-    ax.grid(False)
-
-
-# %%
+# %% alt="Densities: a ring of eight clouds, the right one pale; tilted at temperature 2, mass gathers on the right half; at 0.5 it lies in the rare cloud on the right and its two neighbours. A star marks the reward's peak."
 fig, axes = plt.subplots(1, 3, figsize=(7.5, 2.8), sharey=True)
 for ax, tau in zip(axes, (None, 2.0, 0.5), strict=True):
     law = ring if tau is None else ring.tilted(reward, tau)[0]
-    contours(ax, law)
+    plots.contours(ax, law.log_prob)
     ax.plot(*reward.centre, marker="*", markersize=9, color="#D55E00")
     ax.set_title("data" if tau is None else rf"tilted, $\tau$ = {tau:g}")
     print("data    " if tau is None else f"tau {tau:4g}", "mass of the eight modes:", [f"{w:.2f}" for w in law.weights])
-plots.show(
-    fig,
-    alt="Densities: a ring of eight clouds, the right one pale; tilted at temperature 2, mass gathers on the right "
-    "half; at 0.5 it lies in the rare cloud on the right and its two neighbours. A star marks the reward's peak.",
-)
+plt.show()
 
 # %% [markdown]
 # The star is where the reward peaks. At $\tau = 0.5$ the rare cloud, one sample in fifty of the data, should get about half of the samples, its neighbours the rest. The star itself stands at the rim of the rare cloud, where there is little data, and should not attract them much further.
@@ -145,7 +126,7 @@ plots.show(
 # draws, the *effective sample size*. It is $K$ for equal weights and 1 when one draw holds everything. On the toy we can tell its limit: by the law of large numbers $\mathrm{ESS}/K \to \mathbb E[w]^2/\mathbb E[w^2]$, and $w^2 = e^{2r/\tau}$ is the
 # weight of half the temperature, so the limit is $Z_\tau^2 / Z_{\tau/2}$.
 
-# %%
+# %% alt="ESS over K against falling temperature: from near one it drops below two percent; dots lie on the curve."
 generator = torch.Generator().manual_seed(0)
 draws = ring.sample(4000, generator)
 taus = torch.logspace(1, -1, 9)
@@ -159,9 +140,7 @@ ax.loglog(taus, measured, "o", label=f"{len(draws)} draws")
 ax.set(xlabel=r"temperature $\tau$", ylabel="ESS / K")
 ax.invert_xaxis()
 ax.legend()
-plots.show(
-    fig, alt="ESS over K against falling temperature: from near one it drops below two percent; dots lie on the curve."
-)
+plt.show()
 
 # %% [markdown]
 # To the right the law gets colder, and soon a few draws do all the work. That is the price of looking at the reward only when a sample is finished.
@@ -317,7 +296,7 @@ for name, package in SCHEMES.items():
     ours = resample(name, logw, 12, torch.Generator().manual_seed(1))
     assert torch.equal(ours, package(logw, 12, torch.Generator().manual_seed(1))), name
 
-# %%
+# %% alt="Twelve stretches as long as the weights, and the points of three schemes upon them: multinomial points clump and leave gaps, stratified are more even, systematic ones are a comb of equal distances."
 W = logw.softmax(0)
 edges = torch.cat([torch.zeros(1), W.cumsum(0)])
 fig, axes = plt.subplots(3, 1, figsize=(6.5, 2.9), sharex=True)
@@ -330,11 +309,7 @@ for ax, scheme in zip(axes, ("multinomial", "stratified", "systematic"), strict=
     ax.set_title(scheme, fontsize=9, loc="left", pad=2)
     ax.grid(False)
 axes[-1].set_xlabel("cumulative weight")
-plots.show(
-    fig,
-    alt="Twelve stretches as long as the weights, and the points of three schemes upon them: multinomial points clump "
-    "and leave gaps, stratified are more even, systematic ones are a comb of equal distances.",
-)
+plt.show()
 
 # %% [markdown]
 # A stretch is copied as often as lines fall into it. Multinomial lines clump; the comb of the systematic scheme cannot.
@@ -466,7 +441,7 @@ print(f"{result.nfe} NFE: K = 100 particles, {len(times) - 1} evaluations each; 
 # Is it exact? Here is what 400 particles do. The black contours are those of a law that we can compute: data of the tilted law, noised to time $t$, where an ideal sampler's particles would be at that time.
 
 
-# %%
+# %% alt="Four hundred particles, as large as their weights, at times 1, 0.8, 0.6, 0.3 and 0, with contours of the noised tilted law: a round cloud at first, at the end three clouds where the exact density has its three, beside the star; the lower one holds fewer particles than the upper."
 def noised(mixture, t):
     """The law of (1 - t) x0 + t eps, for data x0 from a mixture."""
     return GaussianMixture((1 - t) * mixture.means, ((1 - t) ** 2 * mixture.scales**2 + t**2).sqrt(), mixture.weights)
@@ -478,16 +453,11 @@ fig, axes = plt.subplot_mosaic([[1.0, 0.8, 0.0, 0.0], [0.6, 0.3, 0.0, 0.0]], fig
 for t, ax in axes.items():
     x, logw = film[t]
     ax.scatter(*x.T, s=(3000 if t == 0 else 1000) * logw.softmax(0), color="#D55E00", linewidths=0)
-    contours(ax, noised(target, t), lines=True)
+    plots.contours(ax, noised(target, t).log_prob, filled=False)
     ax.set_title(f"t = {t:g}, ESS {ess(logw):.0f}", fontsize=10)
 axes[0.0].set(xlim=(0.4, 3.2), ylim=(-2.1, 2.1))
 axes[0.0].plot(*reward.centre, marker="*", markersize=11, color="black")
-plots.show(
-    fig,
-    alt="Four hundred particles, as large as their weights, at times 1, 0.8, 0.6, 0.3 and 0, with contours of the "
-    "noised tilted law: a round cloud at first, at the end three clouds where the exact density has its three, beside "
-    "the star; the lower one holds fewer particles than the upper.",
-)
+plt.show()
 
 # %%
 nearest = torch.cdist(final[0], target.means.float()).argmin(1)
@@ -553,22 +523,17 @@ for name in NAMES:
     cells = [interval(runs[name, tau][:, 0]) for tau in TAUS]
     print(f"{name:22}" + "".join(f"{m:.2f} +- {h:.2f}    " for m, h in cells))
 
-# %%
+# %% alt="Error of the weighted mean against falling temperature with 95 percent intervals: highest for importance sampling, falling for the tempered look-ahead and the noised target, and for the plain one rising again."
 fig, ax = plt.subplots(figsize=(6.0, 3.6))
 for j, (name, marker) in enumerate(zip(NAMES, "osv^", strict=True)):
     cells = [interval(runs[name, tau][:, 0]) for tau in TAUS]
     place = np.array(TAUS) * 1.05 ** (j - 1.5)  # side by side
     ax.errorbar(place, *zip(*cells, strict=True), marker=marker, capsize=3, label=name)
 ax.set(xscale="log", xlabel=r"temperature $\tau$", ylabel="distance from the exact mean", ylim=(0, None))
-ax.set_xticks(TAUS, TAUS)
-ax.minorticks_off()
+plots.ticks(ax.xaxis, TAUS)
 ax.invert_xaxis()
 ax.legend(fontsize=8)
-plots.show(
-    fig,
-    alt="Error of the weighted mean against falling temperature with 95 percent intervals: highest for importance "
-    "sampling, falling for the tempered look-ahead and the noised target, and for the plain one rising again.",
-)
+plt.show()
 for tau, worse, better in ((0.1, 0, 3), (0.1, 0, 2), (0.1, 1, 2), (0.5, 3, 2)):
     gap = runs[NAMES[worse], tau][:, 0] - runs[NAMES[better], tau][:, 0]  # the same seeds: a paired comparison
     mean, half = interval(gap)
@@ -606,7 +571,7 @@ for name, potential in traces.items():
     note = lambda t, x, logw, rows, log=log: log.append((ess(logw), not torch.equal(rows, order)))  # noqa: E731
     smc(potential, 100, torch.Generator().manual_seed(0), watch=note)
 
-# %%
+# %% alt="Left: the error at temperature 0.2 is smallest for an exponent near one and larger for 0 and 4. Right: the ESS over time, dots at resamplings; without tempering they begin early, with exponent 4 half-way."
 fig, axes = plt.subplots(1, 2, figsize=(7.5, 3.0))
 bars = [interval(rows[:, 0]) for rows in by_exponent]
 axes[0].errorbar(range(5), *zip(*bars, strict=True), marker="o", capsize=3)
@@ -619,11 +584,7 @@ for name, trace in traces.items():
     print(f"{name:7} first resampling on the way to t = {first:.2f}, {sum(resampled)} in all")
 axes[1].set(xlabel="t", ylabel="ESS of 100", xlim=(1, 0), ylim=(0, 105), title="one run each")
 axes[1].legend(fontsize=8, loc="lower right")
-plots.show(
-    fig,
-    alt="Left: the error at temperature 0.2 is smallest for an exponent near one and larger for 0 and 4. Right: the "
-    "ESS over time, dots at resamplings; without tempering they begin early, with exponent 4 half-way.",
-)
+plt.show()
 
 # %% [markdown]
 # Dots mark the steps that began with a resampling (sampling runs to the right). Without tempering the first comes while the look-ahead still knows little; with $b = 4$ the weights hardly differ in the first third, the first resampling comes half-way, and after it particles can no longer move far.
@@ -723,7 +684,7 @@ ratios = runs["look-ahead", COLD][:, 1].sort().values
 print(f"\nplain look-ahead: the two highest runs make {ratios[-2:].sum() / ratios.sum():.0%} of the mean;", end=" ")
 print(f"{int((ratios < own / 2).sum())} of 20 are below half of Z")
 
-# %%
+# %% alt="Estimates of Z of four methods on a log axis: those of the plain look-ahead scatter over a factor of ten and more, those of the tempered look-ahead and of the noised target stay close to the dashed line."
 fig, ax = plt.subplots(figsize=(6.0, 3.2))
 for j, name in enumerate(NAMES):
     ratios = runs[name, COLD][:, 1]
@@ -732,11 +693,7 @@ for j, name in enumerate(NAMES):
 ax.axhline(own, color="black", linestyle="--", linewidth=1)
 ax.set(yscale="log", ylabel=r"$\hat Z / Z$", title=rf"20 runs of 100 particles, $\tau$ = {COLD:g}")
 ax.set_xticks(range(4), [name.replace(" ", "\n") for name in NAMES])
-plots.show(
-    fig,
-    alt="Estimates of Z of four methods on a log axis: those of the plain look-ahead scatter over a factor of ten and "
-    "more, those of the tempered look-ahead and of the noised target stay close to the dashed line.",
-)
+plt.show()
 
 # %% [markdown]
 # Dots are runs, squares their means, the dashed line is the sampler's own $Z$. All four are unbiased. Importance sampling has runs that missed the rare mode and are far too low; the others make up for them. But with the plain look-ahead the mean
@@ -759,7 +716,7 @@ def genealogy(tau, exponent, threshold=0.5, K=24, seed=0):
     return torch.stack(parents[1:]), torch.stack(alive)
 
 
-# %%
+# %% alt="Family trees of 24 particles from noise at the left to data at the right: at temperature 0.5 with tempering several lines survive, at 0.05 without tempering all particles descend from very few noises."
 fig, axes = plt.subplots(2, 1, figsize=(7.0, 4.8), sharex=True)
 for ax, (tau, b) in zip(axes, ((0.5, 1), (0.05, 0)), strict=True):
     parents, alive = genealogy(tau, b)
@@ -771,11 +728,7 @@ for ax, (tau, b) in zip(axes, ((0.5, 1), (0.05, 0)), strict=True):
     ax.set(yticks=[], xlim=(1, 0))
     ax.grid(False)
 axes[1].set_xlabel("t")
-plots.show(
-    fig,
-    alt="Family trees of 24 particles from noise at the left to data at the right: at temperature 0.5 with tempering "
-    "several lines survive, at 0.05 without tempering all particles descend from very few noises.",
-)
+plt.show()
 
 # %% [markdown]
 # Black lines lead to survivors, grey ones die out. Above, the finished particles descend from several noises; below, the family has collapsed. On the toy the noise of later steps tells copies apart again. A picture is decided early, and then a cloud of
@@ -833,31 +786,27 @@ task = prompt.problem(shapes.CountReward(shapes.parse(TEXT)), ddim(), times=logi
 found = {}
 for name, method in {"plain": SMC(threshold=0.0), "SMC": SMC(tau=1.0, tempering=1.0)}.items():
     for seed in range(SEEDS):
-        origin = []  # each particle's noise, followed through every step
-        follow = lambda p, run, o=origin: o.append(o[-1][p.parent] if o else p.parent)  # noqa: E731
-        result = search(task, method, max_nfe=250, generator=torch.Generator().manual_seed(seed), on_step=follow)
-        p = result.particles
+        run = steps(task, method, max_nfe=250, generator=torch.Generator().manual_seed(seed))
+        origin = None  # each particle's noise, followed through every step
+        for _ in run:
+            parent = run.particles.parent
+            origin = parent if origin is None else origin[parent]
+        result, p = run.result(), run.particles
         w = torch.full((len(p),), 1 / len(p)) if name == "plain" else p.logw.softmax(0)
         found[name, seed] = p
         top = round(result.reward, 2) + 0.0
         print(f"{name:5} seed {seed}: {len(p)} particles, mean reward {w @ p.reward:6.2f}, best {top:6.2f},", end=" ")
-        print(f"ESS {1 / w.square().sum():4.1f}, from {len(origin[-1].unique())} noises, {result.nfe} NFE")
+        print(f"ESS {1 / w.square().sum():4.1f}, from {len(origin.unique())} noises, {result.nfe} NFE")
 
-# %%
+# %% alt="Six plain samples, all different and mostly miscounted, above six draws from SMC's weighted particles, which have nearly the right counts and look like variations of a few layouts."
 fig, axes = plt.subplots(2, 6, figsize=(7.5, 3.0))
 for row, name in zip(axes, ("plain", "SMC"), strict=True):
     p = found[name, 0]
     logw = p.logw if name == "SMC" else torch.zeros(len(p))
     chosen = systematic(logw, 6, torch.Generator().manual_seed(0))  # six draws from the weighted particles
-    for ax, picture, r in zip(row, prompt.decode(p.x[chosen]), p.reward[chosen], strict=True):
-        plots.picture(ax, picture, f"{round(float(r), 1) + 0.0:.1f}")
-    row[0].set_ylabel(name)
+    plots.strip(row, prompt.decode(p.x[chosen]), [f"{round(float(r), 1) + 0.0:.1f}" for r in p.reward[chosen]], name)
 fig.suptitle(TEXT + ": reward", fontsize=10)
-plots.show(
-    fig,
-    alt="Six plain samples, all different and mostly miscounted, above six draws from SMC's weighted particles, which "
-    "have nearly the right counts and look like variations of a few layouts.",
-)
+plt.show()
 
 # %% [markdown]
 # In every run the reward rises by far, and the second row shows the price: all particles descend from very few noises, and it looks that way. With 25 particles this is no sample of the tilted law of pictures, whatever the theorem says about many. It still is

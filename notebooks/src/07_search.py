@@ -38,8 +38,9 @@ from dataclasses import replace
 from itertools import pairwise
 
 import matplotlib.pyplot as plt
+import pandas as pd
 import torch
-from IPython.display import Markdown, display
+from IPython.display import display
 from tqdm.auto import tqdm
 
 from flowscale_lite import experiments, kernels, plots, schedules
@@ -50,13 +51,7 @@ from flowscale_lite.methods import SVDD, BestOfN, Blockwise, SearchOverPaths
 from flowscale_lite.search import Problem, search
 from flowscale_lite.tiny import shapes
 from flowscale_lite.tiny.data import locate
-from flowscale_lite.toys import GaussianMixture, QuadraticReward
-
-
-def table(lines):
-    """Show a table, a dict a line."""
-    display(Markdown(experiments.markdown(lines)))
-
+from flowscale_lite.tiny.toys import GaussianMixture, QuadraticReward
 
 # %% [markdown]
 # ## The best rule, and three shortcuts
@@ -186,7 +181,7 @@ for name, x in ends.items():
     line = {"rule": name, "reward": r, "log density of the data": density, "share in the rare cloud": rare}
     lines.append(line | {"distance": f"{energy(x, exact):.3f}"})
     found[name] = r, rare, energy(x, exact)
-table(lines)
+pd.DataFrame(lines)
 
 # %%
 right, few, many, ahead = (found[name] for name in list(found)[:1] + list(found)[2:5])
@@ -196,26 +191,16 @@ assert many[2] < few[2] < found["no choice"][2], "and nearer in law"
 assert found["best look-ahead, 32 children"][2] > 10 * many[2]
 assert energy(ends["no choice"], ring.sample(400, torch.Generator().manual_seed(10))) < 0.02, "no choice: the data"
 
-# %%
+# %% alt="Seven clouds of 400 ends over the contours of the tilted law, which covers the three clouds on the right. No choice: all eight clouds of the ring. By value, 4 children: the three clouds, too few ends in the rare one, and some in two clouds more. 32 children: nearly the three clouds. By look-ahead: the three clouds, too many ends in the rare one. Best by value or by look-ahead: a single dot at the highest reward."
 fig, axes = plt.subplots(2, 4, figsize=(11, 5.6), sharex=True, sharey=True)
-side = torch.linspace(-2.9, 2.9, 121, dtype=torch.float64)
-xx, yy = torch.meshgrid(side, side, indexing="xy")
-tilted = target.log_prob(torch.stack([xx.flatten(), yy.flatten()], 1)).exp().view(121, 121)
 for ax, name in zip(axes.flat, ["tilted law, exact draws", *rules], strict=False):
-    ax.contour(xx, yy, tilted, levels=[0.02, 0.2, 1.0], colors="0.5", linewidths=0.8)
+    plots.contours(ax, target.log_prob, filled=False)
     ax.plot(*ends[name].T, ".", color="black", markersize=3)
     ax.plot(*reward.centre, "s", color="#D55E00", markersize=11, markerfacecolor="none")
     ax.set_title(name.replace(", ", ",\n"), fontsize=10)
-    ax.set(xlim=(-2.9, 2.9), ylim=(-2.9, 2.9), aspect="equal")
 axes[1, 3].axis("off")
 axes[1, 3].text(0, 0.5, "lines: tilted law\nsquare: highest reward\ndots: 400 ends", transform=axes[1, 3].transAxes)
-plots.show(
-    fig,
-    alt="Seven clouds of 400 ends over the contours of the tilted law, which covers the three clouds on the right. No "
-    "choice: all eight clouds of the ring. By value, 4 children: the three clouds, too few ends in the rare one, and "
-    "some in two clouds more. 32 children: nearly the three clouds. By look-ahead: the three clouds, too many ends in "
-    "the rare one. Best by value or by look-ahead: a single dot at the highest reward.",
-)
+plt.show()
 
 # %% [markdown]
 # Read the rows of dots from left to right, and the table's last column (the energy distance from the tilted law: 0 for the same law; two exact samples have the first line's).
@@ -372,7 +357,7 @@ def account(method):
     return spent, judged, result
 
 
-# %%
+# %% alt="NFE at each of ten times. Best-of-N: 25 at every time. Search over Paths: few near the noise, and more and more towards the data. CoDe and SVDD: two at the noise, then 26 or 28 at every time."
 METHODS = {"best-of-N": BestOfN(), "SoP": SearchOverPaths(), "CoDe": Blockwise(), "SVDD": SVDD()}
 fig, axes = plt.subplots(1, 4, figsize=(11, 2.8), sharey=True)
 lines = []
@@ -385,12 +370,8 @@ for ax, (name, method) in zip(axes, METHODS.items(), strict=True):
         {"method": name, "NFE": result.nfe, "of them at $t \\le 0.5$": late, "reward calls": result.reward_calls}
     )
 axes[0].set_ylabel("NFE")
-table(lines)
-plots.show(
-    fig,
-    alt="NFE at each of ten times. Best-of-N: 25 at every time. Search over Paths: few near the noise, and more and "
-    "more towards the data. CoDe and SVDD: two at the noise, then 26 or 28 at every time.",
-)
+display(pd.DataFrame(lines))
+plt.show()
 
 # %% [markdown]
 # Best-of-N spends evenly in time and asks for a reward only at the end. Search over Paths spends late: its first leg runs two paths only, and up one, down three leads it through nearly every later time twice. CoDe and SVDD spend evenly, but SVDD needs a reward for every evaluation: with pictures, a decode and a judge each time, which can cost more than the model (notebook 03 has the seconds).
@@ -420,7 +401,7 @@ for nfe in (100, 250):
         means.append(rewards.mean)
         line = {"method": name, "NFE": nfe, "reward": fine(rewards)}
         lines.append(line | {"log density": clustered_mean(density, range(40))})
-table(lines)
+display(pd.DataFrame(lines))
 assert means[0] < means[1] < means[2] < means[3] and means[4] < means[5] < means[6] < means[7], "in this order"
 
 # %% [markdown]
@@ -432,7 +413,7 @@ assert means[0] < means[1] < means[2] < means[3] and means[4] < means[5] < means
 # the rare cloud is best, and our reward, a model of that truth, has its peak slightly off.
 
 
-# %%
+# %% alt="Left: log density of the data falls as less of the given reward is lacking; the three curves lie close together, down to -4.5. Right: the lacking held-out reward shrinks at first and grows again in the end, for all."
 truth = QuadraticReward((2.0, 0.0))
 falling = [ring.tilted(reward, tau)[0] for tau in (4, 2, 1, 0.5, 0.2, 0.1, 0.03, 0.01, 0.003)]
 pools = {n: ring.sample(300 * n, torch.Generator().manual_seed(n)) for n in (1, 4, 16, 64, 256, 1024)}
@@ -451,11 +432,7 @@ axes[0].invert_xaxis()
 axes[1].set(yscale="log", ylabel="held-out reward lacking (down: better)")
 axes[0].legend(fontsize=8, loc="lower left")
 fig.supxlabel("given reward lacking to the highest possible (right: more optimised)", fontsize=10)
-plots.show(
-    fig,
-    alt="Left: log density of the data falls as less of the given reward is lacking; the three curves lie close "
-    "together, down to -4.5. Right: the lacking held-out reward shrinks at first and grows again in the end, for all.",
-)
+plt.show()
 
 # %%
 tail = [(float(reward(x).mean()), float(truth(x).mean())) for x in curves["SVDD, 1 to 32 children"]]
@@ -491,7 +468,7 @@ runs = {
     "SVDD": (SVDD(init=12), vp_sde),
 }
 
-# %%
+# %% alt="Pictures for 'three blue squares above two blue circles', with their rewards: a plain one, and what four methods found with 100 evaluations. Plain: two squares and two circles, mixed up. Best-of-N: three squares, one of them low, and one circle. SoP: two squares above two circles. CoDe and SVDD: three squares above two circles, as asked."
 fig, axes = plt.subplots(1, 5, figsize=(10, 2.4))
 for ax, (name, (method, how)) in zip(axes, tqdm(runs.items()), strict=True):
     result = search(prompt.problem(count, **how), method, max_nfe=100, generator=torch.Generator().manual_seed(0))
@@ -499,12 +476,7 @@ for ax, (name, (method, how)) in zip(axes, tqdm(runs.items()), strict=True):
     verdicts[name] = bool(shapes.exact(scene, picture)[0])
     plots.picture(ax, picture[0], f"{name}\n{result.reward:.2f}, {'right' if verdicts[name] else 'wrong'}")
 fig.suptitle(TEXT, fontsize=11)
-plots.show(
-    fig,
-    alt=f"Pictures for '{TEXT}', with their rewards: a plain one, and what four methods found with 100 evaluations. "
-    "Plain: two squares and two circles, mixed up. Best-of-N: three squares, one of them low, and one circle. SoP: two "
-    "squares above two circles. CoDe and SVDD: three squares above two circles, as asked.",
-)
+plt.show()
 print("right:", ", ".join(name for name, right in verdicts.items() if right))
 
 # %% [markdown]
@@ -520,12 +492,10 @@ rows = [
     and (row["method"], row["budget"]) in [("plain", 10), *((name, 250) for name in names if name != "plain")]
 ]
 rows.sort(key=lambda row: list(names.values()).index(row["method"]))
-lines = []
-for line in experiments.table(rows, ["method"], ["exact", "held_out", "reward_calls", "nfe", "seconds"]):
-    spent = {"NFE": round(line["nfe"].mean), "reward calls": round(line["reward_calls"].mean)}
-    spent["CPU seconds"] = f"{line['seconds'].mean:.1f}"
-    lines.append({"method": line["method"], "exact": line["exact"], "held-out exact": line["held_out"]} | spent)
-table(lines)
+lines = experiments.table(rows, ["method"], ["exact", "held_out", "nfe", "reward_calls", "seconds"])
+for cost, digits in {"nfe": 0, "reward_calls": 0, "seconds": 1}.items():
+    lines[cost] = [f"{spent.mean:.{digits}f}" for spent in lines[cost]]
+display(lines)
 by = {name: [row for row in rows if row["method"] == name] for name in names.values()}
 gain = experiments.paired_difference(by["SVDD"], by["best-of-N"], "exact")
 held_out = experiments.paired_difference(by["SVDD"], by["best-of-N"], "held_out")

@@ -44,6 +44,7 @@ from flowscale_lite import (
     LINEAR,
     RBF,
     SVDD,
+    FirstImprovement,
     GaussianMixture,
     Problem,
     QuadraticReward,
@@ -52,6 +53,7 @@ from flowscale_lite import (
     plots,
     schedules,
     search,
+    steps,
 )
 from flowscale_lite.flux import FlowModel, load
 from flowscale_lite.tiny import shapes
@@ -130,7 +132,7 @@ def among_equals(runs=10000, most=64):
 
 draws, equals = np.array([needed(seed) for seed in range(60)]), among_equals()
 
-# %%
+# %% alt="Left: draws needed per transition: medians about 4 to 6, 10 at the last; the ninetieth percentile grows from 11 to 64. Right: the chance of no improvement falls slowly with the number of draws, for equals far more slowly."
 fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4))
 left.boxplot(draws, whis=(10, 90), showfliers=False, medianprops={"color": "black", "linewidth": 2})
 left.set(yscale="log", xlabel="paid transition", ylabel="draws until the record falls (or 64)")
@@ -143,11 +145,7 @@ right.plot(n, 4 / (4 + n), "C1--", label="equals, the first: (8.1), m = 4")
 right.plot(n, [(draws[:, 0] > k).mean() for k in n], "C1-", label="this flow, the first")
 right.set(xscale="log", xlabel="n", ylabel="no improvement in n draws")
 right.legend(fontsize=8)
-plots.show(
-    fig,
-    alt="Left: draws needed per transition: medians about 4 to 6, 10 at the last; the ninetieth percentile grows from "
-    "11 to 64. Right: the chance of no improvement falls slowly with the number of draws, for equals far more slowly.",
-)
+plt.show()
 quota = 10
 unused = np.maximum(quota - draws, 0).sum() / (quota * draws.size)
 short = (draws > quota).mean()
@@ -219,7 +217,7 @@ def force(rules, budget, init, g):
 problem = Problem(flow, reward, LINEAR, kernel, times, (2,))
 for seed in range(3):
     ours, _, used = force(Rules(seen=False), 100, 4, torch.Generator().manual_seed(seed))
-    method = RBF(init=4, accept="first", batch=1)
+    method = RBF(init=4, rule=FirstImprovement(), batch=1)
     theirs = search(problem, method, max_nfe=100, generator=torch.Generator().manual_seed(seed))
     assert [4, *used, 1] == [step.drawn for step in theirs.trace] and abs(ours - theirs.reward) < 1e-6
 print("flowscale_lite.RBF makes the same draws and finds the same samples.")
@@ -270,24 +268,23 @@ assert np.mean(table["1 first"][1]) < np.mean(table["2 rollover"][1]) < np.mean(
 # ## What goes wrong: the first improvement is a small one
 #
 # On the distilled flow only the means told the rules apart. On the *multi-step* flow of the same mixture nothing is close. Its posterior means are averages, which sharpen as $t$ falls, so its look-ahead reward drifts upwards
-# by itself: almost any draw beats the record, the first one is taken, and the step ends after one or two. The sweep `python -m tools.runs.toy_table` ran every method there, forty seeds each; here are its rows. Two more words on them: `reserve` is a rule of the next section,
-# and `published`, the paper's rule without the finish (here with one chain and four first noises), leaves most of its budget. So we run it with the finish too, in batches of eight.
+# by itself: almost any draw beats the record, the first one is taken, and the step ends after one or two. The sweep `python -m tools.runs.toy_table` ran every method there, forty seeds each; here are its rows.
+# `published` is the paper's rule with the settings of its public code: two chains of 25 first noises each, one draw at a time. We also run the rule with one chain of four first noises, as the others have, in batches of eight.
 
 # %%
 rows = experiments.read(locate("results/toy.jsonl"))
 RULES = {
     "RBF, equal quotas": "best of\nquota",
-    "RBF, reserve": "reserve",
-    "RBF, published": "published",
-    "first, finish": "first,\nfinish",
+    "RBF, published": "published,\n2 chains",
+    "first, one chain": "first,\n1 chain",
     "SVDD": "SVDD,\n2 chains",
 }
 finished = []
 for name, k in (("linear SDE", kernel), ("DDPM", kernels.ddim())):
     multi_step = Problem(ring.velocity(LINEAR), reward, LINEAR, k, times, (2,))
     for budget in (100, 500):
-        cell = {"world": "exact", "reward": "smooth", "kernel": name, "budget": budget, "method": "first, finish"}
-        runs = search_all(RBF(init=4, accept="first"), multi_step, budget, 40)
+        cell = {"world": "exact", "reward": "smooth", "kernel": name, "budget": budget, "method": "first, one chain"}
+        runs = search_all(RBF(init=4, rule=FirstImprovement()), multi_step, budget, 40)
         finished += [cell | {"found": run.reward, "nfe": run.nfe} for run in runs]
 
 
@@ -300,33 +297,26 @@ def shortfall(kernel, budget, method):
     return mean, np.mean([r["nfe"] for r in cell])
 
 
-# %%
+# %% alt="Mean shortfall of four searches under two kernels, at 100 and 500 NFE, log scale: the first improvement is worst by far, with the paper's settings and with one chain; best of quota and SVDD are best."
 fig, axes = plt.subplots(1, 2, figsize=(10, 3.4), sharey=True)
 for ax, name in zip(axes, ("linear SDE", "DDPM"), strict=True):
     for offset, budget, marker in ((-0.12, 100, "o"), (0.12, 500, "s")):
         means, spent = zip(*[shortfall(name, budget, method) for method in RULES], strict=True)
-        error = [[m.mean - m.low for m in means], [m.high - m.mean for m in means]]
         place = np.arange(len(RULES)) + offset
-        ax.errorbar(place, [m.mean for m in means], error, fmt=marker, label=f"{budget} NFE")
-        slow, rest = means[2:4], (*means[:2], means[4])
-        assert min(m.low for m in slow) > max(m.high for m in rest) and spent[3] == budget
-    note = f"{spent[2]:.0f} NFE spent"
-    ax.annotate(note, (2, means[2].low), (0, -14), textcoords="offset points", ha="center", fontsize=8)
+        plots.intervals(ax, place, means, marker=marker, linestyle="", label=f"{budget} NFE")
+        slow, rest = means[1:3], (means[0], means[3])
+        assert min(m.low for m in slow) > max(m.high for m in rest) and min(spent[:3]) == budget
     ax.set(yscale="log", title="linear SDE" if name == "linear SDE" else "DDPM transition")
     ax.set_xticks(range(len(RULES)), RULES.values(), fontsize=9)
 axes[0].set_ylabel("mean of −reward")
 axes[0].legend(fontsize=8)
-plots.show(
-    fig,
-    alt="Mean shortfall of five rules under two kernels, at 100 and 500 NFE, log scale: the first improvement is worst "
-    "by far, with a finish too; best of quota and SVDD are best. The published rule spends 25 to 28 NFE.",
-)
+plt.show()
 
 # %% [markdown]
-# Spending the rest at the end hardly helps: from a bad place the last step does not get far. (One more thing to see: on the left, the best of quota does worse with five times the budget. A search can repair late only what noise still moves late, and $g_t = 3t^2$ has nearly died out by
+# Both spend their whole budget, most of it in the last transition: from a bad place the last step does not get far. (One more thing to see: on the left, the best of quota does worse with five times the budget. A search can repair late only what noise still moves late, and $g_t = 3t^2$ has nearly died out by
 # then; that is how we read it. Check it with another $g$.)
 #
-# So the best of each quota it is, on a smooth reward; `accept="first"` is there for the paper's rule. Notebook 10 asks the same of few-step
+# So the best of each quota it is, on a smooth reward; `rule=FirstImprovement()` is there for the paper's rule. Notebook 10 asks the same of few-step
 # tiny-flux, whose reward counts objects and so improves in jumps.
 #
 # ## When to stop drawing
@@ -377,8 +367,7 @@ for q, known in zip(qs, of_rule, strict=True):
 
 # %% [markdown]
 # Compare the first two numbers of a line: knowing the law is worth a fraction of a standard deviation a step. But a step has only its own few draws to learn the law from, and learning the law costs most of what knowing it gains:
-# compare the last two numbers, for the same number of draws on average: the learned rule is level with a plain quota, and less than a tenth of a deviation ahead where the quota is large. That is why *uniform best-of-quota is so hard to beat*, and why `accept="reserve"`
-# is an option and not the default (in the figure above it is no better than the quota it was to replace).
+# compare the last two numbers, for the same number of draws on average: the learned rule is level with a plain quota, and less than a tenth of a deviation ahead where the quota is large. That is why *uniform best-of-quota is so hard to beat*, and why the package has no such rule.
 #
 # ## Steps are not alike
 #
@@ -418,13 +407,12 @@ for law, cells in all_missed.items():
     print(f"{law:12}at worst, times the best ".ljust(34) + "".join(f"{f:8.1f}" for f in factors[law]))
     assert factors[law][2] == factors[law].min()
 
-# %%
+# %% alt="Left and middle: mean shortfall for five answers and for equal quotas under each kernel, log scale: lowest between 8 and 24, and rising to equal quotas; 16 is lowest or near it. Intervals are wide at 8 on the multi-step flow, and under the linear SDE at 12 on the distilled one, where a bad seed makes the mean. Right: draws at 500 NFE: 24 each at first, then 82 and 246; or 55 each."
 fig, axes = plt.subplots(1, 3, figsize=(11, 3.6))
 for ax, (law, cells) in zip(axes[:2], all_missed.items(), strict=True):
     for k, ((world, budget), means) in enumerate(cells.items()):
-        error = [[m.mean - m.low for m in means], [m.high - m.mean for m in means]]
-        name = f"{FLOWS[world]}, {budget} NFE"
-        ax.errorbar(np.arange(6) + (k - 1.5) / 8, [m.mean for m in means], error, fmt="osD^"[k], ms=4, label=name)
+        place, name = np.arange(6) + (k - 1.5) / 8, f"{FLOWS[world]}, {budget} NFE"
+        plots.intervals(ax, place, means, marker="osD^"[k], linestyle="", label=name)
     ax.set(yscale="log", ylim=(6e-5, 0.1), xlabel="enough", title=f"{law} transition" if law == "DDPM" else law)
     ax.set_xticks(range(6), [m.split()[-1] if "enough" in m else "equal\nquotas" for m in ANSWERS])
 axes[0].set_ylabel("mean of −reward")
@@ -433,13 +421,7 @@ for method, style in (("RBF, enough 24", "o-"), ("RBF, equal quotas", "s--")):
     axes[2].plot(range(1, 10), missed("DDPM", "exact", 500, method)[1], style, label=method.removeprefix("RBF, "))
 axes[2].set(ylim=(0, None), xlabel="paid transition", ylabel="draws at 500 NFE")
 axes[2].legend(loc="upper left", fontsize=8)
-plots.show(
-    fig,
-    alt="Left and middle: mean shortfall for five answers and for equal quotas under each kernel, log scale: "
-    "lowest between 8 and 24, and rising to equal quotas; 16 is lowest or near it. Intervals are wide at 8 on the "
-    "multi-step flow, and under the linear SDE at 12 on the distilled one, where a bad seed makes the mean. Right: "
-    "draws at 500 NFE: 24 each at first, then 82 and 246; or 55 each.",
-)
+plt.show()
 
 # %% [markdown]
 # (At 250 NFE a quota holds 27, so 32 is the same as equal quotas.) Too few draws early are a mistake: on the multi-step flow no last step mends what is lost at 8, and on the distilled one, under the linear SDE, one seed of a hundred goes so wrong at 12 that it makes the mean. Too many leave too few for the end. By
@@ -496,14 +478,10 @@ prompt = FlowModel.encode(pipe, TEXT)
 judge = shapes.CountReward(shapes.parse(TEXT))
 vp = kernels.sde(kernels.vp_diffusion())
 setup = prompt.problem(judge, vp, times=schedules.paper_vp(10, finish=1))
-film = []
-found = search(
-    setup,
-    RBF.few_step(250),
-    max_nfe=250,
-    generator=torch.Generator().manual_seed(0),
-    on_step=lambda p, run: film.append((p.t, p.best().x0, float(p.best().reward))),
-)
+film, run = [], steps(setup, RBF.few_step(250), max_nfe=250, generator=torch.Generator().manual_seed(0))
+for step in run:
+    film.append((step.t, run.particles.best().x0, step.accepted))
+found = run.result()
 print(f"reward {found.reward:.3f} after {found.nfe} NFE and {found.reward_calls} reward calls; {found.left} NFE left")
 assert found.nfe + found.left == 250
 drawn_by_step, record, kinds = [step.drawn for step in found.trace], found.trace[0].accepted, ["first noises"]
@@ -513,7 +491,7 @@ for step in found.trace[1:]:
 kinds[-2:] = ["finish", "free"]
 COLOURS = {"first noises": "0.6", "success": "C3", "no success": "C2", "finish": "C1", "free": "white"}
 
-# %%
+# %% alt="Above, the posterior mean kept after each step, with its time and look-ahead reward, which rises to near 0 and falls twice on the way. Below, the draws of each step: 62 first noises, six steps with success of 8 to 32 draws, two without of 44 and 21, a finish of 35; the uniform quota is 21."
 strip = torch.cat([prompt.decode(x0) for _, x0, _ in film])
 fig, axes = plt.subplots(2, 1, figsize=(11, 3.6), height_ratios=(1.3, 1))
 axes[0].axis("off")
@@ -528,12 +506,7 @@ uniform_quota = np.mean(drawn_by_step[1:-1])
 axes[1].axhline(uniform_quota, color="black", linestyle="--", linewidth=1, label="uniform quota")
 axes[1].set(xlim=(-0.5, len(film) - 0.5), xticks=[], ylabel="draws")
 axes[1].legend(fontsize=8, ncols=2)
-plots.show(
-    fig,
-    alt="Above, the posterior mean kept after each step, with its time and look-ahead reward, which rises to near 0 "
-    "and falls twice on the way. Below, the draws of each step: 62 first noises, six steps with success of 8 to 32 "
-    "draws, two without of 44 and 21, a finish of 35; the uniform quota is 21.",
-)
+plt.show()
 print(", ".join(f"{n} ({kind})" for n, kind in zip(drawn_by_step, kinds, strict=True)))
 
 # %% [markdown]
@@ -541,12 +514,12 @@ print(", ".join(f"{n} ({kind})" for n, kind in zip(drawn_by_step, kinds, strict=
 # (Most bars are multiples of eight, because the package draws eight at a time; see the next section.) Move through the steps.
 
 
-# %%
+# %% alt="The posterior mean that RBF kept after the step chosen."
 def show_step(step=0):
     """The posterior mean that RBF kept after one step, and what the step cost."""
     fig, ax = plt.subplots(figsize=(2.4, 2.7))
     plots.picture(ax, strip[step], f"t = {film[step][0]:.2f}\n{drawn_by_step[step]} draws, reward {film[step][2]:.2f}")
-    plots.show(fig, alt=f"The posterior mean that RBF kept after step {step}.")
+    plt.show()
 
 
 try:
@@ -565,8 +538,8 @@ except ImportError:
 # %%
 found_by = {}
 for batch in (1, 4, 8):
-    runs = search_all(RBF(init=4, accept="first", batch=batch, spend_all=False), problem, 60, 40)
-    calls = [sum(-(-step.drawn // batch) for step in run.trace[1:-1]) for run in runs]
+    runs = search_all(RBF(init=4, rule=FirstImprovement(), batch=batch, finish=False), problem, 60, 40)
+    calls = [sum(np.ceil(step.drawn / batch) for step in run.trace[1:-1]) for run in runs]
     print(
         f"batch {batch}: {np.mean([r.nfe for r in runs]):5.1f} rows evaluated, in {np.mean(calls):5.1f} calls;", end=" "
     )

@@ -37,11 +37,24 @@ from itertools import pairwise
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import torch
-from IPython.display import Markdown, display
+from IPython.display import display
 from torch.nn.functional import normalize
 
-from flowscale_lite import DPS, LINEAR, GaussianMixture, Guide, Problem, QuadraticReward, ode, plots, search, uniform
+from flowscale_lite import (
+    LINEAR,
+    BestOfN,
+    GaussianMixture,
+    Guide,
+    Problem,
+    QuadraticReward,
+    ode,
+    plots,
+    search,
+    steps,
+    uniform,
+)
 from flowscale_lite.experiments import clustered_mean
 
 # %% [markdown]
@@ -86,7 +99,7 @@ def dps_guidance(x, t):
     return torch.autograd.grad(look_ahead.sum(), x)[0]
 
 
-# %%
+# %% alt="Exact guidance and DPS against the state at three times. Between the modes DPS has a peak more than twice too high at t = 0.8 and 0.5; at t = 0.2 the curves nearly agree. At the right, at t = 0.8, DPS even points backwards."
 x = torch.linspace(-3, 3, 241)[:, None]
 between = x.abs()[:, 0] < 1
 fig, axes = plt.subplots(1, 3, figsize=(9.5, 2.9))
@@ -100,11 +113,7 @@ for ax, t in zip(axes, (0.8, 0.5, 0.2), strict=True):
     print(f"         at a hundredth of the strength {peak / low:.1f} times")
 axes[0].set_ylabel("added to the score")
 axes[0].legend(fontsize=8)
-plots.show(
-    fig,
-    alt="Exact guidance and DPS against the state at three times. Between the modes DPS has a peak more than twice too "
-    "high at t = 0.8 and 0.5; at t = 0.2 the curves nearly agree. At the right, at t = 0.8, DPS even points backwards.",
-)
+plt.show()
 
 # %% [markdown]
 # Look between the modes, at the two earlier times: DPS is more than twice too strong. There the posterior is undecided. A small step changes the mean $x_{0|t}$ much, and DPS takes that for a change of every picture, while the true guidance only asks how much likelier
@@ -171,7 +180,7 @@ ours = torch.randn(500, 1, generator=torch.Generator().manual_seed(0))
 for t, s in pairwise(times[:-1]):
     ours = guided_step(problem.velocity, reward, ours, t, s, 1.0)
 ours = ours - times[-2] * problem.velocity(ours, torch.full((500,), times[-2]))  # the last step is not guided
-found = search(problem, DPS(Guide(1.0), n=500), max_nfe=10**6, generator=torch.Generator().manual_seed(0))
+found = search(problem, BestOfN(500, guide=Guide(1.0)), max_nfe=10**6, generator=torch.Generator().manual_seed(0))
 assert torch.allclose(ours, found.particles.x, atol=1e-4), "our loop and the package's disagree"
 print(f"{found.nfe} NFE for 500 samples: {20 * 500} velocities, and {found.gradients} gradients at 3 NFE each")
 
@@ -180,7 +189,7 @@ print(f"{found.nfe} NFE for 500 samples: {20 * 500} velocities, and {found.gradi
 #
 # How good are the samples? Below are 3,000 of them under each of three kernels, at strength 1, beside the tilted law that they should follow. "DDPM transition" is (4.16) throughout: with the posterior mean in the place of $x_0$, it leaves some variance out (4.17).
 
-# %%
+# %% alt="Histograms of guided samples under three kernels beside the tilted law and the data. All put too little mass on the left mode; the ODE's right mode is far too narrow, those of the SDE and of the DDPM transition a little."
 from flowscale_lite import ddim, quadratic, sde
 
 kernels = {"ODE": ode, "SDE, g = 3t^2": sde(quadratic()), "DDPM transition": ddim()}
@@ -188,7 +197,7 @@ grid = torch.linspace(-3, 3, 400)
 fig, axes = plt.subplots(1, 3, figsize=(9.5, 2.8), sharey=True)
 for ax, (name, kernel) in zip(axes, kernels.items(), strict=True):
     problem = Problem(line.velocity(LINEAR), reward, LINEAR, kernel, uniform(50), (1,))
-    found = search(problem, DPS(Guide(1.0), n=3000), max_nfe=10**6, generator=torch.Generator().manual_seed(1))
+    found = search(problem, BestOfN(3000, guide=Guide(1.0)), max_nfe=10**6, generator=torch.Generator().manual_seed(1))
     samples = found.particles.x[:, 0]
     ax.hist(samples.numpy(), bins=60, range=(-3, 3), density=True, color="0.85", label="DPS")
     ax.plot(grid, target.log_prob(grid[:, None]).exp(), label="tilted law")
@@ -198,12 +207,7 @@ for ax, (name, kernel) in zip(axes, kernels.items(), strict=True):
     print(f"{name:17} mass of the right mode {right}")
 print(f"{'tilted law':17} mass of the right mode {target.weights[1]:.3f}, standard deviation {target.scales[1]:.2f}")
 axes[0].legend(fontsize=8)
-plots.show(
-    fig,
-    alt="Histograms of guided samples under three kernels beside the tilted law and the data. All put too little mass"
-    " on the left mode; the ODE's right mode is far too narrow, those of the SDE and of the DDPM transition a "
-    "little.",
-)
+plt.show()
 
 # %% [markdown]
 # Guidance finds the better mode, and forgets the other more than it should: the early peak between the modes, above, pulls nearly everything across. Inside the mode the width is too small by about a tenth where the kernel adds noise, for noise lets the model correct; the ODE's is too small by far more.
@@ -222,7 +226,9 @@ for strength in STRENGTHS:
     laws = {"exact tilt": tilted}
     for name, kernel in (("DPS, ODE", ode), ("DPS, SDE", sde(quadratic()))):
         problem = Problem(ring_velocity, peak, LINEAR, kernel, uniform(30), (2,))
-        found = search(problem, DPS(Guide(strength), n=800), max_nfe=10**6, generator=torch.Generator().manual_seed(0))
+        found = search(
+            problem, BestOfN(800, guide=Guide(strength)), max_nfe=10**6, generator=torch.Generator().manual_seed(0)
+        )
         laws[name] = found.particles.x
     for name, law in laws.items():
         curves[name].append((peak(law).mean().item(), ring.log_prob(law).mean().item()))
@@ -233,7 +239,7 @@ for n in (1, 4, 16, 64):
     best.append((peak(winners).mean().item(), ring.log_prob(winners).mean().item()))
 
 
-# %%
+# %% alt="Mean log density against mean reward, strength growing along each curve. The exact tilted law stays at a log density above -4 while its reward approaches 0. DPS leaves it: with the ODE the log density falls below -20 at strength 30, with the SDE to about -11, and the reward of both gets worse again."
 fig, ax = plt.subplots(figsize=(6, 3.6))
 for (name, values), marker in zip(curves.items(), "osD", strict=True):
     ax.plot(*np.array(values).T, marker=marker, label=name)
@@ -242,12 +248,7 @@ ax.annotate("strength 30", curves["DPS, ODE"][-1], xytext=(8, 2), textcoords="of
 ax.set_xscale("symlog", linthresh=0.05)
 ax.set(xlabel="mean reward (highest is 0)", ylabel="mean log density of the data", ylim=(-24, 0))
 ax.legend(fontsize=8, loc="lower left")
-plots.show(
-    fig,
-    alt="Mean log density against mean reward, strength growing along each curve. The exact tilted law stays at a log"
-    " density above -4 while its reward approaches 0. DPS leaves it: with the ODE the log density falls below -20"
-    " at strength 30, with the SDE to about -11, and the reward of both gets worse again.",
-)
+plt.show()
 for name, values in curves.items():
     print(f"{name:11}", "  ".join(f"{s:g}: {a:.2f}/{b:.1f}" for s, (a, b) in zip(STRENGTHS, values, strict=True)))
 
@@ -258,23 +259,26 @@ for name, values in curves.items():
 
 
 # %%
-def path_of_states(strength, steps):
+def path_of_states(strength, number):
     """Times, mean first coordinate of 300 states at each, and their ends."""
-    seen, problem = [], Problem(ring_velocity, peak, LINEAR, ode, uniform(steps), (2,))
-    method, generator = DPS(Guide(strength), n=300), torch.Generator().manual_seed(0)
-    found = search(problem, method, max_nfe=10**7, generator=generator, on_step=lambda p, run: seen.append(p))
-    return [p.t for p in seen], [p.x[:, 0].mean().item() for p in seen], found.particles.x
+    problem = Problem(ring_velocity, peak, LINEAR, ode, uniform(number), (2,))
+    method, generator = BestOfN(300, guide=Guide(strength)), torch.Generator().manual_seed(0)
+    run, times, first = steps(problem, method, max_nfe=10**7, generator=generator), [], []
+    for step in run:
+        times.append(step.t)
+        first.append(run.particles.x[:, 0].mean().item())
+    return times, first, run.particles.x
 
 
-# %%
+# %% alt="Mean first coordinate of the states over time. The exact tilted law goes straight from 0 to 2.2. DPS in 30 steps at strength 30 climbs to about 7.5 by t = 0.8 and falls back to 3.3; at strength 3 it rises to about 2.2, stays, and ends at 2.4."
 fig, ax = plt.subplots(figsize=(6, 3.2))
 for strength in (3.0, 30.0):
     judged = []
-    for steps in (30, 300):
-        t, state, ends = path_of_states(strength, steps)
+    for number in (30, 300):
+        t, state, ends = path_of_states(strength, number)
         judged.append(torch.stack([peak(ends).mean(), ring.log_prob(ends).mean()]))
-        print(f"strength {strength:2g}, {steps:3} steps: reward {judged[-1][0]:.3f}, log density {judged[-1][1]:.1f}")
-        if steps == 30:
+        print(f"strength {strength:2g}, {number:3} steps: reward {judged[-1][0]:.3f}, log density {judged[-1][1]:.1f}")
+        if number == 30:
             ax.plot(t, state, marker="o", markersize=3, label=f"DPS, strength {strength:g}, 30 steps")
     assert (judged[1] < judged[0]).all(), "more steps should not help"
 assert (judged[1] > 1.1 * judged[0]).all(), "nor change much at strength 30"
@@ -282,12 +286,7 @@ tilted_mean = ring.tilted(peak, 1 / 30)[0].sample(20_000, torch.Generator().manu
 ax.plot([1, 0], [0, tilted_mean], color="black", label="exact tilt, strength 30")
 ax.set(xlabel="time t (noise left, data right)", ylabel="mean first coordinate of the state", xlim=(1.02, -0.02))
 ax.legend(fontsize=8)
-plots.show(
-    fig,
-    alt="Mean first coordinate of the states over time. The exact tilted law goes straight from 0 to 2.2. DPS in 30 "
-    "steps at strength 30 climbs to about 7.5 by t = 0.8 and falls back to 3.3; at strength 3 it rises to about 2.2, "
-    "stays, and ends at 2.4.",
-)
+plt.show()
 
 # %% [markdown]
 # Ten times as many steps mend nothing, neither reward nor density, so it is not the step. Early on the posterior mean is an average over modes and answers slowly, so DPS goes on pushing, until the state is far outside anything that data plus noise ever gave. Later the model brings it back, but not all the way. The approximation is to blame, not the
@@ -299,7 +298,7 @@ plots.show(
 
 
 # %%
-from flowscale_lite import RBF, SVDD, BestOfN
+from flowscale_lite import RBF, SVDD
 
 
 class SteerThenChoose:
@@ -309,13 +308,13 @@ class SteerThenChoose:
         self.guide, self.copies = guide, copies
 
     def check(self, problem, max_nfe):
-        self.guide.check(problem)
+        self.guide.price(problem)  # refuses a guide that steers nothing
 
     def start(self, run):
         return run.start(1)
 
     def advance(self, p, run):
-        if run.evaluations_ahead(p.t) == 0:  # the last step, to t = 0, is free and draws nothing
+        if run.problem.evaluations_ahead(p.t) == 0:  # the last step, to t = 0, is free and draws nothing
             return run.propose(p)
         return run.score(run.propose(self.guide(p, run), self.copies)).best()
 
@@ -333,7 +332,7 @@ print(f"{ours.nfe} NFE: 1 for the noise, 9 transitions of 5 candidates, {ours.gr
 # %%
 contest = {
     "best-of-N": ("ode", BestOfN()),
-    "DPS": ("ode", DPS(Guide())),
+    "DPS": ("ode", BestOfN(guide=Guide())),
     "SVDD": ("ddim(1)", SVDD(init=4)),
     "SVDD + DPS": ("ddim(1)", SVDD(init=4, guide=Guide())),
     "RBF": ("ddim(1)", RBF()),
@@ -436,12 +435,12 @@ for name, make in REWARDS.items():
 # The gradient runs from the reward through the decoder, the posterior mean and the transformer to the latents. Its size, printed above, depends on the reward and changes along the way, so a strength that is right at one time is wrong at the next. Therefore
 # we use the *normalised* form: $x_{0|t}$ moves in the gradient's direction by a fixed length, strength times $\sigma_t$ in the root mean square. We steer from $t = 0.9$ on; above that, dev's posterior mean is a blur.
 
-# %%
+# %% alt="One noise, steered by each reward with growing strength. By ink: right up to 0.2; at 0.4 a red circle is gone, at 0.8 the circles are a muddy mix of colours, and the reward has fallen. By colour: the reward grows at every step; at 0.1 the objects stay, at 0.2 a fourth circle replaces a triangle, at 0.4 an eighth object and a yellow triangle come in, at 0.8 orange stains."
 shown, strengths = {}, (0.0, 0.1, 0.2, 0.4, 0.8)
 for name, make in REWARDS.items():
     problem = prompt.problem(make(scene), ode, times=logit_normal(10))
     for strength in strengths:
-        method = DPS(Guide(strength, normalised=True, below=0.9), n=3) if strength else BestOfN(3)
+        method = BestOfN(3, guide=Guide(strength, normalised=True, below=0.9) if strength else None)
         found = search(problem, method, max_nfe=200, generator=torch.Generator().manual_seed(4))
         picture = prompt.decode(found.particles.x[2:])
         shown[name, strength] = picture[0], found.particles.reward[2], judge.exact(scene, picture)[0]
@@ -450,13 +449,7 @@ for ax, ((_, strength), (picture, given, right)) in zip(axes.flat, shown.items()
     plots.picture(ax, picture, f"strength {strength:g}\n{given:.2f}, {'right' if right else 'wrong'}")
 for left, name in zip(axes[:, 0], REWARDS, strict=True):
     left.set_ylabel(name)
-plots.show(
-    fig,
-    alt="One noise, steered by each reward with growing strength. By ink: right up to 0.2; at 0.4 a red circle is "
-    "gone, at 0.8 the circles are a muddy mix of colours, and the reward has fallen. By colour: the reward grows at "
-    "every step; at 0.1 the objects stay, at 0.2 a fourth circle replaces a triangle, at 0.4 an eighth object and a "
-    "yellow triangle come in, at 0.8 orange stains.",
-)
+plt.show()
 
 # %% [markdown]
 # Above each picture: strength, given reward, and the held-out judge's verdict. All pictures come from one noise, whose plain sample is right. *Ink as asked* gains its last hundredths at small strengths; then objects go missing and colours mix, and the given reward itself falls. *Colourful* gets what it wants
@@ -483,7 +476,7 @@ def repeat(how, **wanted):
 
 
 settings = Guide(0.1, normalised=True, below=0.9)
-number = repeat(DPS(settings, n=8), method="samples", reward="ink as asked")
+number = repeat(BestOfN(8, guide=settings), method="samples", reward="ink as asked")
 number += repeat(SVDD(guide=settings), method="svdd", reward="colourful", budget=250)
 print(f"{len(rows)} stored runs; two of them repeated give the same {number} rewards and verdicts")
 
@@ -514,7 +507,7 @@ def gain(what, **wanted):
     return experiments.paired_difference(stored(**wanted), stored(**wanted | {"strength": 0.0}), what)
 
 
-# %%
+# %% alt="What guidance adds to given reward and to held-out accuracy, against strength, for both rewards and three ways of steering. Ink: the reward rises a little, then falls, far at 0.8 except with the ODE; the accuracy hardly rises, then falls. Colourful: the reward rises, most with the ODE, which drops a little at 0.8. Accuracy falls."
 SETTINGS = {
     "ODE": {"kernel": "ode", "below": 0.9},
     "DDPM transition": {"kernel": "DDPM", "below": 0.9},
@@ -526,20 +519,13 @@ for pair, name in zip(axes, REWARDS, strict=True):
     for k, (label, setting) in enumerate(SETTINGS.items()):
         for ax, what in zip(pair, ("given", "held_out"), strict=True):
             values = [gain(what, method="samples", reward=name, strength=s, **setting) for s in STRENGTHS]
-            mean, low, high = np.array(values).T
-            at, error = np.arange(6) + 0.08 * (k - 1), (mean - low, high - mean)
-            ax.errorbar(at, mean, yerr=error, marker="osD"[k], markersize=4, capsize=2, label=label)
+            plots.intervals(ax, np.arange(6) + 0.08 * (k - 1), values, marker="osD"[k], label=label)
     pair[0].set_ylabel(f"{name}\ngain in given reward")
     pair[1].set(ylabel="gain in share right, held-out", ylim=(-0.5, 0.3))
 for ax in axes[1]:
     ax.set(xticks=range(6), xticklabels=STRENGTHS, xlabel="strength")
 axes[0, 0].legend(fontsize=8, loc="lower left")
-plots.show(
-    fig,
-    alt="What guidance adds to given reward and to held-out accuracy, against strength, for both rewards and three "
-    "ways of steering. Ink: the reward rises a little, then falls, far at 0.8 except with the ODE; the accuracy hardly "
-    "rises, then falls. Colourful: the reward rises, most with the ODE, which drops a little at 0.8. Accuracy falls.",
-)
+plt.show()
 
 # %%
 plain = {
@@ -556,7 +542,7 @@ for name in REWARDS:
                 {"reward": name, "kernel": label, "strength": s, "gain, given": both[0], "gain, held-out": both[1]}
             )
             gains[name, label, s] = both
-display(Markdown(experiments.markdown(lines)))
+pd.DataFrame(lines)
 
 # %%
 for label in SETTINGS:
@@ -618,7 +604,7 @@ for name in REWARDS:
             line = {"reward": name, "strength": s, "steps": steps, "given": levels[0], "share right": levels[1]}
             added = zip(("gain, given", "gain, share right"), both if s else ("", ""), strict=True)
             lines.append(line | dict(added))
-display(Markdown(experiments.markdown(lines)))
+display(pd.DataFrame(lines))
 strong = finer["ink as asked", 0.4, 40]
 assert strong[0].low > 0 and strong[1].low > 0, "in small steps a strong push by ink should help, by both judges"
 
@@ -647,27 +633,21 @@ assert contrasts["colourful", (TEN, 0.0)][1].high < 0, "colourful: worse than pl
 #
 # ## At equal budget
 #
-# Guidance costs budget that a search could spend on candidates: with ten steps, eight of them steered, a steered sample takes 34 evaluations and a plain one ten. The same prompts, three seeds, 250 NFE, DDPM transitions, strength 0.1. SVDD and RBF keep two states each; this RBF is `RBF(init=1, chains=2, compete=True, select_below=0.8)`, a beam: candidates of both states compete, and selection begins at $t = 0.8$, while SVDD selects at every step.
+# Guidance costs budget that a search could spend on candidates: with ten steps, eight of them steered, a steered sample takes 34 evaluations and a plain one ten. The same prompts, three seeds, 250 NFE, DDPM transitions, strength 0.1. SVDD and a beam keep two states each; the beam is `Beam(states=2, select_below=0.8)`: candidates of both states compete, and selection begins at $t = 0.8$, while SVDD selects at every step.
 
-# %%
-METHODS = {"best-of-n": "best-of-N", "svdd": "SVDD", "rbf": "RBF, competing"}
+# %% alt="Held-out accuracy at 250 NFE of three methods with and without guidance. By ink all are far above one plain sample, with guidance no higher than without. By colour all are far below one plain sample, near zero."
+METHODS = {"best-of-n": "best-of-N", "svdd": "SVDD", "beam": "beam"}
 fig, axes = plt.subplots(1, 2, figsize=(9, 3.2), sharey=True)
 for ax, name in zip(axes, REWARDS, strict=True):
     for k, s in enumerate((0.0, 0.1)):
         values = [level("held_out", method=m, reward=name, budget=250, strength=s) for m in METHODS]
-        mean, low, high = np.array(values).T
-        at, error = np.arange(len(METHODS)) + 0.2 * (k - 0.5), (mean - low, high - mean)
-        label = "with guidance" if s else "no gradient"
-        ax.errorbar(at, mean, yerr=error, marker="os"[k], linestyle="", capsize=2, label=label)
+        at, label = np.arange(len(METHODS)) + 0.2 * (k - 0.5), "with guidance" if s else "no gradient"
+        plots.intervals(ax, at, values, marker="os"[k], linestyle="", label=label)
     ax.axhline(plain["DDPM transition"].mean, color="0.5", linestyle=":", label="one plain sample")
     ax.set(title=name, xticks=range(len(METHODS)), xticklabels=METHODS.values(), xlim=(-0.5, 2.5), ylim=(-0.03, 1.03))
 axes[0].set_ylabel("right, by the held-out judge")
 axes[1].legend(fontsize=8)
-plots.show(
-    fig,
-    alt="Held-out accuracy at 250 NFE of three methods with and without guidance. By ink all are far above one plain "
-    "sample, with guidance no higher than without. By colour all are far below one plain sample, near zero.",
-)
+plt.show()
 
 # %%
 alone, gains, lines = {}, {}, []
@@ -678,9 +658,9 @@ for name in REWARDS:
         added = [gain(what, strength=0.1, **cell) for what in ("given", "held_out")]
         alone[name, method], gains[name, method] = without[1], added[1]
         titles = "given", "share right", "given, by guidance", "share right, by guidance"
-        assert name == "ink as asked" or method != "rbf" or added[0].low > 0, "guided RBF should find more colour"
+        assert name == "ink as asked" or method != "beam" or added[0].low > 0, "the guided beam should find more colour"
         lines.append({"reward": name, "method": label} | dict(zip(titles, without + added, strict=True)))
-display(Markdown(experiments.markdown(lines)))
+display(pd.DataFrame(lines))
 single = plain["DDPM transition"]
 assert all(alone["ink as asked", method].mean > single.mean + 0.2 for method in METHODS), "searches beat single samples"
 assert all(gains["ink as asked", method].low <= 0 for method in METHODS), "guidance should not pay here"
@@ -689,11 +669,11 @@ assert all(alone["colourful", method].high < single.low for method in METHODS), 
 # %% [markdown]
 # For *ink as asked* the searches are far better than any single sample, and guidance adds nothing to them at this budget, neither in given reward nor in the held-out share. The draws that its gradients cost are worth as much or more: selection needs no gradient to find the few hundredths that are left.
 #
-# For *colourful* look at the shares without any gradient: best-of-N, SVDD and RBF bring them close to zero. Choosing by the wrong reward ruins as surely as climbing it. To the given reward guidance does add something here, in SVDD and in RBF, at equal budget: more colour can always be had, while ink that is right cannot be righter. The held-out judge has nothing left to lose. (Guided best-of-N does a little less harm; its samples cost more, so it has seven to choose among in place of 25.)
+# For *colourful* look at the shares without any gradient: best-of-N, SVDD and the beam bring them close to zero. Choosing by the wrong reward ruins as surely as climbing it. To the given reward guidance does add something here, in SVDD and in the beam, at equal budget: more colour can always be had, while ink that is right cannot be righter. The held-out judge has nothing left to lose. (Guided best-of-N does a little less harm; its samples cost more, so it has seven to choose among in place of 25.)
 #
 # Here is given against held-out reward for all that we have seen.
 
-# %%
+# %% alt="Held-out accuracy against given reward. Ink: samples over strength form a hook, the searches without gradients lie above and to the right of it. Colourful: all fall from left to right; guided samples in 40 steps fall least, the searches without gradients most."
 fig, axes = plt.subplots(1, 2, figsize=(9.5, 3.6), sharey=True)
 for ax, name in zip(axes, REWARDS, strict=True):
     for (label, setting), marker in zip(SETTINGS.items(), "osD", strict=True):
@@ -713,12 +693,7 @@ axes[0].set_xlim(-6.5, 0.15)
 axes[0].set(ylabel="right, by the held-out judge", xticks=[-5, -2, -1, -0.5, 0], xticklabels=[-5, -2, -1, -0.5, 0])
 axes[0].minorticks_off()
 axes[0].legend(fontsize=7, loc="upper left")
-plots.show(
-    fig,
-    alt="Held-out accuracy against given reward. Ink: samples over strength form a hook, the searches without "
-    "gradients lie above and to the right of it. Colourful: all fall from left to right; guided samples in 40 steps "
-    "fall least, the searches without gradients most.",
-)
+plt.show()
 
 # %% [markdown]
 # In the right panel, compare guidance in 40 steps with best-of-N at a similar reward. For about the same gain in a poor reward, small guided steps did less harm here than selection did. A likely reason: choosing among whole pictures finds more colour only in other pictures, with more objects in them, while a gradient can also enlarge or deepen the objects that are there. Some harm they did.
@@ -742,13 +717,13 @@ plots.show(
 # %%
 problem = prompt.problem(rounded(ink_as_asked(scene)), ode, times=logit_normal(10))
 plain = search(problem, BestOfN(2), max_nfe=100, generator=torch.Generator().manual_seed(0))
-steered = search(problem, DPS(Guide(1.0), n=2), max_nfe=100, generator=torch.Generator().manual_seed(0))
+steered = search(problem, BestOfN(2, guide=Guide(1.0)), max_nfe=100, generator=torch.Generator().manual_seed(0))
 assert torch.allclose(plain.particles.x, steered.particles.x, atol=1e-4), "a zero gradient should not move anything"
 print(f"{steered.nfe - plain.nfe} NFE for {steered.gradients} gradients, and the same two pictures")
 print("largest gradient:", max(gradient_sizes(rounded(ink_as_asked(scene))).values()))
 try:
     counter = prompt.problem(shapes.CountReward(scene), ode)
-    search(counter, DPS(Guide(), n=1), max_nfe=100, generator=torch.Generator().manual_seed(0))
+    search(counter, BestOfN(1, guide=Guide()), max_nfe=100, generator=torch.Generator().manual_seed(0))
 except ValueError as error:
     print("the counter:", error)
 
@@ -889,7 +864,7 @@ def affordable(budget, chains, init, copies, guide):
 
 for budget_, chains_, init_, below_ in ((250, 2, 4, 1.0), (400, 3, 1, 0.5), (101, 1, 7, 0.7)):
     guide_ = Guide(below=below_)
-    n_ = copies_for(budget_, chains_, init_, problem_.evaluations_ahead(), guide_.cost(problem_) // 3)
+    n_ = copies_for(budget_, chains_, init_, problem_.evaluations_ahead(), guide_.price(problem_) // 3)
     assert affordable(budget_, chains_, init_, n_, guide_), f"{n_} copies cost more than {budget_} NFE"
     assert not affordable(budget_, chains_, init_, n_ + 1, guide_), f"{budget_} NFE pay for more than {n_} copies"
 print("Well done.")

@@ -44,8 +44,8 @@ import time
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import torch
-from IPython.display import Markdown, display
 
 from flowscale_lite import RBF, BestOfN, experiments, kernels, ode, plots, schedules, search
 from flowscale_lite.flux import FlowModel, FlowSDEScheduler, cost, hub, memory
@@ -88,7 +88,7 @@ from diffusers import FluxTransformer2DModel
 
 with torch.device("meta"):
     bare = FluxTransformer2DModel(guidance_embeds=True)
-flux = memory.SIZES["FLUX.1-dev"]
+flux = memory.sizes("FLUX.1-dev")
 for kind, size in (("full", 2), ("nf4", 1 / 2 + 4 / 64)):
     assert abs(held(bare, size) - flux.transformer.gib(kind)) < 1e-6, "our count and the package's disagree"
 print(f"{sum(p.numel() for p in bare.parameters()) / 1e9:.2f} billion weights: {held(bare, 2):.1f} GiB in 16 bits, "
@@ -97,8 +97,8 @@ print(f"{sum(p.numel() for p in bare.parameters()) / 1e9:.2f} billion weights: {
 # %% [markdown]
 # Activations are counted on the meta device too, by running the pipeline there and noting which tensors are alive at once (`python -m tools.runs.memory`, notebook 12). Put together:
 
-# %%
-parts = {kind: memory.Plan("", flux, free=0, weights=kind).parts for kind in ("full", "int8", "nf4")}
+# %% alt="FLUX.1-dev's memory in 16 bits, int8 and nf4, stacked by part, with the memory of a T4, an L4 and an A100. In 16 bits the transformer takes 22 GiB and the text encoders 9; activations of one row and of one decode are small."
+parts = {kind: memory.MemoryPlan("", flux, free=0, weights=kind).parts for kind in ("full", "int8", "nf4")}
 fig, ax = plt.subplots(figsize=(7, 2.8))
 shades = dict(zip(parts["full"], ("0.25", "0.5", "0.7", "0.85", "1.0"), strict=True))
 for y, gib in enumerate(parts.values()):
@@ -106,18 +106,14 @@ for y, gib in enumerate(parts.values()):
     for name, amount in gib.items():
         ax.barh(y, amount, left=left, color=shades[name], edgecolor="black", label=name if y == 0 else None)
         left += amount
-for name, card in memory.CARDS.items():
-    if card.gib < 45:
-        ax.axvline(card.gib, color="white", linestyle="-", linewidth=2.5)  # so that the dots show on dark bars
-        ax.axvline(card.gib, color="black", linestyle=":")
-        ax.text(card.gib, 2.55, name.split()[0], ha="center", fontsize=8)
+for gpu in cost.GPUS.values():
+    if gpu.memory < 45:
+        ax.axvline(gpu.memory, color="white", linestyle="-", linewidth=2.5)  # so that the dots show on dark bars
+        ax.axvline(gpu.memory, color="black", linestyle=":")
+        ax.text(gpu.memory, 2.55, gpu.name, ha="center", fontsize=8)
 ax.set(yticks=range(3), yticklabels=["16 bits", "int8", "nf4"], xlabel="GiB", xlim=(0, 41), ylim=(-0.5, 2.5))
 ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-plots.show(
-    fig,
-    alt="FLUX.1-dev's memory in 16 bits, int8 and nf4, stacked by part, with the memory of a T4, an L4 and an A100. In "
-    "16 bits the transformer takes 22 GiB and the text encoders 9; activations of one row and of one decode are small.",
-)
+plt.show()
 
 # %% [markdown]
 # The text encoders are the second largest part, and they are needed for a moment only. So the first thing to go is not precision but *company*: encode the prompts, drop the encoders, then load the transformer.
@@ -127,17 +123,14 @@ plots.show(
 
 
 # %%
-def table(lines):
-    """A table, a dict a line."""
-    display(Markdown(experiments.markdown(lines)))
-
-
 lines = []
 for name in ("FLUX.1-dev", "FLUX.2-klein-4B", "stable-diffusion-3.5-large", "Qwen-Image", "Z-Image-Turbo"):
-    plans = {card: memory.plan(name, found.gib, dtype=found.dtype) for card, found in memory.CARDS.items()}
+    gpus = [cost.GPUS[gpu] for gpu in ("T4", "L4", "A100-40", "H100")]
+    plans = {gpu.name: memory.plan(name, gpu.memory, dtype=gpu.dtype) for gpu in gpus}
     assert all(plan.peak <= plan.free - plan.keep for plan in plans.values())
-    lines.append({"model": name, **{card: plan.summary() for card, plan in plans.items()}})
-table(lines)
+    lines.append({"model": name, **{gpu: plan.summary() for gpu, plan in plans.items()}})
+pd.options.display.max_colwidth = None
+pd.DataFrame(lines)
 
 # %% [markdown]
 # A T4 has no fast bfloat16, so it computes in float16. *Tiles*: pictures are decoded piece by piece. Any choice can be overridden: `memory.plan(name, 22.0, weights="nf4", text="dropped")`. These plans are arithmetic, and wait for a GPU to confirm them.
@@ -151,7 +144,7 @@ plan = memory.plan(
 print(plan)
 
 # %%
-pipe = memory.load(model, plan, device, prompts=[text])
+pipe = memory.load_planned(model, plan, device, prompts=[text])
 tiny_decoder = hub.preview(device=device, dtype=pipe.vae.dtype) if real else None  # downloads; tiny-flux's is small
 prompt = FlowModel.encode(pipe, text, chunk=plan.chunk, preview=tiny_decoder)
 print(f"{type(pipe).__name__}, states of shape {tuple(prompt.shape)}, {prompt.cost} NFE a row")
@@ -203,7 +196,7 @@ assert real or len(set(told)) < 10
 # Several steps of the grid are one time to the model. How far off is the velocity? We ask the model at the true time and at the rounded one, at 16 states a time.
 
 
-# %%
+# %% alt="Left, the VP grid's first seven times as circles and what a bfloat16 FLUX is told as crosses: the first three steps share one value. Right, the relative error of the velocity that comes of it, at each of the ten steps."
 def astray(t):
     """Relative error of the velocity at 16 states of time t, if time is rounded as in (11.3)."""
     rounded = float((torch.tensor(t).bfloat16() * 1000).float()) / 1000
@@ -222,11 +215,7 @@ axes[0].set(xlabel="step", ylabel="$t$")
 axes[0].legend()
 axes[1].semilogy(range(10), errors, "s-")
 axes[1].set(xlabel="step", ylabel="relative error of the velocity")
-plots.show(
-    fig,
-    alt="Left, the VP grid's first seven times as circles and what a bfloat16 FLUX is told as crosses: the first three "
-    "steps share one value. Right, the relative error of the velocity that comes of it, at each of the ten steps.",
-)
+plt.show()
 print(f"largest error of the velocity: {max(errors):.4f}")
 
 # %% [markdown]
@@ -277,17 +266,11 @@ film = {name: draw(6, seed=0, **kind) for name, kind in kinds.items()}
 assert torch.equal(film["VP-SDE"], draw(6, seed=0, **kinds["VP-SDE"])), "the same seed, the same pictures"
 assert torch.allclose(film["ODE"][0], film["ODE"][1], atol=1e-5), "without noise, one future"
 
-# %%
+# %% alt="Six pictures from one initial noise for each sampler. The ODE's six are the same; those of the linear SDE, the VP-SDE and the DDPM transition differ in what they show and where."
 fig, axes = plt.subplots(4, 6, figsize=(9, 6.4))
 for line, (name, pictures) in zip(axes, film.items(), strict=True):
-    for ax, picture in zip(line, pictures, strict=True):
-        plots.picture(ax, picture)
-    line[0].set_ylabel(name, fontsize=9)
-plots.show(
-    fig,
-    alt="Six pictures from one initial noise for each sampler. The ODE's six are the same; those of the linear SDE, "
-    "the VP-SDE and the DDPM transition differ in what they show and where.",
-)
+    plots.strip(line, pictures, label=name)
+plt.show()
 
 # %% [markdown]
 # Six futures of *one* noise, a line a sampler. A search needs futures that differ. How much do they? The root mean squared difference of two pictures, averaged over pairs and over noises (95 % interval):
@@ -309,7 +292,7 @@ lines = []
 for name in list(kinds)[1:]:
     values = [spread(draw(3, seed=100 + k, noise_seed=k, **kinds[name])) for k in range(seeds)]
     lines.append({"sampler": name, "spread": mean(values), "noises": seeds})
-table(lines)
+pd.DataFrame(lines)
 
 # %% [markdown]
 # All three spread, and much alike. That is not what the paper shows for FLUX, where pictures of the VP-SDE differ three times as much as those of the linear SDE, by a perceptual distance. Two things differ here. The paper's pictures part from one $x_t$, ours from the initial noise at $t = 1$, where
@@ -319,7 +302,7 @@ table(lines)
 #
 # `FlowMatchEulerDiscreteScheduler` has a switch `stochastic_sampling`. On a mixture of two Gaussians with the exact velocity, where the right answer is known, `python -m tools.runs.schedulers` stored the distance to exact samples, 20 seeds each:
 
-# %%
+# %% alt="Distance to exact samples against the number of steps. All samplers approach the floor that exact draws show, but diffusers' stochastic sampling stays ten times above it, and VP without finishing steps lags behind."
 rows = experiments.read(locate("results/schedulers.jsonl"))
 steps = sorted({row["steps"] for row in rows})
 marks = iter("sDov^<>*")
@@ -332,15 +315,10 @@ for name in sorted({row["scheduler"] for row in rows} - {"ours, ode"}):  # which
         line = "-" if name.startswith("ours") else "--"
         ax.plot(steps, means, linestyle=line, marker=next(marks), markersize=6, fillstyle="none", label=name)
 ax.set(xscale="log", yscale="log", xlabel="steps", ylabel="sliced Wasserstein distance")
-ax.set_xticks(steps, [str(n) for n in steps])
-ax.set_yticks([0.03, 0.1, 0.3], ["0.03", "0.1", "0.3"])
-ax.minorticks_off()
+plots.ticks(ax.xaxis, steps)
+plots.ticks(ax.yaxis, [0.03, 0.1, 0.3])
 ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-plots.show(
-    fig,
-    alt="Distance to exact samples against the number of steps. All samplers approach the floor that exact draws show, "
-    "but diffusers' stochastic sampling stays ten times above it, and VP without finishing steps lags behind.",
-)
+plt.show()
 
 # %%
 names = {
@@ -355,7 +333,7 @@ for n in steps:
     lines.append({"steps": n, **means, "its last step starts at t =": f"{schedules.paper_vp(n)[-2]:.2f}"})
     assert (means["finish = 1"] > means["stochastic_sampling"]) == (n == 10)
 assert min(seen["stochastic_sampling"]) > 5 * max(seen["our SDE"]), "at 200 steps"
-table(lines)
+pd.DataFrame(lines).round(3)
 
 # %% [markdown]
 # It does not converge: each step forgets the noise it had, which is right for a model that jumps straight to the data, and wrong for a flow. LTX's ancestral scheduler and DPM-Solver's SDE do converge; they have no $g$ to choose. Note `finish = 1`, the paper's grid, whose last step is long: on this flow, which needs many steps, it costs more than all else at 10 steps, and less the further down that step starts. The scheduler crosses it in half of all steps unless told otherwise; on schnell above we told it so.
@@ -376,9 +354,9 @@ def network(judge, target):
 if real:  # needs weights: 10 GB
     from flowscale_lite import judges
 
-    eyes = judges.GroundedCounts(judges.Finder.load(device=device), target)
-    words = judges.VQAScore(judges.VisionLanguage.load("small", device=device), text)
-    taste = judges.PickScore(judges.Clip.load("pickscore", device=device), text)
+    eyes = judges.grounded_counts(judges.Finder.load(device=device), target)
+    words = judges.vqa_score(judges.VisionLanguage.load("small", device=device), text)
+    taste = judges.pick_score(judges.Clip.load("pickscore", device=device), text)
     verdicts = {"counts": eyes, "VQAScore": words, "PickScore": taste}
 else:
     scene = shapes.parse(text)
@@ -418,23 +396,18 @@ assert all(one[2].nfe + one[2].left == runs[name][3] for name, many in found.ite
 lines = []
 for name, many in found.items():
     scores = {j: mean([one[1][j] for one in many]) for j in verdicts}
-    lines.append({"search": name, **scores, "NFE": np.mean([one[2].nfe for one in many])})
-table(lines)
+    lines.append({"search": name, **scores, "NFE": f"{np.mean([one[2].nfe for one in many]):.3g}"})
+pd.DataFrame(lines)
 
 # %% [markdown]
 # Read each row across: the judge named in its first column was optimised, the other was not asked. A gain that only the first sees is the reward's and not the picture's. This is one prompt; notebook 10 has many, and intervals over prompts. Pictures of seed 0, one case and no evidence: here both RBF runs end with the same picture, and it is worse than best-of-N's. Over all seeds RBF is ahead, in the table and in pairs.
 
-# %%
+# %% alt="Pictures of the plain sample, best-of-N, and RBF with either judge, for seed 0, with what both judges say of each: all searches come closer to the counts that the prompt asks for than the plain sample; the two RBF pictures are the same, and further off than that of best-of-N."
 fig, axes = plt.subplots(1, 4, figsize=(10, 3.3))
 for ax, (name, many) in zip(axes, found.items(), strict=True):
     picture, scores, result, _ = many[0]
     plots.picture(ax, picture, name + "\n" + "\n".join(f"{j} {v:.2f}" for j, v in scores.items()))
-plots.show(
-    fig,
-    alt="Pictures of the plain sample, best-of-N, and RBF with either judge, for seed 0, with what both judges say of "
-    "each: all searches come closer to the counts that the prompt asks for than the plain sample; the two RBF pictures "
-    "are the same, and further off than that of best-of-N.",
-)
+plt.show()
 if not real:
     best, rbf, other = list(found.values())[1:]
     print("seed 0: the two RBF runs end", "alike" if torch.equal(rbf[0][0], other[0][0]) else "differently")
@@ -444,16 +417,16 @@ if not real:
 
 # %% tags=["nbval-ignore-output"]
 def priced(name, gib):
-    """Dollars an hour that the planner assumes of a GPU of this name and memory; None where it knows none."""
+    """Dollars an hour that the package assumes of a GPU of this name and memory; None where it knows none."""
     kinds = name.replace("-", " ").split()
-    known = [g for g in cost.GPUS.values() if g.name.split("-")[0] in kinds and 0.85 < gib / g.memory <= 1]
+    known = [g for g in cost.GPUS.values() if g.name.split("-")[0] in kinds and 0.9 < gib / g.memory < 1.1]
     return known[0].dollars if known else None
 
 
 assert priced("NVIDIA A100-SXM4-80GB", 79.1) == cost.GPUS["A100-80"].dollars
 assert priced("NVIDIA L40S", 44.4) is priced("NVIDIA H200", 139.7) is None, "not an L4, and not a CPU"
 
-# dollars an hour: of the GPU as the planner assumes, of a CPU core at a round 5 cents
+# dollars an hour: of the GPU as the package assumes, of a CPU core at a round 5 cents
 price = priced(machine, torch.cuda.get_device_properties(0).total_memory / 2**30) if real else 0.05
 for name, many in found.items():
     seconds = np.mean([one[3] for one in many])

@@ -35,6 +35,7 @@
 # %%
 import heapq
 import json
+import math
 import os
 import subprocess
 import sys
@@ -44,12 +45,13 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import torch
-from IPython.display import Markdown, display
+from IPython.display import display
 from matplotlib.ticker import LogLocator, NullLocator
 
 from flowscale_lite import RBF, BestOfN, ddim, experiments, ode, plots, search
-from flowscale_lite.flux import FlowModel, cost, load
+from flowscale_lite.flux import FlowModel, cost, hub, load
 from flowscale_lite.tiny import shapes
 from flowscale_lite.tiny.data import locate
 
@@ -89,27 +91,22 @@ def operations(config, image, text):
 # `flowscale_lite.flux.cost` does that for the transformer, for the decoder and for the text encoder.
 
 # %%
-flux = cost.flux1(1024, 1024, text_tokens=256)  # schnell; dev reads 512 text tokens and has a guidance embedding
-by_hand = operations(cost.FLUX1["transformer"], 64 * 64, 256)
-assert sum(by_hand) == flux.velocity.flops, "our count and PyTorch's differ"
-weights = flux.velocity.parameters
+bare = hub.skeleton(cost.FLUX1)  # schnell without weights; dev reads 512 text tokens and has a guidance embedding
+flux = cost.count_pipeline(bare, 1024, 1024, text_tokens=256)
+by_hand = operations(bare.transformer.config, 64 * 64, 256)
+assert sum(by_hand) == flux["velocity"].flops, "our count and PyTorch's differ"
+weights = flux["velocity"].parameters
 print(f"FLUX.1's transformer: {weights / 1e9:.1f} billion weights, {2 * weights / 2**30:.1f} GiB that we do not hold")
 
 pipe = load(locate("tiny-flux/schnell"))
-tiny = cost.of_pipeline(pipe, 64, 64, text_tokens=16, name="tiny-flux 64 x 64")
-assert sum(operations(pipe.transformer.config, 4 * 4, 16)) == tiny.velocity.flops
+tiny = cost.count_pipeline(hub.skeleton(locate("tiny-flux/schnell")), 64, 64, text_tokens=16)
+assert sum(operations(pipe.transformer.config, 4 * 4, 16)) == tiny["velocity"].flops
 
-
-def table(lines):
-    """A table, a dict a line."""
-    display(Markdown(experiments.markdown(lines)))
-
-
-table(
+pd.DataFrame(
     [
-        {"model": m.name, "one NFE": f"{m.velocity.flops:.3g}", "a decode": f"{m.decode.flops:.3g}",
-         "a prompt": f"{m.text.flops:.3g}", "decode / NFE": m.decode.flops / m.velocity.flops}
-        for m in (flux, tiny)
+        {"model": name, "one NFE": f"{m['velocity'].flops:.3g}", "a decode": f"{m['decode'].flops:.3g}",
+         "a prompt": f"{m['text'].flops:.3g}", "decode / NFE": f"{m['decode'].flops / m['velocity'].flops:.3g}"}
+        for name, m in (("FLUX.1 1024 x 1024", flux), ("tiny-flux 64 x 64", tiny))
     ]
 )  # fmt: skip
 
@@ -119,22 +116,17 @@ table(
 #
 # How does the bill grow with the picture?
 
-# %%
+# %% alt="Operations of one FLUX.1 evaluation against the side of the picture, on logarithmic axes. The part through weights is linear in the number of tokens and dominates at 1024 pixels; attention is quadratic and catches up."
 sides = np.array([256, 512, 768, 1024, 1536, 2048])
-parts = np.array([operations(cost.FLUX1["transformer"], (side // 16) ** 2, 256) for side in sides.tolist()]) / 1e12
+parts = np.array([operations(bare.transformer.config, (side // 16) ** 2, 256) for side in sides.tolist()]) / 1e12
 fig, ax = plt.subplots()
 ax.loglog(sides, parts.sum(1), marker="o", label="all")
 ax.loglog(sides, parts[:, 0], marker="s", markersize=4, label="through weights, linear in tokens")
 ax.loglog(sides, parts[:, 1], marker="^", markersize=4, label="attention, quadratic in tokens")
-ax.set_xticks(sides, [str(side) for side in sides])
-ax.minorticks_off()
+plots.ticks(ax.xaxis, sides)
 ax.set(xlabel="side of the picture, pixels", ylabel="10¹² operations an NFE", title="FLUX.1, one evaluation")
 ax.legend()
-plots.show(
-    fig,
-    alt="Operations of one FLUX.1 evaluation against the side of the picture, on logarithmic axes. The part through "
-    "weights is linear in the number of tokens and dominates at 1024 pixels; attention is quadratic and catches up.",
-)
+plt.show()
 
 # %% [markdown]
 # **Question.** Why does a picture of half the side cost more than a quarter? (Which tokens do not become fewer?)
@@ -165,11 +157,13 @@ def clock(method, kernel, nfe):
     return min(taken), result.reward_calls
 
 
-rbf = RBF(accept="best")
+rbf = RBF()
 runs = [("best-of-N", BestOfN(), ode, n) for n in (100, 300)] + [("RBF", rbf, ddim(), n) for n in (50, 150)]
 timed = [(name, nfe, *clock(method, kernel, nfe)) for name, method, kernel, nfe in runs]
-machine = cost.measured(tiny, timed[0][1], timed[0][2], reward_calls=timed[0][3])
-foretold = [cost.plan(tiny, machine, nfe, reward_calls=calls, utilisation=1).seconds for _, nfe, _, calls in timed]
+_, nfe, seconds, calls = timed[0]
+at_one = cost.estimate(tiny, cost.Gpu("1 TFLOP/s", 1, 1, 0), nfe, reward_calls=calls, utilisation=1)
+machine = cost.Gpu("this CPU", at_one.seconds / seconds, 1, 0)
+foretold = [cost.estimate(tiny, machine, nfe, reward_calls=calls, utilisation=1).seconds for _, nfe, _, calls in timed]
 print(f"this CPU, one thread, on this work: {1000 * machine.tflops:.0f} · 10⁹ operations a second")
 
 
@@ -180,7 +174,7 @@ def speed(rows):
     start = time.process_time()
     for _ in range(10):
         prompt(x, t)
-    return 10 * rows * tiny.velocity.flops / (time.process_time() - start)
+    return 10 * rows * tiny["velocity"].flops / (time.process_time() - start)
 
 
 for (name, nfe, seconds, calls), guess in zip(timed, foretold, strict=True):
@@ -191,7 +185,7 @@ assert all(0.5 < guess / row[2] < 2 for row, guess in zip(timed, foretold, stric
 speed(16)  # warm up
 print(f"evaluations in batches of 1 reach {speed(1) / speed(16):.2f} of the speed of batches of 16")
 
-# %%
+# %% alt="Measured against foretold CPU seconds of four searches on tiny-flux. Best-of-N at 100 NFE, hollow, lies on the diagonal: the speed was read off there. The other three lie close to it, within a factor of two, although RBF decodes far more pictures an NFE than best-of-N."
 fig, ax = plt.subplots(figsize=(4.6, 4))
 seconds = np.array([row[2] for row in timed])
 reach = np.array([min(*seconds, *foretold) / 1.5, max(*seconds, *foretold) * 1.5])
@@ -208,38 +202,33 @@ for axis in (ax.xaxis, ax.yaxis):
     axis.set_major_formatter("{x:g}")
     axis.set_minor_locator(NullLocator())
 ax.legend(loc="upper left", fontsize=8)
-plots.show(
-    fig,
-    alt="Measured against foretold CPU seconds of four searches on tiny-flux. Best-of-N at 100 NFE, hollow, lies on "
-    "the diagonal: the speed was read off there. The other three lie close to it, within a factor of two, although "
-    "RBF decodes far more pictures an NFE than best-of-N.",
-)
+plt.show()
 
 # %% [markdown]
 # One number is enough here, for two methods that mix evaluations and decodes in very different proportion. Two warnings. The number belongs to this *kind* of work: with
 # batches of one the same CPU is much slower, as printed above: small matrix products do not keep it busy. And (12.2) knows nothing of memory: a GPU that has to
 # fetch its weights from the host for every evaluation waits for them, whatever its peak.
 #
-# ## The planner
+# ## The estimate
 #
-# On a GPU the peak is on the data sheet and the utilisation is assumed: `cost.plan` takes 0.4, and prices an hour of each GPU with round numbers. Both are
+# On a GPU the peak is on the data sheet and the utilisation is assumed: `cost.estimate` takes 0.4, and prices an hour of each GPU with round numbers. Both are
 # assumptions, the prices with a date: put in your own, and measure the utilisation as above once you have a GPU.
 
 
 # %%
 def line(gpu, nfe=500):
     """One GPU's row of the table."""
-    p = cost.plan(flux, gpu, nfe)
+    p = cost.estimate(flux, gpu, nfe)
     return {
         "GPU": gpu.name, "peak, 10¹²/s": gpu.tflops, "assumed $/h": f"{gpu.dollars:.2f}",
-        "minutes a picture": p.seconds / 60, "$ a picture": f"{p.dollars:.2f}",
-        "GiB, all resident": p.memory / 2**30, "fits": "yes" if p.fits else "no",
+        "minutes a picture": f"{p.seconds / 60:.3g}", "$ a picture": f"{p.dollars:.2f}",
+        "GiB, all resident": f"{p.memory / 2**30:.3g}", "fits": "yes" if p.fits else "no",
     }  # fmt: skip
 
 
 print(f"FLUX.1-schnell, 1024 x 1024, RBF at 500 NFE, without a judge, prices assumed in {cost.PRICED}:")
-table([line(gpu) for gpu in cost.GPUS.values()])
-plans = [cost.plan(flux, gpu, 500) for gpu in cost.GPUS.values()]
+display(pd.DataFrame([line(gpu) for gpu in cost.GPUS.values()]))
+plans = [cost.estimate(flux, gpu, 500) for gpu in cost.GPUS.values()]
 assert all(p.dollars < 1 for p in plans if p.fits)
 
 # %% [markdown]
@@ -247,11 +236,11 @@ assert all(p.dollars < 1 for p in plans if p.fits)
 # text encoder and decoder at 16 bits, plus what lives during a call. Where that does not fit, as on the T4 and the L4, encode the prompt first and drop the text encoder, or quantise, or offload (notebook 11).
 # For the last two neither (12.2) nor a utilisation of 0.4 holds: what the table and the figure say of these GPUs is what they would do if they had the room.
 
-# %%
+# %% alt="Seconds and dollars a picture against NFE for five GPUs, on logarithmic axes: straight lines. The GPUs lie far apart in seconds, the H100 fastest and the T4 slowest, and close together in dollars. T4 and L4 are marked as too small to hold the model."
 budgets = np.array([1, 4, 10, 25, 50, 100, 250, 500, 1000])
 fig, axes = plt.subplots(1, 2, figsize=(9, 3.8))
 for gpu in cost.GPUS.values():
-    plans = [cost.plan(flux, gpu, n) for n in budgets.tolist()]
+    plans = [cost.estimate(flux, gpu, n) for n in budgets.tolist()]
     axes[0].loglog(budgets, [p.seconds for p in plans], label=gpu.name + ("" if plans[0].fits else ", too small"))
     axes[1].loglog(budgets, [p.dollars for p in plans], label=gpu.name)
 axes[0].axhline(60, color="0.7", linewidth=1, linestyle="-")
@@ -259,13 +248,8 @@ axes[0].annotate("a minute", (1, 66), fontsize=8, color="0.3")
 axes[0].set(xlabel="NFE", ylabel="seconds a picture")
 axes[1].set(xlabel="NFE", ylabel="$ a picture, prices assumed")
 axes[0].legend(fontsize=8)
-plots.show(
-    fig,
-    alt="Seconds and dollars a picture against NFE for five GPUs, on logarithmic axes: straight lines. The GPUs lie "
-    "far apart in seconds, the H100 fastest and the T4 slowest, and close together in dollars. T4 and L4 are marked as "
-    "too small to hold the model.",
-)
-at_500 = np.array([(p.seconds, p.dollars) for p in (cost.plan(flux, gpu, 500) for gpu in cost.GPUS.values())])
+plt.show()
+at_500 = np.array([(p.seconds, p.dollars) for p in (cost.estimate(flux, gpu, 500) for gpu in cost.GPUS.values())])
 spread = at_500.max(0) / at_500.min(0)
 print(f"between the GPUs: a factor of {spread[0]:.0f} in time, of {spread[1]:.1f} in money")
 
@@ -298,7 +282,7 @@ def queue(lengths, g):
 
 
 a100 = cost.GPUS["A100-40"]  # the smallest that holds the model
-lengths = [cost.plan(flux, a100, nfe).seconds for nfe in (100, 250, 500) for _ in range(40)]  # 40 prompts a budget
+lengths = [cost.estimate(flux, a100, nfe).seconds for nfe in (100, 250, 500) for _ in range(40)]  # 40 prompts a budget
 fleet_sizes = np.arange(1, 65)
 work, longest = sum(lengths), max(lengths)
 times = np.array([[f(lengths, g) for g in fleet_sizes.tolist()] for f in (pieces, queue)])
@@ -306,7 +290,7 @@ first = np.array([queue(sorted(lengths, reverse=True), g) for g in fleet_sizes.t
 assert (times[1] <= work / fleet_sizes + (1 - 1 / fleet_sizes) * longest + 1e-6).all(), "(12.3) is violated"
 assert (times >= np.maximum(work / fleet_sizes, longest) - 1e-6).all() and (first <= times[1] + 1e-6).all()
 
-# %%
+# %% alt="Speed-up against the number of GPUs. A queue that starts the longest runs first stays closest to the ideal line; in the order of the list, shortest first, it falls behind; equal pieces fall far behind."
 fig, ax = plt.subplots()
 ax.plot(fleet_sizes, fleet_sizes, color="0.6", linestyle="-", linewidth=1, label="ideal")
 ax.plot(fleet_sizes, work / first, label="queue, longest runs first")
@@ -314,11 +298,7 @@ ax.plot(fleet_sizes, work / times[1], label="queue, in the order of the list")
 ax.plot(fleet_sizes, work / times[0], label="equal pieces")
 ax.set(xlabel="GPUs", ylabel="times as fast as one", title="120 runs of 100, 250 and 500 NFE", ylim=(0, 64))
 ax.legend(fontsize=8)
-plots.show(
-    fig,
-    alt="Speed-up against the number of GPUs. A queue that starts the longest runs first stays closest to the "
-    "ideal line; in the order of the list, shortest first, it falls behind; equal pieces fall far behind.",
-)
+plt.show()
 gains = [work / t[31] for t in (*times, first)]
 print("times as fast on 32 GPUs: pieces {:.1f}, queue {:.1f}, longest first {:.1f}".format(*gains))
 flat = fleet_sizes[np.isclose(first, first[49])]
@@ -329,20 +309,27 @@ assert np.isclose(first[49], lengths[-1] + lengths[40]), "someone does a run of 
 # Cutting beforehand gives some GPUs nothing but runs of 500 NFE, and everybody else waits for them. The queue knows nothing of lengths and does far better; told to start with
 # the long ones, it loses hardly anything on 32 GPUs. On 50 it does: runs do not split, and someone has a run of 250 NFE to do after one of 500. `experiments.sweep` is such a queue: **write the tasks with the longest first**.
 #
-# A GPU has to load the model before its first run, and is paid for until the last run of all has ended. `cost.fleet` adds that up; the efficiency is the share of
+# A GPU has to load the model before its first run, and is paid for until the last run of all has ended. The efficiency is the share of
 # the paid time that went into pictures.
 
 # %%
-one = cost.plan(flux, a100, 500)
-fleets = [(g, cost.fleet(one, 100, g, startup=120)) for g in (1, 4, 16, 30, 50, 100)]
+def fleet(pictures, each, gpus, startup):
+    """Seconds until the last of so many pictures is done, and the share of the paid time that went into pictures."""
+    rounds = math.ceil(pictures / gpus)  # pictures do not split
+    seconds = startup + rounds * each
+    return seconds, pictures * each / (gpus * seconds)
+
+
+each = cost.estimate(flux, a100, 500).seconds
+fleets = [(g, *fleet(100, each, g, startup=120)) for g in (1, 4, 16, 30, 50, 100)]
+bills = [g * seconds / 3600 * a100.dollars for g, seconds, _ in fleets]
 print("100 pictures at 500 NFE on A100s, 120 s to load:")
-table(
-    [
-        {"GPUs": g, "hours": f.seconds / 3600, "$": f"{f.dollars:.1f}", "efficiency": f"{f.efficiency:.2f}"}
-        for g, f in fleets
-    ]
-)
-assert fleets[3][1].dollars > fleets[4][1].dollars
+lines = [
+    {"GPUs": g, "hours": f"{seconds / 3600:.3g}", "$": f"{bill:.1f}", "efficiency": f"{efficiency:.2f}"}
+    for (g, seconds, efficiency), bill in zip(fleets, bills, strict=True)
+]
+display(pd.DataFrame(lines))
+assert bills[3] > bills[4]
 
 # %% [markdown]
 # **Question.** Why do 30 GPUs cost more than 50?
@@ -442,7 +429,7 @@ print(f"{len(lines)} rows, none doubled, and the same numbers as the run on one 
 # were run with both budgets, we compare them in pairs, which takes out the luck of the seed.
 
 # %%
-table(experiments.table(lines, ["budget"], ["reward"], clusters="seed"))
+display(experiments.table(lines, ["budget"], ["reward"], clusters="seed"))
 large, small = ([row for row in lines if row["budget"] == budget] for budget in (80, 20))
 gain = experiments.paired_difference(large, small, "reward", by=["seed"], clusters="seed")
 print(f"80 NFE against 20, mean difference in pairs: {gain} (95 % interval, 24 seeds)")
@@ -499,10 +486,11 @@ def throughput(a, b, g, batches=2000):
 
 h100, batch = cost.GPUS["H100"], 8
 vlm = cost.Count(flops=2 * 8e9 * 700, parameters=8 * 10**9)  # each of 8e9 weights meets each of some 700 tokens once
-p, q = (cost.plan(flux, a100, batch, reward_calls=batch, judge=j, batch=batch) for j in (vlm, cost.Count(0)))
+judged = {**flux, "judge": vlm}
+p, q = (cost.estimate(counts, a100, batch, reward_calls=batch, batch=batch) for counts in (judged, flux))
 print(f"on one GPU: {p.memory / 2**30:.1f} GiB with the judge, {q.memory / 2**30:.1f} without")
-assert q.fits and not p.fits and cost.plan(flux, h100, batch, judge=vlm, batch=batch).fits
-a = p.parts["velocity"] + p.parts["decode"] * batch / (batch + 1)  # the plan decodes one more
+assert q.fits and not p.fits and cost.estimate(judged, h100, batch, batch=batch).fits
+a = p.parts["velocity"] + p.parts["decode"] * batch / (batch + 1)  # the estimate decodes one more
 b = p.parts["judge"]
 knee = 1 + a / b
 generators = np.arange(1, 13)
@@ -510,10 +498,10 @@ simulated = np.array([throughput(a, b, g) for g in generators.tolist()])
 bound = np.minimum(generators / (a + b), 1 / b)
 assert (simulated <= bound * (1 + 1e-9)).all() and (simulated > 0.98 * bound).all(), "(12.4) should be attained"
 print(f"a batch of {batch} on A100s: generator {a:.2f} s, judge {b:.2f} s; knee at {knee:.1f} generators")
-dearer = cost.plan(flux, a100, 500, judge=vlm).seconds / cost.plan(flux, a100, 500).seconds - 1
+dearer = cost.estimate(judged, a100, 500).seconds / cost.estimate(flux, a100, 500).seconds - 1
 print(f"at 500 NFE the judge adds {dearer:.0%} to the GPU seconds of a picture")
 
-# %%
+# %% alt="Batches a second against the number of generators that share one judge: rising in proportion up to the knee, flat beyond it. The simulated points lie on the bound."
 fig, ax = plt.subplots()
 ax.plot(generators, bound, label="bound (12.4)")
 ax.plot(generators, simulated, "o", linestyle="none", label="simulated")
@@ -523,11 +511,7 @@ ax.set(
     xlabel="generators, a GPU each", ylabel="batches a second", title="one judge, on a GPU of its own", ylim=(0, None)
 )
 ax.legend(loc="upper left")
-plots.show(
-    fig,
-    alt="Batches a second against the number of generators that share one judge: rising in proportion up to the knee, "
-    "flat beyond it. The simulated points lie on the bound.",
-)
+plt.show()
 
 # %% [markdown]
 # Up to the knee a further generator adds its full share; beyond it, it only waits. So one judge serves eight generators here. On a cluster this is three lines, with
@@ -566,10 +550,10 @@ def bill(nfe, flops, decode, peak, u, dollars_an_hour):
 
 # %% tags=["exercise-test"]
 for nfe_, gpu_ in ((10, h100), (500, a100)):
-    p_ = cost.plan(flux, gpu_, nfe_)
-    seconds_, dollars_ = bill(nfe_, flux.velocity.flops, flux.decode.flops, gpu_.tflops * 1e12, 0.4, gpu_.dollars)
+    p_ = cost.estimate(flux, gpu_, nfe_)
+    seconds_, dollars_ = bill(nfe_, flux["velocity"].flops, flux["decode"].flops, gpu_.tflops * 1e12, 0.4, gpu_.dollars)
     wanted = p_.seconds - p_.parts["text"]
-    assert abs(seconds_ / wanted - 1) < 1e-6, f"{seconds_:.3f} s; the planner says {wanted:.3f} s without the text"
+    assert abs(seconds_ / wanted - 1) < 1e-6, f"{seconds_:.3f} s; the package says {wanted:.3f} s without the text"
     assert abs(dollars_ / (wanted / 3600 * gpu_.dollars) - 1) < 1e-6, "the price is that of an hour"
 print("Well done.")
 
@@ -668,11 +652,11 @@ for pictures_, deadline_ in ((100, 3600), (100, 1100), (7, 2000), (64, 20000)):
     g_ = gpus_needed(pictures_, 900.0, 120.0, deadline_)
     assert (
         g_ is not None
-        and cost.fleet(cost.Plan(900.0, 0.1, 0.0, True, {}), pictures_, g_, startup=120.0).seconds <= deadline_
+        and fleet(pictures_, 900.0, g_, startup=120.0)[0] <= deadline_
     ), f"{g_} GPUs do not finish {pictures_} pictures in {deadline_} s"
     assert (
         g_ == 1
-        or cost.fleet(cost.Plan(900.0, 0.1, 0.0, True, {}), pictures_, g_ - 1, startup=120.0).seconds > deadline_
+        or fleet(pictures_, 900.0, g_ - 1, startup=120.0)[0] > deadline_
     ), f"fewer than {g_} would do"
 assert gpus_needed(10, 900.0, 120.0, 1000) is None, "in 1,000 s no GPU finishes a single picture"
 print("Well done.")

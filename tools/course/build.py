@@ -9,10 +9,13 @@ A source is a Jupytext percent script. CONTRIBUTING.md tells the conventions.
 
 import argparse
 import asyncio
+import base64
 import contextlib
 import copy
 import datetime
 import hashlib
+import html
+import io
 import json
 import os
 import re
@@ -28,6 +31,7 @@ from jupyter_core.utils import ensure_async
 from nbclient import NotebookClient
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_notebook
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
 BADGE, MEASURED = "<!-- badge -->", "<!-- measured -->"
@@ -78,6 +82,12 @@ def tags(cell: NotebookNode) -> set[str]:
     return set(cell.metadata.get("tags", []))
 
 
+def alts(cell: NotebookNode) -> list[str]:
+    """The texts that stand for a cell's figures: its metadata `alt`, one text, or a list with one for each figure."""
+    alt = cell.metadata.get("alt", [])
+    return [alt] if isinstance(alt, str) else list(alt)
+
+
 def read(source: Path) -> NotebookNode:
     return jupytext.read(source, fmt="py:percent")
 
@@ -111,9 +121,10 @@ def assemble(source: Path, student: bool = False) -> NotebookNode:
     cells: list[NotebookNode] = []
     for cell in read(source).cells:
         kind = tags(cell)
-        cell = NotebookNode({**cell, "metadata": {"tags": sorted(kind)} if kind else {}})
         if "wrong-answers" in kind:
             continue
+        kept = {key: cell.metadata[key] for key in ("alt", "tags") if key in cell.metadata}
+        cell = NotebookNode({**cell, "metadata": kept})
         if "setup" in kind:
             cell.source = SETUP.format(**project())
         if not cells:
@@ -121,6 +132,8 @@ def assemble(source: Path, student: bool = False) -> NotebookNode:
         answer = copy.deepcopy(cell)
         if "exercise" in kind:
             cell.source = stub(cell.source)
+        if "exercise-test" in kind and student:
+            cell.metadata["tags"] = [*cell.metadata["tags"], "raises-exception"]  # running all cells goes on after it
         cells.append(cell)
         if "exercise" in kind and not student:
             answer.source = "# A solution: skip this cell to test your own.\n" + solution(answer.source)
@@ -179,13 +192,41 @@ def lasting(output: NotebookNode) -> bool:
     return VIEW not in output.get("data", {}) and not is_progress(output)
 
 
+def store_figures(cell: NotebookNode) -> None:
+    """Keep a cell's lasting outputs, and of each figure a small PNG, the same as HTML, and the text alone.
+
+    JupyterLab reads the alternative text of HTML only; LaTeX, and an editor that does not trust the notebook, show the
+    PNG only. nbconvert reads the text in the PNG's metadata.
+
+    Raises:
+        ValueError: the cell shows more or fewer figures than `alt` has texts. A cell with a widget may show none.
+    """
+    widget = any(VIEW in output.get("data", {}) and not is_progress(output) for output in cell.outputs)
+    cell.outputs = [output for output in cell.outputs if lasting(output)]
+    figures, texts = [output for output in cell.outputs if "image/png" in output.get("data", {})], alts(cell)
+    if len(figures) != len(texts) and (figures or not widget):
+        raise ValueError(f"{len(figures)} figures, {len(texts)} texts in alt: {cell.source[-80:]}")
+    for figure, text in zip(figures, texts, strict=False):
+        png = small(figure.data["image/png"])
+        image = f'<img alt="{html.escape(text)}" src="data:image/png;base64,{png}">'
+        figure.data = {"image/png": png, "text/html": image, "text/plain": text}
+        figure.metadata = {"image/png": {"alt": text}}
+
+
+def small(png: str) -> str:
+    """A PNG, in base64, with a palette of 256 colours."""
+    image, out = Image.open(io.BytesIO(base64.b64decode(png))), io.BytesIO()
+    image.convert("RGB").quantize(256).save(out, "png", optimize=True)
+    return base64.b64encode(out.getvalue()).decode("ascii")
+
+
 async def execute(notebook: NotebookNode, cwd: Path, on_cell: Callable[[], object] = lambda: None) -> Usage:
     """Run all cells in place, top to bottom, calling `on_cell` after each."""
     async with kernel(notebook, cwd) as client:
         for index, cell in enumerate(notebook.cells):
             await client.async_execute_cell(cell, index)
             if cell.cell_type == "code":
-                cell.outputs = [output for output in cell.outputs if lasting(output)]
+                store_figures(cell)
             on_cell()
         return await usage(client)
 

@@ -2,87 +2,111 @@
 
     python -m tools.course.rehearsal [--jobs 2] [00 05 ...]
 
-This writes build/rehearsal/NN_name.ipynb, the notebook with trial cells put in, and has nbval run it; the second half
-of this file is the pytest plugin that says what nbval must find. At an exercise the test must stop at the stub, reject
-every planted wrong answer and accept the solution. Then the stub is put back, so that a later cell which needs the
-solution, and would fail in the student's copy, fails here.
+At an exercise the test must stop at the stub, reject every planted wrong answer and accept the solution. Then the stub
+is put back, so that a later cell which needs the solution, and would fail in the student's copy, fails here.
 """
 
 import argparse
-import os
-import shutil
-import subprocess
+import asyncio
 import sys
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import nbformat
-import pytest
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_notebook
-from nbval.plugin import IPyNbCell, IPyNbFile, coalesce_streams
 
 from tools.course import build as notebooks
-from tools.course import rules as rules
-
-OUT = notebooks.ROOT / "build" / "rehearsal"
-START = """\
-import os
-import sys
-os.chdir({folder!r})
-sys.path.insert(0, {root!r})"""
+from tools.course import rules
 
 
-def rehearsal(source: Path, built: Path | None = None) -> NotebookNode:
-    """The notebook to be run: the source's code with trial cells, and the outputs of the built copy.
+@dataclass(frozen=True)
+class Step:
+    """Code to be run, the error that it must raise, and the cell of the built copy whose words it must repeat."""
+
+    name: str
+    code: str
+    error: str = ""
+    built: NotebookNode | None = field(default=None, repr=False)
+
+
+def steps(source: Path, built: Path | None = None) -> Iterator[Step]:
+    """What a rehearsal runs, in order.
 
     Raises:
         ValueError: the built copy has another number of cells.
     """
-    assembled = notebooks.assemble(source).cells
     stored = nbformat.read(built or notebooks.targets(source)[False], as_version=4).cells
     planted = iter([cell.source for cell in notebooks.read(source).cells if "wrong-answers" in notebooks.tags(cell)])
-    start = START.format(folder=str(source.parent.parent), root=str(notebooks.ROOT))
-    cells, stub, solution = [_step(start, 0, "start")], "", ""
-    for index, (cell, before) in enumerate(zip(assembled, stored, strict=True)):
-        kind = notebooks.tags(cell)
+    stub, solution = "", ""
+    for index, (cell, before) in enumerate(zip(notebooks.assemble(source).cells, stored, strict=True)):
+        kind, name = notebooks.tags(cell), f"cell {index}"
         if "exercise" in kind:
             stub = cell.source
         elif "solution" in kind:
             solution = cell.source
+        elif "exercise-test" in kind:
+            yield from _trials(index, cell.source, stub, next(planted, ""))
+            yield Step(f"cell {index - 1}", solution)
+            yield Step(name, cell.source, built=before)
+            yield Step(f"cell {index - 2}, put back", stub)
         elif cell.cell_type == "code":
-            if "exercise-test" in kind:
-                cells += _trials(index, cell.source, stub, next(planted, ""))
-                cells.append(_step(solution, index - 1, f"cell {index - 1}"))
-            cells.append(_step(cell.source, index, f"cell {index}", kind, before.outputs))
-            if "exercise-test" in kind:
-                cells.append(_step(stub, index - 2, f"cell {index - 2}, put back"))
-    return new_notebook(cells=cells, metadata=notebooks.METADATA)
+            yield Step(name, cell.source, built=before)
 
 
-def _trials(index: int, test: str, stub: str, planted: str) -> Iterator[NotebookNode]:
+def _trials(index: int, test: str, stub: str, planted: str) -> Iterator[Step]:
     """The stub and every wrong answer, each followed by the test that must not accept it."""
     _, *parts = rules.WRONG.split(planted)
     answers = [("the stub", stub, "NotImplementedError")]
     for number, (what, code) in enumerate(zip(parts[::2], parts[1::2], strict=True), 1):
         answers.append((f"wrong answer {number} ({what})", code, "AssertionError"))
     for who, code, error in answers:
-        yield _step(code, index - 2, f"cell {index - 2}: {who}", {"nbval-ignore-output"})
-        yield _step(test, index, f"cell {index}: test of {who}", {"raises-exception"}, wanted=error)
+        yield Step(f"cell {index - 2}: {who}", code)
+        yield Step(f"cell {index}: test of {who}", test, error)
 
 
-def _step(
-    code: str,
-    index: int,
-    name: str,
-    kind: set[str] | None = None,
-    outputs: list[NotebookNode] | None = None,
-    **more: str,
-) -> NotebookNode:
-    """A cell of a rehearsal, with what the plugin must know: which cell of the notebook it is, and what for."""
-    metadata = {"tags": sorted(kind or ()), "rehearsal": {"index": index, "name": name, **more}}
-    return new_code_cell(code, metadata=metadata, outputs=outputs or [], execution_count=1)
+async def rehearse(source: Path, built: Path | None = None) -> list[str]:
+    """Run a notebook's rehearsal; returns what went wrong, a line each. It ends where a cell fails to run."""
+    problems, notebook = [], new_notebook(metadata=notebooks.METADATA)
+    async with notebooks.kernel(notebook, source.parent.parent) as client:
+        for index, step in enumerate(steps(source, built)):
+            cell = new_code_cell(step.code, metadata={"tags": ["raises-exception"]})  # an error is an output
+            notebook.cells.append(cell)
+            await client.async_execute_cell(cell, index)
+            problem, ends = judge(step, cell.outputs)
+            if problem:
+                problems.append(f"{source.stem}: {step.name}: {problem}")
+            if ends:
+                break
+    return problems
+
+
+def judge(step: Step, outputs: list[NotebookNode]) -> tuple[str, bool]:
+    """What is wrong with a step's outputs, empty if nothing is, and whether the rehearsal ends here."""
+    raised = "".join(f"{o.ename}: {o.evalue}" for o in outputs if o.output_type == "error")
+    if step.error:
+        wrong = f"the test must raise {step.error}, it raises {raised}" if raised else "the test accepts it"
+        return ("" if raised.startswith(f"{step.error}:") else wrong), False
+    if raised or step.built is None:
+        return raised, bool(raised)
+    return rules.difference(rules.words(outputs), rules.words(step.built.outputs), notebooks.tags(step.built)), False
+
+
+async def rehearse_all(sources: list[Path], jobs: int) -> int:
+    """Rehearse notebooks, `jobs` at a time; prints each one's outcome as it ends and returns how many failed."""
+    free = asyncio.Semaphore(jobs)
+
+    async def one(source: Path) -> bool:
+        async with free:
+            try:
+                problems = await rehearse(source)
+            except (RuntimeError, TimeoutError) as error:  # the kernel died, or a cell took too long
+                problems = [f"{source.stem}: {error}"]
+        print("\n".join(problems) or f"{source.stem}: passed", flush=True)
+        return bool(problems)
+
+    return sum(await asyncio.gather(*map(one, sources)))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -95,91 +119,7 @@ def main(argv: list[str] | None = None) -> int:
     if stale or not sources:
         print("\n".join(stale) or "no such notebook", file=sys.stderr)
         return 1
-    shutil.rmtree(OUT, ignore_errors=True)
-    paths = [OUT / f"{source.stem}.ipynb" for source in sources]
-    for source, path in zip(sources, paths, strict=True):
-        notebooks.write(rehearsal(source), path)
-    return run(paths, options.jobs)
-
-
-def run(paths: Iterable[Path], jobs: int = 1) -> int:
-    """Have pytest and nbval run rehearsals; its exit status."""
-    parallel = ["-n", str(jobs), "--dist", "loadfile"] if jobs > 1 else []
-    nbval = ["--nbval-lax", "--nbval-cell-timeout", "300", "-p", "tools.course.rehearsal"]
-    command = [sys.executable, "-m", "pytest", "-q", *parallel, *nbval, *map(str, paths)]
-    return subprocess.run(command, cwd=notebooks.ROOT, env=notebooks.ONE_THREAD | os.environ).returncode
-
-
-# --------------------------------------------------------------------------------------------------- the pytest plugin
-class Rehearsal(IPyNbFile):
-    """A notebook of which nothing more is run once a cell has failed to run."""
-
-    failed = False
-
-    def collect(self) -> Iterator["Step"]:
-        for cell in super().collect():
-            name = cell.cell.metadata["rehearsal"]["name"]
-            yield Step.from_parent(self, name=name, cell_num=0, cell=cell.cell, options=cell.options)
-
-
-class Step(IPyNbCell):
-    """A cell under its name in the notebook, which must also say, or raise, what is expected of it."""
-
-    def __init__(self, **kwargs: Any):
-        super().__init__(**kwargs)
-        self.about = self.cell.metadata["rehearsal"]
-        self.cell_num = self.about["index"]
-        self.output_timeout = 60  # seconds that a busy machine may need to hand over what was printed
-
-    def setup(self) -> None:
-        if self.parent.failed:
-            pytest.skip("an earlier cell of this notebook failed")
-        super().setup()
-
-    def runtest(self) -> None:
-        try:
-            super().runtest()
-        except Exception:
-            self.parent.failed = True
-            raise
-        problem = self.other_error() if "wanted" in self.about else self.other_words()
-        if problem:
-            self.raise_cell_error(problem)
-
-    def other_error(self) -> str:
-        """How a test failed to reject what it must reject; empty when it did."""
-        raised, wanted = self.raised(), self.about["wanted"]
-        if not raised:
-            return "the test accepts it"
-        return "" if raised.startswith(f"{wanted}:") else f"the test must raise {wanted}, it raises {raised}"
-
-    def other_words(self) -> str:
-        """How what the cell says differs from the built copy; empty when it does not.
-
-        Not where a widget is shown: nbval, which is no front end, hears here what a page shows inside the widget.
-        """
-        if any(notebooks.VIEW in o.get("data", {}) and not notebooks.is_progress(o) for o in self.test_outputs):
-            return ""
-        now, before = rules.words(self.test_outputs), rules.words(coalesce_streams(self.cell.outputs))
-        return rules.difference(now, before, notebooks.tags(self.cell))
-
-    def raised(self) -> str:
-        """The error that the cell raised, empty if none."""
-        errors = [f"{o.ename}: {o.evalue}" for o in self.test_outputs or () if o.output_type == "error"]
-        return errors[0] if errors else ""
-
-    def repr_failure(self, excinfo: pytest.ExceptionInfo) -> str:
-        """The first line, which pytest repeats in its summary, says all; then the cell and the traceback."""
-        error = self.raised() if self.parent.failed else ""
-        problem = ": ".join(filter(None, (self.path.stem, self.about["name"], str(excinfo.value), error)))
-        return f"{problem}\n\n{self.cell.source}\n{getattr(excinfo.value, 'inner_traceback', None) or ''}"
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> Generator[None, list[Any], list[Any]]:
-    """Have nbval's notebooks collected as rehearsals."""
-    found = yield
-    return [Rehearsal.from_parent(parent, path=file_path) if isinstance(f, IPyNbFile) else f for f in found]
+    return 1 if asyncio.run(rehearse_all(sources, options.jobs)) else 0
 
 
 if __name__ == "__main__":

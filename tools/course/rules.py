@@ -40,7 +40,7 @@ def source_problems(source: Path) -> list[str]:
     for index, cell in enumerate(cells):
         rules = [_paths(cell), _tags(cell)]
         if cell.cell_type == "code" and "setup" not in notebooks.tags(cell):
-            rules.append(_code(cell))
+            rules += [_alt(cell), _code(cell)]
         found += [f"cell {index}: {problem}" for problem in itertools.chain(*rules)]
     return found
 
@@ -123,6 +123,14 @@ def _tags(cell: NotebookNode) -> Iterator[str]:
         yield f"unknown tags {sorted(unknown)}; known are {sorted(TAGS)}"
 
 
+def _alt(cell: NotebookNode) -> Iterator[str]:
+    texts = notebooks.alts(cell)
+    if ("plt.show()" in cell.source) != bool(texts):
+        yield 'plt.show() and alternative text go together: # %% alt="what the figure shows"'
+    if any(len(text.strip()) < ALT_LETTERS for text in texts):
+        yield f"alt should say what the figure shows, in a sentence or two; got {texts}"
+
+
 def _code(cell: NotebookNode) -> Iterator[str]:
     try:
         tree = ast.parse(cell.source)
@@ -149,15 +157,9 @@ def _code(cell: NotebookNode) -> Iterator[str]:
 
 
 def _call(node: ast.Call, kind: set[str]) -> Iterator[str]:
-    name, options = ast.unparse(node.func), {keyword.arg: keyword.value for keyword in node.keywords}
+    name, options = ast.unparse(node.func), {keyword.arg for keyword in node.keywords}
     first = node.args[0].value if node.args and isinstance(node.args[0], ast.Constant) else None
-    if name in ("plt.show", "fig.show", "figure.show"):
-        yield f"{name}() shows a figure without alt text: use flowscale_lite.plots.show(fig, alt=...)"
-    elif name in ("show", "plots.show"):
-        alt = options.get("alt")
-        if alt is None or (isinstance(alt, ast.Constant) and len(str(alt.value).strip()) < ALT_LETTERS):
-            yield "show() needs alt=..., a sentence that says what the figure shows"
-    elif name in GLOBAL_SEEDS:
+    if name in GLOBAL_SEEDS:
         yield f"{name} sets a global seed: pass a generator"
     elif name in UNSEEDABLE or (name in DRAWS and "generator" not in options):
         yield f"{name} draws without a generator"
@@ -189,12 +191,10 @@ def _output(output: NotebookNode) -> Iterator[str]:
         yield f"raises {output.ename}"
     if output.get("name") == "stderr" and output.text.strip():
         yield f"writes to stderr (a warning?): {output.text.strip().splitlines()[-1]}"
-    if any(kind.startswith("image/") for kind in data):
-        yield "shows an image without alt text: use flowscale_lite.plots.show(fig, alt=...)"
-    for image in re.findall(r"<img [^>]*>", data.get("text/html", "")):
-        alt = re.search(r'alt="([^"]*)"', image)
-        if not alt or len(alt[1]) < ALT_LETTERS:
-            yield "shows an image without alt text"
+    images = re.findall(r"<img [^>]*>", data.get("text/html", ""))
+    texts = [re.search(r'alt="([^"]*)"', image) for image in images]
+    if not all(text and len(text[1]) >= ALT_LETTERS for text in texts) or (not images and "image/" in str(data.keys())):
+        yield "shows an image without alt text"
     shown = words([output])
     for match in MACHINE.finditer(shown):
         yield f"shows a machine path {match[0]}"
@@ -203,8 +203,11 @@ def _output(output: NotebookNode) -> Iterator[str]:
 
 
 def words(outputs: Iterable[NotebookNode]) -> str:
-    """What outputs say in words: printed text, values, alt texts; not progress bars, not warnings."""
-    parts = [o.get("text") or o.get("data", {}).get("text/plain", "") for o in outputs if notebooks.lasting(o)]
+    """What outputs say in words: printed text and values; of a figure that it is one; not progress bars."""
+    parts = []
+    for output in filter(notebooks.lasting, outputs):
+        data = output.get("data", {})
+        parts.append(" figure " if "image/png" in data else output.get("text") or data.get("text/plain", ""))
     return " ".join("".join(parts).split())
 
 

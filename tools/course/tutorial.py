@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import nbformat
-from nbclient.exceptions import CellExecutionError
 from nbconvert import HTMLExporter
 from nbformat import NotebookNode
 from tqdm import tqdm
@@ -77,8 +76,8 @@ async def run(path: Path, out: Path, bar: tqdm) -> Outcome:
             raise asyncio.CancelledError from None
         begun = [index for index, cell in enumerate(notebook.cells) if cell.get("execution_count")]
         bar.update(len(notebook.cells) - max(begun, default=0))
-        what = f"{error.ename}: {error.evalue}" if isinstance(error, CellExecutionError) else type(error).__name__
-        status = f"FAILED, cell {max(begun, default=0)}: {what}".splitlines()[0][:60]
+        name, what = getattr(error, "ename", type(error).__name__), getattr(error, "evalue", error)
+        status = f"FAILED, cell {max(begun, default=0)}: {name}: {what}".splitlines()[0]
     seconds = time.perf_counter() - start
     if status == "passed":
         notebook.metadata["passed"] = {"fingerprint": key, "seconds": seconds, "memory": memory}
@@ -108,20 +107,12 @@ async def run_all(paths: list[Path], out: Path, jobs: int) -> list[Outcome]:
 
 
 def table(outcomes: list[Outcome]) -> str:
-    head = ("notebook", "status", "seconds", "peak memory MB", "where to look")
-    rows = [
-        (o.name, o.status, f"{o.seconds:.0f}", "-" if o.memory is None else f"{o.memory:.0f}", os.path.relpath(o.page))
-        for o in outcomes
-    ]
-    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
-    right = {2, 3}
-    lines = [
-        "  ".join(
-            text.rjust(w) if i in right else text.ljust(w) for i, (text, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in [head, tuple("-" * width for width in widths), *rows]
-    ]
-    return "\n".join(line.rstrip() for line in lines)
+    """A line for each notebook, the status last, for it may be long."""
+    lines = [f"{'notebook':28}{'seconds':>8}{'peak MB':>9}  {'where to look':46}  status"]
+    for o in outcomes:
+        memory = "-" if o.memory is None else f"{o.memory:.0f}"
+        lines.append(f"{o.name:28}{o.seconds:8.0f}{memory:>9}  {os.path.relpath(o.page):46}  {o.status}")
+    return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 
 from flowscale_lite import experiments
@@ -20,7 +21,7 @@ from flowscale_lite.tiny import shapes
 from flowscale_lite.tiny.data import locate
 from flowscale_lite.tiny.judge import HeldOutJudge
 
-from .results import insert
+from .tables import insert, markdown
 
 SETTINGS = [("dev", 4, 2.0), ("dev", 10, 1.0), ("dev", 10, 2.0), ("dev", 10, 3.5), ("dev", 40, 2.0)]
 SETTINGS += [("schnell", steps, 0.0) for steps in (1, 2, 4, 10)]
@@ -69,17 +70,15 @@ def tasks(number: int) -> list[experiments.Task]:
 
 def table(rows: list[experiments.Row]) -> str:
     """Markdown: a line for every variant, number of steps and guidance."""
-    sizes = " | ".join(f"{low} to {high} objects" for low, high in SIZES)
-    lines = [f"| variant | steps | guidance | exact | {sizes} | held-out exact | mean RSS |", "|---" * 9 + "|"]
-    for variant, steps, guidance in SETTINGS:
-        cell = [r for r in rows if (r["variant"], r["steps"], r["guidance"]) == (variant, steps, guidance)]
-        mean = functools.partial(experiments.clustered_mean, clusters=[r["seed"] for r in cell])
-        by_size = [np.mean([r["exact"] for r in cell if low <= r["objects"] <= high]) for low, high in SIZES]
-        numbers = " | ".join(f"{share:.2f}" for share in by_size)
-        exact, held_out = (mean([float(r[key]) for r in cell]) for key in ("exact", "held_out"))
-        rss = np.mean([r["rss"] for r in cell])
-        lines.append(f"| {variant} | {steps} | {guidance or 'none'} | {exact} | {numbers} | {held_out} | {rss:.1f} |")
-    return "\n".join(lines)
+    frame, fields = pd.DataFrame(rows), ["variant", "steps", "guidance"]
+    lines = experiments.table(frame, fields, ["exact", "held_out", "rss"], clusters="seed")
+    for low, high in SIZES:
+        some = frame[frame["objects"].between(low, high)]
+        lines[f"{low} to {high} objects"] = some.groupby(fields)["exact"].mean().map("{:.2f}".format)
+    lines["mean RSS"] = [f"{rss.mean:.1f}" for rss in lines["rss"]]
+    lines = lines.reset_index().replace({"guidance": {0.0: "none"}}).rename(columns={"held_out": "held-out exact"})
+    sizes = [f"{low} to {high} objects" for low, high in SIZES]
+    return markdown(lines[[*fields, "exact", *sizes, "held-out exact", "mean RSS"]])
 
 
 def main() -> None:

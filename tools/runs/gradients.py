@@ -21,7 +21,7 @@ from torch import Tensor
 from flowscale_lite import experiments
 from flowscale_lite.flux import FlowModel, load
 from flowscale_lite.kernels import ddim, ode
-from flowscale_lite.methods import DPS, RBF, SVDD, BestOfN, Guide
+from flowscale_lite.methods import SVDD, Beam, BestOfN, Guide
 from flowscale_lite.schedules import logit_normal
 from flowscale_lite.search import Method, search
 from flowscale_lite.tiny import shapes
@@ -80,10 +80,10 @@ def method_of(task: experiments.Task) -> Method:
     guide = Guide(task["strength"], normalised=True, below=task["below"]) if task["strength"] else None
     if task["method"] == "svdd":
         return SVDD(guide=guide)
-    if task["method"] == "rbf":
-        return RBF(init=1, chains=2, compete=True, select_below=0.8, guide=guide)
+    if task["method"] == "beam":
+        return Beam(states=2, select_below=0.8, guide=guide)
     n = SAMPLES if task["method"].startswith("samples") else None
-    return DPS(guide, n=n) if guide else BestOfN(n)
+    return BestOfN(n, guide=guide)
 
 
 @functools.cache
@@ -121,7 +121,7 @@ def tasks() -> list[experiments.Task]:
     cells = [("samples", 100 * SAMPLES, "DDPM", *setting, 1) for setting in plain + late]
     cells += [("samples", 100 * SAMPLES, "ode", *setting, 1) for setting in plain]
     cells += [("samples in 40 steps", 160 * SAMPLES, "DDPM", s, 0.9, 1) for s in (0.0, 0.1, 0.4)]
-    methods = itertools.product(("best-of-n", "svdd", "rbf"), (0.0, 0.1))
+    methods = itertools.product(("best-of-n", "svdd", "beam"), (0.0, 0.1))
     cells += [(method, BUDGET, "DDPM", s, 0.9, SEEDS) for method, s in methods]
     names = ("reward", "method", "budget", "kernel", "strength", "below", "prompt", "seed")
     return [

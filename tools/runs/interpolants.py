@@ -27,6 +27,8 @@ from flowscale_lite.schedules import Times
 from flowscale_lite.tiny import shapes
 from flowscale_lite.tiny.data import locate
 
+from .tables import markdown
+
 VARIETY, SEARCHES = Path("data/results/interpolants.jsonl"), Path("data/results/interpolants_search.jsonl")
 STEPS, PARTED, NFE = 10, (3, 6, 8), 100
 
@@ -132,8 +134,8 @@ def main() -> None:
     found = experiments.sweep(tasks(40, "schnell"), searched, SEARCHES, workers=workers, title="searches")
     distances = [f"part at {k}" for k in (0, *PARTED)]
     values = ["strangers", *distances, "look-ahead", "finished"]
-    print(experiments.markdown(experiments.table(rows, ["model", "sampler"], values)))
-    print(experiments.markdown(experiments.table(found, ["model", "sampler"], ["reward", "exact"])))
+    print(markdown(experiments.table(rows, ["model", "sampler"], values).reset_index()))
+    print(markdown(experiments.table(found, ["model", "sampler"], ["reward", "exact"]).reset_index()))
 
 
 if __name__ == "__main__":

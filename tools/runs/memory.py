@@ -1,31 +1,23 @@
-"""`python -m tools.runs.memory`: counts the models that `flowscale_lite.flux.memory` knows, and prints its table SIZES.
+"""`python -m tools.runs.memory`: counts the models that `flowscale_lite.flux.memory` knows, and writes its sizes.json.
 
-`python -m tools.runs.memory plans` prints the plan chosen for each model on each card, as Markdown.
+`python -m tools.runs.memory plans` prints the plan chosen for each model on each GPU, as Markdown.
 Models are built without weights from the sizes that their makers publish in the configs of their repositories.
 Activations are counted with Python 3.11; later versions drop some temporaries earlier and count about 2 % less at most.
 """
 
 import argparse
+import json
 from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 import transformers
 
-from flowscale_lite.flux import memory
+from flowscale_lite.flux import cost, families, hub, memory
 
-FLUX_VAE = {
-    "block_out_channels": (128, 256, 512, 512),
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "layers_per_block": 2,
-    "latent_channels": 16,
-    "scaling_factor": 0.3611,
-    "shift_factor": 0.1159,
-    "use_quant_conv": False,
-    "use_post_quant_conv": False,
-}
 QWEN3 = {
     "num_hidden_layers": 36,
     "num_attention_heads": 32,
@@ -35,26 +27,12 @@ QWEN3 = {
 }
 
 
-def t5_xxl() -> Any:
-    return transformers.T5EncoderModel(
-        transformers.T5Config(
-            vocab_size=32128,
-            d_model=4096,
-            d_kv=64,
-            d_ff=10240,
-            num_layers=24,
-            num_heads=64,
-            feed_forward_proj="gated-gelu",
-        )
-    )
-
-
-def clip(width: int, layers: int, heads: int, projection: int | None = None) -> Any:
+def clip(width: int, layers: int, heads: int) -> Any:
     config = transformers.CLIPTextConfig(
         hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers, num_attention_heads=heads,
-        projection_dim=projection or width,
+        projection_dim=width,
     )  # fmt: skip
-    return (transformers.CLIPTextModelWithProjection if projection else transformers.CLIPTextModel)(config)
+    return transformers.CLIPTextModelWithProjection(config)
 
 
 def qwen3(width: int, inner: int, tied: bool) -> Any:
@@ -64,9 +42,9 @@ def qwen3(width: int, inner: int, tied: bool) -> Any:
 
 
 def flux(guidance: bool) -> Any:
-    transformer = diffusers.FluxTransformer2DModel(guidance_embeds=guidance)
-    vae = diffusers.AutoencoderKL(**FLUX_VAE)
-    return diffusers.FluxPipeline(None, vae, clip(768, 12, 12), None, t5_xxl(), None, transformer)
+    pipe = hub.skeleton(cost.FLUX1)
+    pipe.transformer = diffusers.FluxTransformer2DModel.from_config(pipe.transformer.config, guidance_embeds=guidance)
+    return pipe
 
 
 def flux2_klein(double: int, single: int, heads: int, width: int, inner: int, tied: bool) -> Any:
@@ -83,9 +61,9 @@ def stable_diffusion_3(layers: int, dual: int, positions: int) -> Any:
         num_layers=layers, num_attention_heads=layers, caption_projection_dim=64 * layers, qk_norm="rms_norm",
         pos_embed_max_size=positions, dual_attention_layers=tuple(range(dual)),
     )  # fmt: skip
-    vae = diffusers.AutoencoderKL(**FLUX_VAE)
-    texts = clip(768, 12, 12, 768), None, clip(1280, 32, 20, 1280), None, t5_xxl(), None
-    return diffusers.StableDiffusion3Pipeline(transformer, None, vae, *texts)
+    other = hub.skeleton(cost.FLUX1)
+    texts = clip(768, 12, 12), None, clip(1280, 32, 20), None, other.text_encoder_2, None
+    return diffusers.StableDiffusion3Pipeline(transformer, None, other.vae, *texts)
 
 
 def qwen_image() -> Any:
@@ -100,8 +78,8 @@ def qwen_image() -> Any:
 
 
 def z_image() -> Any:
-    vae = diffusers.AutoencoderKL(**FLUX_VAE)
-    return diffusers.ZImagePipeline(None, vae, qwen3(2560, 9728, True), None, diffusers.ZImageTransformer2DModel())
+    text, transformer = qwen3(2560, 9728, True), diffusers.ZImageTransformer2DModel()
+    return diffusers.ZImagePipeline(None, hub.skeleton(cost.FLUX1).vae, text, None, transformer)
 
 
 def sana() -> Any:
@@ -111,37 +89,51 @@ def sana() -> Any:
     return diffusers.SanaPipeline(None, text, vae, diffusers.SanaTransformer2DModel(), None)
 
 
-# Name: how it is built, and the guidance that its makers recommend.
-MODELS: dict[str, tuple[Callable[[], Any], float]] = {
-    "FLUX.1-schnell": (lambda: flux(False), 0.0),
-    "FLUX.1-dev": (lambda: flux(True), 3.5),
-    "FLUX.2-klein-4B": (lambda: flux2_klein(5, 20, 24, 2560, 9728, True), 1.0),
-    "FLUX.2-klein-9B": (lambda: flux2_klein(8, 24, 32, 4096, 12288, False), 1.0),
-    "stable-diffusion-3.5-medium": (lambda: stable_diffusion_3(24, 13, 384), 4.5),
-    "stable-diffusion-3.5-large": (lambda: stable_diffusion_3(38, 0, 192), 4.5),
-    "Qwen-Image": (qwen_image, 4.0),
-    "Z-Image-Turbo": (z_image, 0.0),
-    "Sana_1600M_1024px_diffusers": (sana, 4.5),
+MODELS: dict[str, Callable[[], Any]] = {
+    "FLUX.1-schnell": lambda: flux(False),
+    "FLUX.1-dev": lambda: flux(True),
+    "FLUX.2-klein-4B": lambda: flux2_klein(5, 20, 24, 2560, 9728, True),
+    "FLUX.2-klein-9B": lambda: flux2_klein(8, 24, 32, 4096, 12288, False),
+    "stable-diffusion-3.5-medium": lambda: stable_diffusion_3(24, 13, 384),
+    "stable-diffusion-3.5-large": lambda: stable_diffusion_3(38, 0, 192),
+    "Qwen-Image": qwen_image,
+    "Z-Image-Turbo": z_image,
+    "Sana_1600M_1024px_diffusers": sana,
 }
 
 
 def build(name: str) -> Any:
     """The pipeline of a model without weights."""
     with torch.device("meta"):
-        pipe = MODELS[name][0]()
+        pipe = MODELS[name]()
     pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
     return pipe
 
 
-def count(name: str) -> memory.Sizes:
-    return memory.count(build(name), 1024, 1024, MODELS[name][1])
+def count(name: str) -> dict[str, Any]:
+    """The entry of a model in sizes.json, see `memory.stored_sizes`."""
+    pipe = build(name)
+    above = guided_above(pipe)
+    with hub.quiet():
+        once = memory.count_sizes(pipe, 1024, 1024, 0.0)
+        most = once if above is None else memory.count_sizes(pipe, 1024, 1024, above + 1)
+    entry = asdict(most) | {"row": round(once.row, 3), "decode": round(most.decode, 2), "tile": round(most.tile, 2)}
+    if above is not None:
+        entry["guided"] = {"above": above, "row": round(most.row, 3)}
+    return entry
+
+
+def guided_above(pipe: Any) -> float | None:
+    """The guidance scale above which a pipeline runs its model twice; None if it never does."""
+    guided = families.family(pipe).guided
+    return next((scale for scale in (0.0, 1.0) if guided(pipe, scale + 0.1)), None)
 
 
 def table() -> str:
-    """The plan of every model on every card, as Markdown."""
-    lines = ["| model | " + " | ".join(memory.CARDS) + " |", "|---|" + "---|" * len(memory.CARDS)]
+    """The plan of every model on every GPU, as Markdown."""
+    lines = ["| model | " + " | ".join(cost.GPUS) + " |", "|---|" + "---|" * len(cost.GPUS)]
     for name in MODELS:
-        plans = [memory.plan(name, card.gib, dtype=card.dtype) for card in memory.CARDS.values()]
+        plans = [memory.plan(name, gpu.memory, dtype=gpu.dtype) for gpu in cost.GPUS.values()]
         lines.append(f"| {name} | " + " | ".join(plan.summary() for plan in plans) + " |")
     return "\n".join(lines)
 
@@ -152,10 +144,12 @@ def main() -> None:
     if parser.parse_args().what == "plans":
         print(table())
         return
+    lines = []
     for name in MODELS:
-        s = count(name)
-        weights = ", ".join(f"Weights({w.linear}, {w.rows}, {w.other})" for w in (s.transformer, s.text, s.vae))
-        print(f'"{name}": Sizes({weights}, {s.row:.3f}, {s.decode:.2f}, {s.tile:.2f}),', flush=True)
+        lines.append(f"{json.dumps(name)}: {json.dumps(count(name))}")
+        print(lines[-1], flush=True)
+    path = Path(memory.__file__).with_name("sizes.json")
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -15,20 +15,35 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pandas as pd
 import torch
 
 from flowscale_lite import experiments, kernels, schedules
 from flowscale_lite.flux import FlowModel, load
 from flowscale_lite.kernels import Kernel
-from flowscale_lite.methods import RBF, SMC, SVDD, BestOfN, Blockwise, Funnel, Refine, SearchOverPaths, ZeroOrder
+from flowscale_lite.methods import (
+    RBF,
+    SMC,
+    SVDD,
+    Beam,
+    BestOfEnough,
+    BestOfN,
+    BestOfQuota,
+    Blockwise,
+    Refine,
+    SearchOverPaths,
+    ZeroOrder,
+)
 from flowscale_lite.schedules import Times
 from flowscale_lite.search import Method, search
 from flowscale_lite.tiny import shapes
 from flowscale_lite.tiny.data import locate
 from flowscale_lite.tiny.judge import HeldOutJudge
 
+from .tables import insert, markdown
+
 PATH = Path("data/results/search.jsonl")
-PROMPTS, SEEDS, BUDGETS = 50, 3, (100, 250, 500)
+PROMPTS, BUDGETS = 50, (100, 250, 500)
 
 
 class Recipe(NamedTuple):
@@ -45,7 +60,7 @@ COMMON = {"plain": Recipe(lambda nfe: BestOfN(1), kernels.ode), "best-of-n": Rec
 RECIPES: dict[str, dict[str, Recipe]] = {
     "dev": COMMON
     | {
-        "rbf": Recipe(RBF.multi_step, kernels.ddim(), schedules.logit_normal(10)),
+        "beam": Recipe(Beam.multi_step, kernels.ddim(), schedules.logit_normal(10)),
         "refine": Recipe(Refine.few_step, kernels.ode, schedules.levels(10)),  # which is not made for it
     },
     "schnell": COMMON
@@ -57,56 +72,80 @@ RECIPES: dict[str, dict[str, Recipe]] = {
         "refine, 3 x 3 regions": Recipe(lambda nfe: Refine(nfe // 4, cells=3), kernels.ode, schedules.levels(10)),
         "best-of-n, 4 steps": Recipe(lambda nfe: BestOfN(), kernels.ode, schedules.uniform(4)),
         "svdd": Recipe(lambda nfe: SVDD(init=nfe // 8), *VP),
-        "funnel": Recipe(lambda nfe: Funnel(init=nfe // 4), *VP),
+        "beam, narrowing": Recipe(lambda nfe: Beam(init=nfe // 32, narrow=True), *VP),
         "code": Recipe(lambda nfe: Blockwise(init=nfe // 8), *VP),
         "smc": Recipe(lambda nfe: SMC(tau=0.5), *VP),
         "search over paths": Recipe(lambda nfe: SearchOverPaths(init=nfe // 8), kernels.ode),
         "zero-order": Recipe(lambda nfe: ZeroOrder(init=nfe // 4), kernels.ode),
-        "rbf, published": Recipe(lambda nfe: RBF.published(init=nfe // 10), *VP),
-        "rbf, best of quota": Recipe(lambda nfe: RBF(init=nfe // 4), *VP),
-        "rbf, enough 16": Recipe(lambda nfe: RBF(init=nfe // 4, enough=16), *VP),
-        "rbf, equal quotas": Recipe(lambda nfe: RBF(init=nfe // 4, rollover=False), *VP),
-        "rbf, reserve": Recipe(lambda nfe: RBF(init=nfe // 4, accept="reserve", batch=4), *VP),
+        "rbf, published": Recipe(lambda nfe: RBF.published(), *VP),
+        "rbf, best of enough": Recipe(lambda nfe: RBF(init=nfe // 4), *VP),
+        "rbf, enough 16": Recipe(lambda nfe: RBF(init=nfe // 4, rule=BestOfEnough(16)), *VP),
+        "rbf, equal quotas": Recipe(lambda nfe: RBF(init=nfe // 4, rule=BestOfQuota()), *VP),
         "rbf, 2 t^2": Recipe(
             lambda nfe: RBF(init=nfe // 4), kernels.sde(kernels.quadratic(2.0)), schedules.uniform(10)
         ),
-        "rbf, competing": Recipe(lambda nfe: RBF(init=nfe // 8, chains=2, compete=True), *VP),
+        "beam, two states": Recipe(lambda nfe: Beam(states=2, init=nfe // 8), *VP),
         "rbf, linear SDE": Recipe(RBF.few_step, *LINEAR),
         "rbf, DDPM transition": Recipe(RBF.few_step, kernels.ddim(), schedules.uniform(10)),
-        "rbf, best, linear SDE": Recipe(lambda nfe: RBF(init=nfe // 4), *LINEAR),
+        "rbf, best of enough, linear SDE": Recipe(lambda nfe: RBF(init=nfe // 4), *LINEAR),
     },
 }
-MAIN = [("plain", 10), *(("best-of-n", n) for n in BUDGETS), *(("rbf", n) for n in BUDGETS)]
-LARGE = [("rbf, best of quota", 500), ("rbf, equal quotas", 500)]  # which are the same up to 250
-FEWER = [("rbf, enough 16", 250), ("rbf, enough 16", 500)]
-APART = {*RECIPES["dev"], "rbf, equal quotas", "rbf, enough 16"}  # which have lists of their own
-OTHERS = [(m, 250) for m in RECIPES["schnell"] if m not in APART and "refine" not in m]
-OTHERS += [("best-of-n, 4 steps", 100), ("best-of-n, 4 steps", 500), ("svdd", 100)]
-CLOSE = [(method, 250) for method in ("smc", "svdd", "code", "funnel")]
+
+
+def at(budget: int, *methods: str) -> list[tuple[str, int]]:
+    """Runs of these methods with one budget."""
+    return [(method, budget) for method in methods]
+
+
+MAIN = at(10, "plain") + [("best-of-n", n) for n in BUDGETS] + [("rbf", n) for n in BUDGETS]
+DEV = at(10, "plain") + [("best-of-n", n) for n in BUDGETS] + [("beam", n) for n in BUDGETS]
 REFINE = [("refine", n) for n in BUDGETS]
-REGIONS = [(method, 100) for method in RECIPES["schnell"] if method.startswith("refine,")]
-FIFTH = [("rbf, 2 t^2", 100)]  # against best-of-n at 500, as refine at 100 is
-WIDE = [(method, n) for n in (50, 1000) for method in ("best-of-n", "rbf", "refine")]
-CHECK = [("plain", 10), ("best-of-n", 250), ("rbf", 250), ("best-of-n", 500), *FIFTH, *REFINE[:2]]
-AGAIN = [("best-of-n", 500), ("refine", 100)]  # CHECK is of prompts and a seed that nothing was tuned on, so is this
+REGIONS = at(100, "refine, all regions", "refine, one region", "refine, 3 x 3 regions")
+FIFTH = at(100, "rbf, 2 t^2")  # against best-of-n at 500, as refine at 100 is
+CLOSE = at(250, "svdd", "beam, narrowing", "code", "smc")
+REST = [
+    *at(250, "search over paths", "zero-order", "rbf, published", "rbf, best of enough", "rbf, 2 t^2"),
+    *at(250, "beam, two states", "rbf, linear SDE", "rbf, DDPM transition", "rbf, best of enough, linear SDE"),
+    *[("best-of-n, 4 steps", 100), ("best-of-n, 4 steps", 500), ("svdd", 100)],
+]
+FOUR = at(250, "best-of-n, 4 steps")
+WIDE = at(50, "best-of-n", "rbf", "refine") + at(1000, "best-of-n", "rbf", "refine")
+LARGE = at(500, "rbf, best of enough", "rbf, equal quotas")  # which are the same up to 250
+FEWER = [("rbf, enough 16", 250), ("rbf, enough 16", 500)]
+# On the prompts and seeds on which nothing was tuned:
+TOLD = at(10, "plain") + at(250, "best-of-n", "rbf")
+CHECK = [*TOLD, ("best-of-n", 500), *FIFTH, ("refine", 100), ("refine", 250)]
+AGAIN = [("best-of-n", 500), ("refine", 100)]
+
+# Model, prompts, seeds and runs. The most telling come first, so that an unfinished sweep is of use.
+CELLS: list[tuple[str, str, tuple[int, ...], list[tuple[str, int]]]] = [
+    ("schnell", "hard", (0, 1, 2), MAIN),
+    ("schnell", "hard", (0, 1, 2), REFINE),
+    ("schnell", "hard", (0, 1, 2), FIFTH),
+    ("schnell", "held_out", (7,), CHECK),
+    ("schnell", "held_out", (8, 9), AGAIN),
+    ("schnell", "hard", (0,), REGIONS),
+    ("dev", "hard", (0,), at(250, "refine")),
+    ("schnell", "hard", (0,), FOUR + CLOSE + REST),
+    ("schnell", "easy", (0, 1, 2), MAIN),
+    ("dev", "easy", (0,), DEV),
+    ("dev", "hard", (0,), DEV),
+    ("dev", "held_out", (7,), at(10, "plain") + at(250, "best-of-n", "beam")),
+    ("schnell", "hard", (0,), WIDE),
+    ("schnell", "hard", (1, 2), CLOSE),
+    ("dev", "hard", (1, 2), DEV),
+    ("schnell", "hard", (0, 1, 2), LARGE),
+    ("schnell", "hard", (1, 2), FOUR + REST),
+    ("schnell", "hard", (0, 1, 2), FEWER),
+]
 
 
 def tasks() -> list[experiments.Task]:
-    """Every run, the most telling first, so that an unfinished sweep is of use."""
-    cells = [("schnell", "hard", seed, runs) for runs in (MAIN, REFINE, FIFTH) for seed in range(SEEDS)]
-    cells += [("schnell", "held_out", 7, CHECK)] + [("schnell", "held_out", seed, AGAIN) for seed in (8, 9)]
-    cells += [("schnell", "hard", 0, REGIONS), ("dev", "hard", 0, REFINE[1:2])]
-    cells += [("schnell", "hard", 0, OTHERS)] + [("schnell", "easy", seed, MAIN) for seed in range(SEEDS)]
-    cells += [("dev", "easy", 0, MAIN), ("dev", "hard", 0, MAIN), ("dev", "held_out", 7, CHECK[:3])]
-    cells += [("schnell", "hard", 0, WIDE)] + [("schnell", "hard", seed, CLOSE) for seed in range(1, SEEDS)]
-    cells += [("dev", "hard", seed, MAIN) for seed in range(1, SEEDS)]
-    cells += [("schnell", "hard", seed, LARGE) for seed in range(SEEDS)]
-    rest = [run for run in OTHERS if run not in CLOSE]
-    cells += [("schnell", "hard", seed, rest) for seed in range(1, SEEDS)]
-    cells += [("schnell", "hard", seed, FEWER) for seed in range(SEEDS)]
+    """Every run: those of a cell seed by seed, of a seed prompt by prompt."""
     return [
         {"model": model, "level": level, "prompt": prompt, "seed": seed, "method": method, "budget": budget}
-        for model, level, seed, runs in cells
+        for model, level, seeds, runs in CELLS
+        for seed in seeds
         for prompt in locate(f"prompts/{level}.txt").read_text().splitlines()[:PROMPTS]
         for method, budget in runs
     ]
@@ -149,53 +188,51 @@ def run(task: experiments.Task) -> experiments.Row:
 
 def table(rows: list[experiments.Row]) -> str:
     """Markdown: a line for every level, method and budget; intervals are 95 %, clustered by prompt."""
-    names = {"exact": "exact", "held_out": "held-out exact", "rss": "mean RSS"}
-    costs = {"nfe": ("NFE", 0), "reward_calls": ("reward calls", 0), "seconds": ("CPU s", 2)}
-    lines = []
-    for line in experiments.table(rows, ["model", "level", "method", "budget"], [*names, *costs]):
-        shown = {k: line[k] for k in ("model", "level", "method", "budget", "runs")}
-        shown |= {title: str(line[k]) for k, title in names.items()}
-        lines.append(shown | {title: f"{line[k].mean:.{digits}f}" for k, (title, digits) in costs.items()})
-    return experiments.markdown(lines)
+    titles = {"exact": "exact", "held_out": "held-out exact", "rss": "mean RSS", "nfe": "NFE"}
+    titles |= {"reward_calls": "reward calls", "seconds": "CPU s"}
+    lines = experiments.table(rows, ["model", "level", "method", "budget"], list(titles))
+    for field, digits in {"nfe": 0, "reward_calls": 0, "seconds": 2}.items():
+        lines[field] = [f"{cost.mean:.{digits}f}" for cost in lines[field]]
+    return markdown(lines.rename(columns=titles).reset_index())
 
 
 def headlines(rows: list[experiments.Row]) -> str:
     """Markdown: the differences that matter most, paired by prompt and seed, on schnell."""
-    pairs = [(("rbf", 250), ("best-of-n", 250)), (("refine", 100), ("best-of-n", 500)), (("refine", 250), ("rbf", 250))]
-    lines: list[experiments.Row] = []
+    frame, lines = pd.DataFrame(rows), []
     for level in ("hard", "held_out"):
-        for first, second in pairs:
-            a, b = (
-                {
-                    (r["prompt"], r["seed"]): r
-                    for r in rows
-                    if (r["model"], r["level"], r["method"], r["budget"]) == ("schnell", level, *cell)
-                }
-                for cell in (first, second)
-            )
-            shared = sorted(a.keys() & b.keys())
-            ours, theirs = [a[key] for key in shared], [b[key] for key in shared]
-            if shared:
-                name = "{} at {} minus {} at {}".format(*first, *second)
-                gaps = {
-                    title: experiments.paired_difference(ours, theirs, field)
-                    for title, field in (("exact", "exact"), ("held-out exact", "held_out"))
-                }
-                lines.append({"level": level, "difference": name, "runs": len(shared)} | gaps)
-    return experiments.markdown(lines)
+        cells = dict(list(frame.query("model == 'schnell' and level == @level").groupby(["method", "budget"])))
+        for first, second in (
+            (("rbf", 250), ("best-of-n", 250)),
+            (("refine", 100), ("best-of-n", 500)),
+            (("refine", 250), ("rbf", 250)),
+        ):
+            if first not in cells or second not in cells:
+                continue
+            pairs = cells[first].merge(cells[second], on=["prompt", "seed"])
+            difference = "{} at {} minus {} at {}".format(*first, *second)
+            line: dict[str, Any] = {"level": level, "difference": difference, "runs": len(pairs)}
+            for field, title in {"exact": "exact", "held_out": "held-out exact"}.items():
+                gains = pairs[f"{field}_x"].astype(float) - pairs[f"{field}_y"].astype(float)
+                line[title] = experiments.clustered_mean(gains, pairs["prompt"])
+            lines.append(line)
+    return markdown(pd.DataFrame(lines))
 
 
-def insert(page: Path, name: str, text: str) -> None:
-    """Put text between the page's `<!-- name -->` and `<!-- /name -->`.
+HEADLINE = [("schnell", "best-of-n", 500), ("schnell", "rbf", 250), ("schnell", "refine", 100)]
+HEADLINE += [("dev", "best-of-n", 250), ("dev", "beam", 250)]
 
-    Raises:
-        ValueError: the page lacks the marks.
-    """
-    before, mark, rest = page.read_text().partition(f"<!-- {name} -->\n")
-    _, end, after = rest.partition(f"<!-- /{name} -->")
-    if not mark or not end:
-        raise ValueError(f"{page} has no <!-- {name} --> ... <!-- /{name} --> to write between")
-    page.write_text(before + mark + text.rstrip() + "\n" + end + after)
+
+def headline(rows: list[experiments.Row]) -> str:
+    """Markdown: the five rows of the README, of prompts on which nothing was tuned."""
+    lines = []
+    for model, method, budget in HEADLINE:
+        wanted = {"model": model, "method": method, "budget": budget, "level": "held_out"}
+        cell = [row for row in rows if wanted.items() <= row.items()]
+        line = {"model": f"tiny-flux {model}", "method": method, "NFE": budget, "pictures": len(cell)}
+        for field, title in {"exact": "by the counter", "held_out": "by the held-out judge"}.items():
+            line[title] = experiments.clustered_mean([r[field] for r in cell], [r["prompt"] for r in cell])
+        lines.append(line)
+    return markdown(pd.DataFrame(lines))
 
 
 def main() -> None:
@@ -204,17 +241,19 @@ def main() -> None:
     parser.add_argument("--print", action="store_true", help="run nothing")
     args = parser.parse_args()
     order = [
-        (m, level, *cell)
-        for m in ("schnell", "dev")
+        (model, level, *run)
+        for model in ("schnell", "dev")
         for level in ("easy", "hard", "held_out")
-        for cell in MAIN + REFINE + REGIONS + FIFTH + FEWER + LARGE + OTHERS + WIDE
+        for run in MAIN + DEV[4:] + REFINE + REGIONS + FIFTH + FEWER + LARGE + FOUR + CLOSE + REST + WIDE
     ]
     rows = experiments.read(PATH)
     if not args.print:
         rows = experiments.sweep(tasks(), run, PATH, workers=args.workers, title="runs")
     rows.sort(key=lambda r: order.index((r["model"], r["level"], r["method"], r["budget"])))
-    main_rows = [r for r in rows if (r["method"], r["budget"]) in MAIN + REFINE]
-    insert(Path("README.md"), "results", f"{PROMPTS} prompts of each level.\n\n{headlines(rows)}\n\n{table(main_rows)}")
+    main_rows = [r for r in rows if (r["method"], r["budget"]) in MAIN + DEV + REFINE]
+    text = f"{PROMPTS} prompts of each level.\n\n{headlines(rows)}\n\n{table(main_rows)}"
+    insert(Path("data/results/README.md"), "results", text)
+    insert(Path("README.md"), "headline", headline(rows))
     print(table(rows))
 
 

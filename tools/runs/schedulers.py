@@ -9,7 +9,7 @@ import argparse
 import math
 from pathlib import Path
 
-import numpy as np
+import pandas as pd
 import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, LTXEulerAncestralRFScheduler
 from torch import Generator, Tensor
@@ -17,6 +17,8 @@ from torch import Generator, Tensor
 from flowscale_lite import LINEAR, GaussianMixture
 from flowscale_lite.experiments import Row, Task, sweep
 from flowscale_lite.flux import FlowSDEScheduler
+
+from .tables import markdown
 
 MIXTURE = GaussianMixture([[-2.0, -1.0], [1.5, 1.0]], [0.3, 0.5], [0.3, 0.7])
 SCHEDULERS = {
@@ -72,11 +74,10 @@ def main() -> None:
     path = parser.parse_args().out
     tasks = [{"scheduler": s, "steps": n, "seed": k} for s in SCHEDULERS for n in STEPS for k in range(SEEDS)]
     rows = sweep(tasks, run, path, title="schedulers")
-    print(f"{'mean distance to exact draws':38}" + "".join(f"{n:>9} steps" for n in STEPS) + "   mass of small mode")
-    for name in SCHEDULERS:
-        mine = [[row for row in rows if (row["scheduler"], row["steps"]) == (name, n)] for n in STEPS]
-        cells = "".join(f"{np.mean([row['distance'] for row in group]):15.3f}" for group in mine)
-        print(f"{name:38}{cells}   {np.mean([row['mass'] for row in mine[-1]]):.3f}")
+    means = pd.DataFrame(rows).groupby(["scheduler", "steps"], sort=False)[["distance", "mass"]].mean().unstack()
+    table = means["distance"].add_suffix(" steps").assign(**{"mass of small mode": means["mass"][STEPS[-1]]})
+    print("Mean distance to exact draws")
+    print(markdown(table.loc[list(SCHEDULERS)].map("{:.3f}".format).reset_index()))
 
 
 if __name__ == "__main__":

@@ -13,21 +13,25 @@ from __future__ import annotations
 
 import argparse
 import functools
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import NormalDist
 
 import numpy as np
+import pandas as pd
 import torch
 
 from flowscale_lite import (
-    DPS,
     LINEAR,
     RBF,
     SMC,
     SVDD,
+    Beam,
+    BestOfEnough,
     BestOfN,
+    BestOfQuota,
     Blockwise,
     GaussianMixture,
     Guide,
@@ -51,6 +55,8 @@ from flowscale_lite import (
     vp_diffusion,
 )
 
+from .tables import markdown
+
 PATH = Path("data/results/toy.jsonl")
 PICK = Path("data/results/toy_enough.jsonl")
 BUDGETS, SEEDS, STEPS = (100, 500), 40, 10
@@ -62,10 +68,9 @@ KERNELS: dict[str, tuple[Kernel, tuple[float, ...]]] = {
 }
 SEARCHES: dict[str, Method] = {
     "RBF": RBF(),
-    "RBF, equal quotas": RBF(rollover=False),
-    "RBF, reserve": RBF(accept="reserve", batch=4),
-    "RBF, competing": RBF(init=2, chains=2, compete=True),
-    "RBF, published": RBF.published(init=4, chains=1),
+    "RBF, equal quotas": RBF(rule=BestOfQuota()),
+    "beam": Beam(states=2, init=2),
+    "RBF, published": RBF.published(),
     "SVDD": SVDD(init=2),
     "CoDe": Blockwise(init=2),
     "SMC": SMC(tau=0.1),
@@ -76,23 +81,23 @@ WITHOUT_NOISE: dict[str, Method] = {
     "best-of-N": BestOfN(),
     "zero-order": ZeroOrder(init=4),
     "search over paths": SearchOverPaths(init=2),
-    "DPS": DPS(Guide(), init=4),
+    "best-of-N, guided": BestOfN(init=4, guide=Guide()),
 }
 
-CANDIDATES: dict[str, Method] = {f"RBF, enough {n}": RBF(enough=n) for n in (8, 12, 16, 24, 32)}
+CANDIDATES: dict[str, Method] = {f"RBF, enough {n}": RBF(rule=BestOfEnough(n)) for n in (8, 12, 16, 24, 32)}
 
 
 def tasks() -> list[experiments.Task]:
     """Every run of the table. A rounded reward has no gradient, so guided methods sit that one out."""
     cells = [(m, k) for m in SEARCHES for k in KERNELS if k != "ODE"]
-    cells += [(m, "ODE") for m in WITHOUT_NOISE] + [("DPS", "linear SDE"), ("DPS", "DDPM")]
+    cells += [(m, "ODE") for m in WITHOUT_NOISE] + [("best-of-N, guided", "linear SDE"), ("best-of-N, guided", "DDPM")]
     return [
         {"world": world, "reward": reward, "budget": budget, "method": method, "kernel": kernel, "seed": seed}
         for world in ("exact", "distilled")
         for reward in ("smooth", "rounded")
         for budget in BUDGETS
         for method, kernel in cells
-        if reward == "smooth" or not ("guided" in method or method == "DPS")
+        if reward == "smooth" or "guided" not in method
         for seed in range(SEEDS)
     ]
 
@@ -141,50 +146,53 @@ def run(task: experiments.Task) -> experiments.Row:
     }
 
 
-def cell_lines(rows: list[experiments.Row]) -> list[experiments.Row]:
-    """A line for every method and kernel of one world, reward and budget, the best first; intervals are 95 %."""
-    z, lines = NormalDist().inv_cdf(0.975), []
-    for method, kernel in dict.fromkeys((r["method"], r["kernel"]) for r in rows):
-        cell = [r for r in rows if (r["method"], r["kernel"]) == (method, kernel)]
-        found = np.array([r["found"] for r in cell])
-        error = found.std(ddof=1) / len(found) ** 0.5
-        drawn = np.mean([r["drawn"] for r in cell], axis=0)
-        lines.append(
-            {
-                "method": method,
-                "kernel": kernel,
-                "mean reward": f"{found.mean():.4f} ± {z * error:.4f}",
-                "NFE": f"{np.mean([r['nfe'] for r in cell]):.0f}",
-                "reward calls": f"{np.mean([r['reward_calls'] for r in cell]):.0f}",
-                "draws per step": " ".join(f"{d:.0f}" for d in drawn),
-                "_mean": found.mean(),
-                "_error": error,
-            }
-        )
-    return sorted(lines, key=lambda line: -line["_mean"])
+def cell_lines(rows: pd.DataFrame) -> pd.DataFrame:
+    """A line for every method and kernel of one world, reward and budget, the best first."""
+    groups = rows.groupby(["method", "kernel"], sort=False)
+    lines = groups.agg(
+        mean=("found", "mean"), error=("found", "sem"), nfe=("nfe", "mean"), reward_calls=("reward_calls", "mean")
+    )
+    lines["mean"] += 0.0  # which turns the mean of minus zeros into zero
+    lines["drawn"] = [np.mean(list(group["drawn"]), axis=0) for _, group in groups]
+    return lines.sort_values("mean", ascending=False, kind="stable").reset_index()
 
 
-def standing(lines: list[experiments.Row]) -> str:
+def shown(lines: pd.DataFrame) -> str:
+    """The lines as Markdown; intervals are 95 %."""
+    z = NormalDist().inv_cdf(0.975)
+    columns = {
+        "method": lines["method"],
+        "kernel": lines["kernel"],
+        "mean reward": [f"{line.mean:.4f} ± {z * line.error:.4f}" for line in lines.itertuples()],
+        "NFE": lines["nfe"].map("{:.0f}".format),
+        "reward calls": lines["reward_calls"].map("{:.0f}".format),
+        "draws per step": [" ".join(f"{draws:.0f}" for draws in drawn) for drawn in lines["drawn"]],
+    }
+    return markdown(pd.DataFrame(columns))
+
+
+def standing(lines: pd.DataFrame) -> str:
     """How RBF's default, with its best kernel, stands among the lines, which are sorted, and among other methods."""
-    place, ours = next((i, line) for i, line in enumerate(lines, 1) if line["method"] == "RBF")
-    other = next(line for line in lines if not line["method"].startswith("RBF"))
+    ours = lines[lines["method"] == "RBF"].iloc[0]
+    other = lines[~lines["method"].str.startswith("RBF")].iloc[0]
+    place = lines["method"].tolist().index("RBF") + 1
 
-    def ahead_of(line: experiments.Row) -> str:
-        error = (line["_error"] ** 2 + ours["_error"] ** 2) ** 0.5
-        gap = (ours["_mean"] - line["_mean"]) / error if error else 0.0
+    def ahead_of(line: pd.Series) -> str:
+        error = math.hypot(line["error"], ours["error"])
+        gap = (ours["mean"] - line["mean"]) / error if error else 0.0
         return f"{gap:+.1f} standard errors from {line['method']}"
 
-    first = "" if place == 1 else f", {ahead_of(lines[0])}"
+    first = "" if place == 1 else f", {ahead_of(lines.iloc[0])}"
     return f"RBF's default, with {ours['kernel']}: place {place} of {len(lines)}{first}; {ahead_of(other)}"
 
 
 def show(rows: list[experiments.Row]) -> None:
     """The lines of every world, reward and budget, and where RBF stands among them."""
-    for world, reward, budget in dict.fromkeys((r["world"], r["reward"], r["budget"]) for r in rows):
+    for (world, reward, budget), cell in pd.DataFrame(rows).groupby(["world", "reward", "budget"], sort=False):
         print(f"\n{world} flow, {reward} reward, {budget} NFE")
-        lines = cell_lines([r for r in rows if (r["world"], r["reward"], r["budget"]) == (world, reward, budget)])
-        print(experiments.markdown([{k: v for k, v in line.items() if not k.startswith("_")} for line in lines]))
-        if any(line["method"] == "RBF" for line in lines):
+        lines = cell_lines(cell)
+        print(shown(lines))
+        if "RBF" in set(lines["method"]):
             print(standing(lines))
 
 
