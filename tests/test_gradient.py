@@ -65,17 +65,6 @@ def test_gradient_of_gaussian_data_is_the_closed_form(path, t):
         torch.testing.assert_close(run.gradient(p), slope * uphill(p.x0), rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("t", [0.2, 0.6, 0.95])
-def test_gradient_of_a_mixture_is_that_of_finite_differences(t):
-    reward = QuadraticReward([0.8, 1.0], 2.0)
-    run = opened(mixture=PLANE, reward=reward, times=(t, 0.0))
-    p, h = run.evaluate(run.start(20)), 1e-5
-    look = lambda x: reward(PLANE.posterior_mean(LINEAR)(x, x.new_full((len(x),), t)))  # noqa: E731
-    steps = h * torch.eye(2, dtype=torch.float64)
-    numeric = torch.stack([(look(p.x + e) - look(p.x - e)) / (2 * h) for e in steps], 1)
-    torch.testing.assert_close(run.gradient(p), numeric, rtol=1e-5, atol=1e-7)
-
-
 @pytest.mark.parametrize(("cost", "price"), [(1, 3), (2, 3), (1, 1), (3, 5)])
 def test_a_gradient_is_paid_for_and_counted(cost, price):
     velocity, judged = Counting(BELL.velocity(LINEAR)), []

@@ -7,7 +7,7 @@ import torch
 from conftest import MEAN, MIXTURE, PLANE, STD, Counting, flat, gaussian_flow, problem, seeded, wish
 
 from flowscale_lite import LINEAR, RBF, SMC, SVDD, VP, Beam, BestOfN, BestOfQuota, Run, ZeroOrder, search
-from flowscale_lite.look_ahead import LookAhead, ode, sibling
+from flowscale_lite.look_ahead import LookAhead, ode, posterior_mean, sibling
 
 FLOW = gaussian_flow("linear")
 
@@ -95,7 +95,7 @@ def test_a_model_that_is_its_own_sibling_finds_the_same_at_a_higher_price(method
     assert torch.equal(plain.best, twin.best) and twin.nfe > plain.nfe
 
 
-@pytest.mark.parametrize("look", [ode(1), ode(4), sibling(PLANE.velocity(LINEAR))], ids=lambda look: look.name)
+@pytest.mark.parametrize("look", [posterior_mean, ode(4), sibling(PLANE.velocity(LINEAR))], ids=lambda look: look.name)
 def test_a_gradient_goes_through_every_evaluation(look):
     """Against central differences; 12 rows at the price of 3 an evaluation."""
     run = opened(look, dtype=torch.float64, gradient_chunk=5)

@@ -422,12 +422,6 @@ def test_the_record_is_the_best_accepted_so_far_and_never_falls():
     assert drawn(result) == [1, 2, 2, 2, 1]
 
 
-def test_the_best_of_a_quota_is_taken_whatever_the_batch():
-    result = search(problem(), RBF(3, BestOfQuota(), batch=2), max_nfe=63, generator=seeded())
-    assert drawn(result) == [3, 15, 15, 15, 15, 1]
-    assert all(step.accepted == step.best for step in result.trace)
-
-
 def test_the_best_of_enough_is_taken_and_the_rest_rolls_over_to_the_end():
     """500 rows for 5 transitions, 100 each: 24 do, but 452 // 16 of the last three's, 424 // 4 of the last two's."""
     for method, budget, expected in (

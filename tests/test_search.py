@@ -5,7 +5,7 @@ from dataclasses import FrozenInstanceError, dataclass, replace
 
 import pytest
 import torch
-from conftest import Counting, drawn, flat, gaussian_flow, never, problem, seeded
+from conftest import Counting, drawn, gaussian_flow, never, problem, seeded
 
 from flowscale_lite import (
     RBF,
@@ -175,12 +175,6 @@ def test_a_transition_of_ones_own():
     assert q.t == 0.5 and run.propose(q).t == 0.4
 
 
-def test_pictures_as_states():
-    flow = lambda x, t: x / (1 + t).view(-1, 1, 1, 1)  # noqa: E731
-    setup = problem(velocity=flow, reward=lambda x: x.mean((1, 2, 3)), shape=(3, 4, 4))
-    assert search(setup, RBF(), max_nfe=60, generator=seeded()).best.shape == (3, 4, 4)
-
-
 # The search, step by step
 
 
@@ -326,7 +320,3 @@ def test_what_is_no_problem(field, value):
 def test_problems_are_frozen():
     with pytest.raises(FrozenInstanceError):
         problem().cost = 9
-
-
-def test_a_flat_reward_is_no_obstacle():
-    assert search(problem(reward=flat), RBF(), max_nfe=60, generator=seeded()).reward == 0
