@@ -102,6 +102,12 @@ def test_wrong_arrows_are_found():
     assert wrong_arrows("attic", set()) == ["attic has no place in ORDER: give it one"]
 
 
+def test_the_core_is_read_in_an_evening():
+    """What the course derives: the files at the top, but for command and figures, and the methods."""
+    core = [path for path in [*PACKAGE.glob("*.py"), *PACKAGE.glob("methods/*.py")] if path.stem not in ("cli", "plots")]
+    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in core) <= 2000
+
+
 def test_import_is_quick_and_light():
     """In CPU seconds, so that a busy machine does not matter; best of three."""
     code = (
