@@ -226,7 +226,7 @@ def test_the_price_told_beforehand_is_the_price_paid(data):
     price, kernel = data.draw(st.integers(1, 4)), data.draw(st.sampled_from([ode, ddim(1.0)]))
     run = opened(times=(*(t / 20 for t in times), 0.0), kernel=kernel, gradient_cost=price)
     p = run.start(1)
-    ahead = [guide.price(run.problem)]
+    ahead = [guide.price(run.problem, run.problem.times[0])]
     while p.t > 0:
         p = run.evaluate(p)
         before = run.nfe

@@ -49,12 +49,10 @@ def diffusers_pictures(pipe, number: int, steps: int) -> torch.Tensor:
 @pytest.mark.parametrize("chunk", [1, 3, 16])
 def test_ode_equals_the_pipelines_own_call(pipe, number, steps, chunk):
     """Same generator, the pipeline's own sigmas and latents: equal pictures to 1e-4."""
-    last = []
     prompt = FlowModel.encode(pipe, TEXT, guidance=2.0, chunk=chunk)
     problem = prompt.problem(REWARD, ode, steps, decode_chunk=chunk)
-    result = search(problem, BestOfN(number), max_nfe=number * steps, generator=seeded(),
-                    on_step=lambda p, run: last.append(p))  # fmt: skip
-    pictures = prompt.decode(last[-1].x, chunk)
+    result = search(problem, BestOfN(number), max_nfe=number * steps, generator=seeded())
+    pictures = prompt.decode(result.particles.x, chunk)
     expected = diffusers_pictures(pipe, number, steps)
     assert result.nfe == number * steps and pictures.shape == (number, 3, 64, 64)
     torch.testing.assert_close(pictures, expected, atol=1e-4, rtol=0)

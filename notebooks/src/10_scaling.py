@@ -295,7 +295,7 @@ for cost, digits in costs.items():
     table[cost] = [f"{spent.mean:.{digits}f}" for spent in table[cost]]
 table
 
-# %% alt="Paired differences of accuracy between RBF and every other method at 250 NFE with 95 percent intervals, for both judges: Refine is left of zero; the narrowing beam, SMC and four rules of RBF are near it; best-of-N, CoDe, search over paths and RBF with other kernels are far to its right."
+# %% alt="Paired differences of accuracy between RBF and every other method at 250 NFE with 95 percent intervals, for both judges: Refine is left of zero; the narrowing beam, SMC and the other rules of RBF are near it; best-of-N, CoDe, search over paths and RBF with other kernels are far to its right."
 others = [m for m in methods if m != "rbf"]
 fig, axes = plt.subplots(1, 2, figsize=(10, 0.33 * len(others) + 1), sharey=True)
 for ax, judge in zip(axes, ("counter", "held-out"), strict=True):
@@ -309,14 +309,12 @@ axes[0].invert_yaxis()
 plt.show()
 apart = [m for m in others if versus(("rbf", 250), (m, 250))["held-out"].low > 0]
 print("RBF is better by the held-out judge, the interval excluding 0, than:", "; ".join(apart) or "none")
-assert all(
-    gap.low <= 0 <= gap.high
-    for gap in [versus(("rbf", 250), ("beam, narrowing", 250))[j] for j in ("counter", "held-out")]
-)
+narrow = versus(("rbf", 250), ("beam, narrowing", 250))
+assert narrow["counter"].low > 0 and narrow["held-out"].low <= 0 <= narrow["held-out"].high
 
 # %% [markdown]
 # Selecting on the way is what gives the large gain over best-of-N. Between the better manners of selecting (see which intervals hold 0) differences are of the
-# size of the error, and a larger study would be needed to rank them. The beam that narrows is not told apart from RBF.
+# size of the error, and a larger study would be needed to rank them. The beam that narrows is behind RBF by the counter, and not told apart from it by the held-out judge.
 #
 # Two warnings. Tuning was unequal: `rbf` is the best of about twenty settings and Refine of about thirty-five, while the other methods ran with defaults (SMC at temperature 0.5). And the figure has 36 intervals, uncorrected: if no method differed from RBF, one or two would exclude 0 all the same.
 #
@@ -459,10 +457,10 @@ for method, budget in [("plain", 10), *cells, ("rbf", 500), ("refine", 500)]:
     doubt[method, budget] = line | {"doubted": sum(not r["held_out"] for r in clear), "share of the others": share}
 display(pd.DataFrame(list(doubt.values())))
 shares = {which: line["share of the others"].mean for which, line in doubt.items()}
-assert shares["rbf", 250] < 0.12 and shares["rbf", 500] < 0.05 and shares["rbf, published", 250] == 0
+assert shares["rbf", 250] < 0.12 and shares["rbf", 500] < 0.05 and shares["rbf, published", 250] < 0.05
 
 # %% [markdown]
-# Those below -0.5 fool nobody: these pictures meet one definition of the relation and not the other. They are a part of what separates the columns of the tables above. Of the others few are doubted; among the searches most for RBF at 250 NFE. Is that the first improvement? The rows do not say so: at 500 NFE its share is as small as Refine's, and the published rule, which takes the first improvement too, has none.
+# Those below -0.5 fool nobody: these pictures meet one definition of the relation and not the other. They are a part of what separates the columns of the tables above. Of the others few are doubted; among the searches most for RBF at 250 NFE. Is that the first improvement? The rows do not say so: at 500 NFE its share is as small as Refine's, and with the published settings, which take the first improvement too, it is as small.
 # Let us look at four of RBF's: we run them again and ask both judges.
 
 # %%
