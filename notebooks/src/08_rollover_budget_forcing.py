@@ -42,9 +42,6 @@ from scipy.stats import norm
 
 from flowscale_lite import (
     LINEAR,
-    RBF,
-    SVDD,
-    FirstImprovement,
     GaussianMixture,
     Problem,
     QuadraticReward,
@@ -56,6 +53,7 @@ from flowscale_lite import (
     steps,
 )
 from flowscale_lite.flux import FlowModel, load
+from flowscale_lite.methods import RBF, SVDD, FirstImprovement
 from flowscale_lite.tiny import shapes
 from flowscale_lite.tiny.data import locate
 
