@@ -214,7 +214,7 @@ def test_counted_operations_predict_a_cpus_seconds(tiny):
     taken, calls = seconds(BestOfN(), ode, 150)
     idle = estimate(counts, GPUS["T4"], 150, reward_calls=calls, utilisation=1.0).seconds
     machine = Gpu("this CPU", GPUS["T4"].tflops * idle / taken, 1.0, 0.0)
-    for method, kernel, nfe in ((BestOfN(), ode, 300), (RBF(accept="best"), ddim(), 100)):
+    for method, kernel, nfe in ((BestOfN(), ode, 300), (RBF(), ddim(), 100)):
         taken, calls = seconds(method, kernel, nfe)
         foretold = estimate(counts, machine, nfe, reward_calls=calls, utilisation=1.0).seconds
         assert 1 / 1.8 < foretold / taken < 1.8, (method, nfe, foretold, taken)
