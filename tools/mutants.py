@@ -170,7 +170,7 @@ MUTANTS = (
     M("SMC: weights dropped without resampling", "methods/smc.py", "smc",
       "logw=p.logw + gain", "logw=gain"),
     M("SMC: full reward for the difference", "methods/smc.py", "smc",
-      "gain = f - gains if", "gain = f if"),
+      'gain = f - p.carry["potential"]', "gain = f"),
     M("SMC: tau the wrong way up", "methods/smc.py", "smc",
       "p.reward / self.tau", "p.reward * self.tau"),
     M("SMC: steering not corrected for", "methods/smc.py", "smc",
