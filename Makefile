@@ -25,7 +25,7 @@ help:  ## list the targets
 tutorial: $(VENV)/.notebooks  ## run every notebook headless (ONLY, FORCE=1); one table, results in build/tutorial/
 	@$(PY) -m tools.course.tutorial --jobs $(JOBS) $(if $(FORCE),--force) $(ONLY)
 
-test: $(VENV)/.dev  ## everything that must hold: ruff, mypy, built notebooks, pytest (and its coverage), rehearsed notebooks
+test: $(VENV)/.dev  ## all that must hold: ruff, mypy, built notebooks, pytest (and its coverage), rehearsed notebooks
 	@$(PY) -m ruff check --quiet .
 	@$(PY) -m mypy --no-error-summary
 	@$(PY) -m tools.course.build --check
@@ -47,7 +47,7 @@ lab: $(VENV)/.notebooks  ## open JupyterLab on the repository, at notebook 00
 notebooks: $(VENV)/.notebooks  ## rebuild notebooks whose source changed (ONLY="03 05", FORCE=1)
 	@$(PY) -m tools.course.build $(if $(FORCE),--force) $(ONLY)
 
-release: $(VENV)/.dev  ## check the notebooks, build wheel and sdist into dist/, print the tag's notes; publishes nothing
+release: $(VENV)/.dev  ## check notebooks, build wheel and sdist into dist/, print the tag's notes; publishes nothing
 	@$(PY) -m tools.course.build --check
 	@rm -rf dist
 	@$(PY) -m hatchling build -d dist

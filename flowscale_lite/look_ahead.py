@@ -57,12 +57,9 @@ def ode(steps: int) -> LookAhead:
 
 
 def sibling(velocity: Velocity, path: Interpolant = LINEAR) -> LookAhead:
-    """The posterior mean by another model of the same latents, such as the few-step version of a model: one evaluation.
+    """The posterior mean by another model of the same latents, such as the few-step version of a model.
 
-    It is charged as one evaluation of the problem's own model. The own velocity is evaluated for states kept only.
-
-    Raises:
-        ValueError: by `Run.gradient`, if the other model is not differentiable.
+    It is charged as one evaluation of the problem's own model, whose velocity is evaluated for states kept only.
     """
 
     def estimate(_: Velocity, x: Tensor, v: Tensor, t: float) -> Tensor:

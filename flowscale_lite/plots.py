@@ -51,7 +51,7 @@ def strip(axes: Sequence[Axes], images: Tensor, titles: Iterable[str] = (), labe
     """
     for ax, image, title in zip(axes, images, list(titles) or [""] * len(images), strict=True):
         picture(ax, image, title)
-    axes[0].set_ylabel(label)
+    axes[0].set_ylabel(label, fontsize=9)
 
 
 def intervals(ax: Axes, x: Sequence[float], values: Iterable[Sequence[float]], **style: Any) -> None:

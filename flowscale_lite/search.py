@@ -279,9 +279,8 @@ def steps(problem: Problem, method: Method, *, max_nfe: int, generator: Generato
     The budget `max_nfe` is never exceeded. `generator` is the only source of randomness: the same seed gives the same
     result, however the velocity splits its batches.
 
-    Raises:
-        ValueError: before any evaluation if max_nfe is no positive integer or too small for the method; during the
-            search if the velocity or the reward breaks its contract.
+    Raises ValueError: before any evaluation if max_nfe is no positive integer or too small for the method; during the
+    search if the velocity or the reward breaks its contract.
     """
     return Search(problem, method, max_nfe=max_nfe, generator=generator)
 

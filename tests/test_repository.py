@@ -86,10 +86,10 @@ def test_arrows_point_one_way(path):
         assert wrong_arrows(name, imports(path)) == []
 
 
-def test_contributing_lists_the_rooms_in_their_order():
-    guide = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    table = re.search(r"^\| room \|.*\n\|[-|]+\n((?:\|.*\n)+)", guide, re.M)[1]
-    rooms = [name for line in table.splitlines() for name in re.findall(r"`(\w+)/?`", line.split("|")[1])]
+def test_the_package_page_lists_the_rooms_in_their_order():
+    page = (PACKAGE / "README.md").read_text(encoding="utf-8")
+    table = re.search(r"^\| file or folder \|.*\n\|[-|]+\n((?:\|.*\n)+)", page, re.M)[1]
+    rooms = [name for line in table.splitlines() for name in re.findall(r"`(\w+)(?:\.py|/)`", line.split("|")[1])]
     assert rooms == list(ORDER)
 
 
@@ -100,6 +100,12 @@ def test_wrong_arrows_are_found():
     assert wrong_arrows("experiments", {"flowscale_lite.plots"}) != []
     assert wrong_arrows("cli", {"flowscale_lite.plots", "flowscale_lite.search"}) == []
     assert wrong_arrows("attic", set()) == ["attic has no place in ORDER: give it one"]
+
+
+def test_the_core_is_read_in_an_evening():
+    """What the course derives: the files at the top, but for command and figures, and the methods."""
+    core = [path for path in [*PACKAGE.glob("*.py"), *PACKAGE.glob("methods/*.py")] if path.stem not in ("cli", "plots")]
+    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in core) <= 2000
 
 
 def test_import_is_quick_and_light():

@@ -144,6 +144,33 @@ def test_rows_do_not_influence_one_another_and_blank_paper_holds_nothing():
     assert (shapes.count(images)[-2:] == 0).all() and shapes.count(images[-1:]).shape == (1, 12)
 
 
+def test_ink_is_told_by_hue_and_gradients_pass():
+    """A colour mixed with paper-like grey has its share of ink, in that colour's plane only."""
+    share = torch.tensor([1.0, 0.5, 0.0])
+    colours = torch.tensor(shapes.RGB).float()[:, :, None]
+    pictures = (share * colours + (1 - share) * shapes.PAPER)[
+        :, :, None
+    ].requires_grad_()  # (4 colours, 3, 1, 3 shares)
+    found = shapes.ink(pictures)
+    torch.testing.assert_close(found[:, :, 0], torch.eye(4)[:, :, None] * share, atol=1e-6, rtol=0)
+    (slope,) = torch.autograd.grad(found.sum(), pictures)
+    assert slope.isfinite().all() and slope.abs().sum() > 0
+
+
+def test_smooth_rewards_of_ink_and_colour_by_hand():
+    items, rng = scenes(50)
+    pictures = shapes.to_tensor(shapes.render(items, rng))
+    asked = torch.cat([shapes.ink_as_asked(scene)(image[None]) for scene, image in zip(items, pictures, strict=True)])
+    assert asked.max() <= 0 and asked.mean() > -0.2, "true drawings hold the ink that is asked for"
+    asked_of_paper = shapes.ink_as_asked(Scene((Group(3, "red", "circle"), Group(1, "red", "square"))))
+    blank = torch.full((2, 3, 64, 64), shapes.PAPER)
+    torch.testing.assert_close(asked_of_paper(blank), torch.full((2,), -(((3 * 91 + 101) / 90) ** 2)))
+    plain = torch.tensor([0.9, 0.4, 0.1]).view(1, 3, 1, 1).expand(2, 3, 8, 16)
+    torch.testing.assert_close(shapes.colourful(plain), torch.full((2,), 0.8 * 8 * 16 / 64))
+    a, b = torch.zeros(2, 3, 4, 4), torch.full((1, 3, 4, 4), 0.5)
+    assert (float(shapes.apart(a, b)), float(shapes.apart(torch.cat([a[:1], b])))) == pytest.approx((0.5, 0.5))
+
+
 def test_prompt_lists_are_what_their_generator_writes():
     for name, expected in prompts.lists().items():
         assert (prompts.FOLDER / f"{name}.txt").read_text().splitlines() == expected

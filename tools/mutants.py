@@ -178,7 +178,7 @@ MUTANTS = (
     M("SMC: constant forgotten at resampling", "methods/smc.py", "smc",
       "torch.full_like(q.logw, log_z(p))", 'q.carry["log_z"]'),
     M("RBF: rollover dropped", "methods/rbf.py", "methods",
-      "quota = left - share * (ahead - 1) // run.problem.evaluations_ahead()", "quota = share // run.problem.evaluations_ahead()"),
+      "quota = left - share * (ahead - 1) // run", "quota = share // run"),
     M("RBF: quota over steps, not transitions to pay for", "problem.py", "search",
       "sum(0 < s < start for s in self.times)", "sum(s < start for s in self.times)"),
     M("RBF: the record falls", "methods/rbf.py", "methods",

@@ -111,8 +111,7 @@ def stored_sizes() -> dict[str, dict[str, Any]]:
 def sizes(model: str | Path, height: int = 1024, width: int = 1024, guidance: float | None = None) -> Sizes:
     """The sizes of a model: scaled from `stored_sizes` if it is there, counted for any other folder or hub id.
 
-    Args:
-        guidance: the scale; the default of the pipeline's call if None.
+    The guidance scale counts, since it may double a row; None stands for the default of the pipeline's call.
 
     Raises:
         OSError, ValueError: there is no such model, or its pipeline is not supported.
@@ -249,11 +248,15 @@ class MemoryPlan:
 
     def summary(self) -> str:
         """The plan in a few words, for a table."""
-        words = [self.dtype if self.weights == "full" else self.weights, f"text {self.text}"]
-        words += ["text in nf4"] if self.text_weights == "nf4" else []
-        words += ["group offload"] if self.group_offload else []
-        words += ["tiles"] if self.tiling else []
-        return f"{', '.join(words)}, {self.chunk} rows: {self.peak:.1f} GiB"
+        words = {
+            self.dtype if self.weights == "full" else self.weights: True,
+            "group offload": self.group_offload,
+            f"text {self.text}": True,
+            "text in nf4": self.text_weights == "nf4",
+            "tiles": self.tiling,
+        }
+        said = ", ".join(word for word, holds in words.items() if holds)
+        return f"{said}, {self.chunk} rows: {self.peak:.1f} GiB"
 
     def __str__(self) -> str:
         lines = [f"{self.model}: {self.summary()} of {self.free:.1f} free, {self.keep:.1f} kept"]
@@ -375,10 +378,7 @@ def load_planned(
         OSError: see `hub.load`.
     """
     hub.check_device(device)
-    for kind in {plan.weights, plan.text_weights} & LIBRARIES.keys():
-        library = LIBRARIES[kind]
-        if importlib.util.find_spec(library) is None:
-            raise ValueError(f"{kind} weights need {library}: pip install {library}, or plan for another kind")
+    _check_libraries(plan)
     if plan.text == "dropped" and not prompts:
         raise ValueError(
             "the plan drops the text encoders once prompts are encoded: give `prompts`, or text='resident'"
@@ -403,6 +403,14 @@ def load_planned(
     _place(pipe, plan, device)
     encode(pipe)
     return pipe
+
+
+def _check_libraries(plan: MemoryPlan) -> None:
+    """Raises ValueError if a library that quantises what the plan quantises is missing."""
+    for kind in {plan.weights, plan.text_weights} & LIBRARIES.keys():
+        library = LIBRARIES[kind]
+        if importlib.util.find_spec(library) is None:
+            raise ValueError(f"{kind} weights need {library}: pip install {library}, or plan for another kind")
 
 
 def _fetch(model: str | Path, plan: MemoryPlan, absent: Collection[str]) -> Any:

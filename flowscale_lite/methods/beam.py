@@ -46,8 +46,7 @@ class Beam:
         return cls(states=max(2, max_nfe // cost // max(32, 3 * steps)), select_below=0.8)
 
     def check(self, problem: Problem, max_nfe: int) -> None:
-        """Raises ValueError if the budget does not pay for a candidate of every state at every transition, if none of
-        them selects, or if all candidates coincide."""
+        """Raises ValueError if the budget is too small for the states, if no transition selects, or without noise."""
         require_noise(problem)
         price, ahead = problem.look_ahead.price, problem.evaluations_ahead()
         if ahead and not self._selecting(problem):

@@ -19,9 +19,8 @@ class Refine:
     A try takes the best picture so far, the record holder, apart into its look-ahead estimate and its noise. It puts
     them together again at a noise level s, with fresh noise in a random few of the picture's regions, and looks ahead
     from there. If its reward is better it is the new record holder. Levels are the schedule's times after the first, an
-    equal part of the budget each: high ones may change what is there, low ones how it looks. When the budget is spent,
-    the record holder's estimate is the sample. So this is for few-step models, whose posterior mean is a sharp picture;
-    a multi-step model needs a look-ahead that ends in one. The problem's kernel is not used.
+    equal part of the budget each. When the budget is spent, the record holder's estimate is the sample. So this is for
+    models whose look-ahead is a sharp picture, as that of few-step models is. The problem's kernel is not used.
 
     Attributes:
         init: initial noises, of which the best by look-ahead reward is the first record holder.

@@ -22,8 +22,7 @@ class SMC:
     lambda(t) = (1 - t)^tempering. Its weight is multiplied by exp of the gain in f since the time before. The gains of
     every line of descent multiply to exp(r/tau) of its finished sample, so the target is the same whatever the options,
     and only the variance differs. When the effective sample size falls below `threshold`, particles are resampled and
-    their weights made equal. Sources: twisted SMC for diffusion (Wu et al., arXiv 2306.17775), tempering (DAS, Kim et
-    al., arXiv 2501.05803).
+    their weights made equal. Sources: Wu et al. (arXiv 2306.17775); for tempering DAS, Kim et al. (arXiv 2501.05803).
 
     Attributes:
         particles: their number K; None for as many as the budget pays for, less than one being left.

@@ -1,7 +1,7 @@
 """The held-out judge: a small convolutional network that has learnt to count shapes. No method may optimise it.
 
-It is of another kind than the counter of `shapes`, which works with hues and overlaps: what fools one need not fool the
-other, so a gain that only the counter sees is a gain in fooling it. The judge gives verdicts, not gradients or scores.
+The counter of `shapes` works with hues and overlaps, the judge does not, so what fools one need not fool the other. A
+gain that only the counter sees is a gain in fooling it. The judge gives verdicts, no gradients and no scores.
 """
 
 from __future__ import annotations
@@ -32,7 +32,11 @@ class HeldOutJudge(nn.Sequential):
 
     @classmethod
     def load(cls, path: str | Path) -> HeldOutJudge:
-        """Read trained weights (safetensors). Raises FileNotFoundError when there are none."""
+        """The judge with the trained weights of a safetensors file.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+        """
         judge = cls()
         judge.load_state_dict(load_file(path))
         return judge.eval()
@@ -48,7 +52,7 @@ class HeldOutJudge(nn.Sequential):
         return np.stack([(cells == kind).sum(1) for kind in range(EMPTY)], 1)
 
     def exact(self, scene: shapes.Scene, images: Tensor) -> NDArray[np.bool_]:
-        """Whether the judge sees exactly what the scene asks for, counts and relation: (K,)."""
+        """Whether the judge sees exactly what the scene asks for, in counts and in relation: (K,)."""
         right = (self.counts(images) == scene.target).all(1)
         return right if scene.relation is None else right & _related(scene, self.cells(images))
 

@@ -1,14 +1,14 @@
-"""The small data set: coloured shapes on a 64 x 64 canvas, their captions, and the exact and smooth counters.
+"""The small data set: coloured shapes on a 64 x 64 canvas, their captions, exact and smooth counts, and rewards.
 
-A picture holds 1 to 10 objects in one or two groups. Objects sit on a jittered 4 x 4 grid, so they never touch, and the
-truth about a picture (which objects, how many, where) is known when it is drawn. Everything here is numpy and scipy:
-no model, no weights, so the counter cannot share a network's mistakes.
+A picture holds 1 to 10 objects in one or two groups. Objects sit on a jittered 4 x 4 grid, so they never touch. When a
+picture is drawn, it is known which objects it holds, how many and where. Counting is image processing by numpy and
+scipy without any learnt weights, so it cannot share the mistakes of a network.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,10 +30,7 @@ NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine
 AXIS = {"left of": (1, 1), "right of": (1, -1), "above": (0, 1), "below": (0, -1)}  # relation -> axis, direction
 RELATIONS = tuple(AXIS)
 FRAMES = (
-    "{}",
-    "{}",
-    "{}",
-    "{}",
+    *["{}"] * 4,  # four times in ten
     "a picture of {}",
     "a drawing of {}",
     "an image with {}",
@@ -41,8 +38,10 @@ FRAMES = (
     "there are {}",
     "{} on white paper",
 )
-RADIUS = np.array([[4.9, 5.9], [5.1, 6.2], [4.4, 5.2]])  # range for each shape, as of the circle of equal area
+RADIUS = np.array([[4.9, 5.9], [5.1, 6.2], [4.4, 5.2]])  # from and to for each shape, of a circle of equal area
+INK = {"circle": 91.0, "square": 101.0, "triangle": 73.0}  # mean pixels of ink of an object
 Array = NDArray[np.float64]
+Integers = NDArray[np.int64]
 
 
 # ---------------------------------------------------------------------------------------------- scenes and captions
@@ -64,63 +63,62 @@ class Group:
         return CLASSES.index((self.colour, self.shape))
 
     def words(self, number: str | None = None) -> str:
+        """The group in words, e.g. "three red circles"; `number` replaces the first word."""
         number = number or ("a" if self.count == 1 else NUMBERS[self.count - 1])
         return f"{number} {self.colour} {self.shape}{'s' if self.count > 1 else ''}"
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What a prompt asks for: one or two groups and, between two, optionally a relation (every pair obeys it)."""
+    """What a prompt asks for: one or two groups, and perhaps a relation that each pair of their objects obeys."""
 
     groups: tuple[Group, ...]
     relation: str | None = None
 
     @property
     def total(self) -> int:
+        """Number of objects."""
         return sum(group.count for group in self.groups)
 
     @property
-    def target(self) -> NDArray[np.int64]:
+    def target(self) -> Integers:
         """Number of objects of each class, (12,)."""
-        target = np.zeros(len(CLASSES), dtype=np.int64)
-        for group in self.groups:
-            target[group.kind] += group.count
-        return target
+        kinds, counts = [group.kind for group in self.groups], [group.count for group in self.groups]
+        return np.bincount(kinds, counts, len(CLASSES)).astype(np.int64)
 
     def caption(self) -> str:
         """The plain wording, e.g. "three red circles and two blue squares"."""
         return f" {self.relation or 'and'} ".join(group.words() for group in self.groups)
 
     def wording(self, rng: np.random.Generator) -> str:
-        """One of many wordings: digits or words, order of the groups, frames such as "a picture of ..."."""
-
-        def number(count: int) -> str:
-            return str(rng.choice([NUMBERS[count - 1], str(count)] + ["a"] * (2 if count == 1 else 0)))
-
-        groups = [group.words(number(group.count)) for group in self.groups]
-        link = {
-            None: str(rng.choice(["and", "and", "with"])),
-            "left of": str(rng.choice(["left of", "to the left of"])),
-            "right of": str(rng.choice(["right of", "to the right of"])),
-        }.get(self.relation, self.relation)
+        """One of many wordings: digits or words, the groups in any order, a frame such as "a picture of ..."."""
+        groups = []
+        for group in self.groups:
+            numbers = [NUMBERS[group.count - 1], str(group.count)]
+            groups.append(group.words(str(rng.choice([*numbers, "a", "a"] if group.count == 1 else numbers))))
+        links = {
+            None: rng.choice(["and", "and", "with"]),
+            "left of": rng.choice(["left of", "to the left of"]),
+            "right of": rng.choice(["right of", "to the right of"]),
+        }
         if self.relation is None:
             rng.shuffle(groups)
-        return str(rng.choice(FRAMES)).format(f" {link} ".join(groups))
+        return str(rng.choice(FRAMES)).format(f" {links.get(self.relation, self.relation)} ".join(groups))
 
 
 _GROUP = re.compile(
     rf"(?<![\w.-])(?P<number>an?|{'|'.join(NUMBERS)}|[1-9]|10)\s+(?P<colour>{'|'.join(COLOURS)})\s+(?P<shape>{'|'.join(SHAPES)})s?\b"
 )
-
-
+_COUNTS = {str(k): k for k in range(1, 11)} | {word: k + 1 for k, word in enumerate(NUMBERS)} | {"a": 1, "an": 1}
 _FILLER = {*" ".join((*FRAMES, *RELATIONS)).split(), "and", "the", "to", "is", "show", "me", "photo", "exactly"}
 
 
 def parse(prompt: str) -> Scene:
-    """Read a prompt back into a Scene.
+    """Read a prompt into a Scene.
 
-    Raises ValueError when it names no known object, more than two groups, one kind twice, too many objects, or holds a
-    word that it does not understand: what is left out of the scene would be left out of the picture.
+    Raises:
+        ValueError: the prompt names no known object, more than two groups, one kind twice or too many objects, or has
+            a word that is not understood. (What is left out of the scene would be left out of the picture.)
     """
     text = prompt.lower()
     found = list(_GROUP.finditer(text))
@@ -129,7 +127,7 @@ def parse(prompt: str) -> Scene:
             f"no known object in {prompt!r}: expected a number, a colour ({', '.join(COLOURS)}) and a shape "
             f"({', '.join(SHAPES)}), such as 'three red circles and two blue squares'"
         )
-    groups = tuple(Group(_number(m["number"]), m["colour"], m["shape"]) for m in found)
+    groups = tuple(Group(_COUNTS[m["number"]], m["colour"], m["shape"]) for m in found)
     unknown = [word for word in re.findall(r"[\w.-]*\w", _GROUP.sub(" ", text)) if word not in _FILLER]
     if unknown:
         raise ValueError(f"{prompt!r} holds words that are not understood: {', '.join(unknown)}")
@@ -143,19 +141,19 @@ def parse(prompt: str) -> Scene:
     return scene
 
 
-def _number(word: str) -> int:
-    if word in ("a", "an"):
-        return 1
-    return int(word) if word.isdigit() else NUMBERS.index(word) + 1
-
-
 def random_scene(
     rng: np.random.Generator,
     objects: tuple[int, int] = (1, MAX_OBJECTS),
     groups: int | None = None,
     relation: bool | None = None,
 ) -> Scene:
-    """A random scene of `objects` (from, to) objects; None leaves the number of groups and the relation to chance."""
+    """A random scene.
+
+    Args:
+        objects: the least and the most objects.
+        groups: 1 or 2; left to chance if None.
+        relation: whether two groups have a relation; left to chance if None.
+    """
     total = int(rng.integers(objects[0], objects[1] + 1))
     n_groups = groups or (1 if total == 1 or rng.random() < 0.4 else 2)
     kinds = rng.choice(len(CLASSES), n_groups, replace=False)
@@ -173,15 +171,15 @@ def random_scene(
 class Layout:
     """Every object of a batch of pictures, one row each: picture index, class, cell, centre (pixels) and size."""
 
-    picture: NDArray[np.int64]
-    kind: NDArray[np.int64]
-    cell: NDArray[np.int64]
+    picture: Integers
+    kind: Integers
+    cell: Integers
     centre: Array  # (N, 2) as (row, column), relative to the cell's corner
     radius: Array  # of the circle of equal area
 
 
 def arrange(scenes: Sequence[Scene], rng: np.random.Generator) -> Layout:
-    """Place the objects of every scene: one object a cell, relations obeyed, position and size jittered."""
+    """Place the objects of every scene, one in a cell, so that relations hold; places and sizes are jittered."""
     rows = [
         (i, group.kind, cell)
         for i, scene in enumerate(scenes)
@@ -196,7 +194,7 @@ def arrange(scenes: Sequence[Scene], rng: np.random.Generator) -> Layout:
 
 
 def _cells(scene: Scene, rng: np.random.Generator) -> list[list[int]]:
-    """Free cells for each group; a relation splits the grid at a line with room on both sides."""
+    """The cells of each group. A relation cuts the grid along a line that leaves room for both groups."""
     counts = [group.count for group in scene.groups]
     order = np.arange(CELLS * CELLS).reshape(CELLS, CELLS)
     if scene.relation is None:
@@ -218,8 +216,14 @@ _IN_RADIUS = np.sqrt(np.pi / (3 * np.sqrt(3)))  # equilateral triangle; its circ
 _REACH = np.array([1.0, _HALF_SIDE, 2 * _IN_RADIUS * np.cos(np.pi / 6)])
 
 
-def coverage(shape: NDArray[np.int64], centre: Array, radius: Array, size: int) -> Array:
-    """Fraction of each pixel covered: shape (N,), centre (N, 2), radius (N,) in pixels -> (N, size, size)."""
+def coverage(shape: Integers, centre: Array, radius: Array, size: int) -> Array:
+    """The share of each pixel that an object covers, on canvases of its own: (N, size, size).
+
+    Args:
+        shape: indices into SHAPES, (N,).
+        centre: row and column in pixels, (N, 2).
+        radius: of the circle of equal area, in pixels, (N,).
+    """
     axis = np.arange(size, dtype=np.float32) + 0.5
     centre, radius = centre.astype(np.float32), radius.astype(np.float32)
     y = (axis[:, None] - centre[:, 0, None, None]) / radius[:, None, None]
@@ -237,7 +241,7 @@ def coverage(shape: NDArray[np.int64], centre: Array, radius: Array, size: int) 
 
 
 def draw(layout: Layout, pictures: int, opacity: Array | None = None) -> NDArray[np.uint8]:
-    """Paint a layout: (pictures, 64, 64, 3) uint8. `opacity` (N,) fades objects (for training the held-out judge)."""
+    """Paint a layout: (pictures, 64, 64, 3) uint8. `opacity` (N,) in [0, 1] fades objects towards the paper."""
     canvas = np.full((pictures, CELLS, CELL, CELLS, CELL, 3), PAPER)
     cover = coverage(layout.kind % len(SHAPES), layout.centre, layout.radius, CELL)
     cover = (cover if opacity is None else cover * opacity[:, None, None])[..., None]
@@ -262,77 +266,79 @@ def to_tensor(pictures: NDArray[np.uint8]) -> Tensor:
 class Detections:
     """Objects found in a batch of pictures, one row each."""
 
-    picture: NDArray[np.int64]
-    colour: NDArray[np.int64]
+    picture: Integers
+    colour: Integers
     shape: Array  # (N, 3) weight of each shape, rows sum to 1
     confidence: Array  # (N,) in [0, 1]: how well the blob is drawn as its best shape
     centre: Array  # (N, 2) row, column in pixels
     pictures: int
 
     @property
-    def kind(self) -> NDArray[np.int64]:
+    def kind(self) -> Integers:
+        """Index into CLASSES of the likeliest kind, (N,)."""
         return self.colour * len(SHAPES) + self.shape.argmax(1)
 
     @property
     def sure(self) -> NDArray[np.bool_]:
+        """Whether an object counts as one, (N,)."""
         return self.confidence > 0.5
 
 
-def detect(images: Tensor) -> Detections:
-    """Find objects: ink per colour -> connected blobs -> overlap with an ideal shape of the same area and place.
+def ink(pictures: Tensor) -> Tensor:
+    """How much ink of each colour every pixel holds, 0 to 1: (K, 3, H, W) -> (K, 4, H, W). Gradients pass.
 
-    images: (K, 3, H, W) in [0, 1]. The confidence of a blob is its soft intersection over union with the best ideal
-    shape, 0 at an overlap of 0.6 and 1 at 0.85, so faint, half-drawn, merged or ragged objects count less than one.
+    All ink of a pixel is given to the colour whose hue is nearest.
     """
-    ink = _ink(images)
-    labels, found = ndimage.label(ink > 0.4, structure=_IN_PLANE)
-    owner = ndimage.maximum_filter(labels, size=(1, 1, 3, 3))  # each blob with its soft rim
-    area = np.bincount(owner.ravel(), ink.ravel(), found + 1).astype(float)
-    index = np.flatnonzero(area > _SPECK)
-    index = index[index > 0]
-    where = np.nonzero(owner)
-    mass = ink[where]
-    moments = [np.bincount(owner[where], mass * axis, found + 1)[index] / area[index] for axis in where]
-    place = np.stack(moments, 1) if len(index) else np.zeros((0, 4))
-    picture, colour = np.rint(place[:, :2]).astype(np.int64).T
-    overlap = _overlap(ink, owner, index, picture, colour, place[:, 2:] + 0.5, area[index])
-    best = overlap.max(1, keepdims=True, initial=0)
-    weight = np.exp((overlap - best) / _SHARPNESS)
-    confidence = np.clip((best[:, 0] - 0.6) / 0.25, 0, 1) * np.clip((area[index] - 20) / 20, 0, 1)
-    shape = weight / weight.sum(1, keepdims=True)
-    return Detections(picture, colour, shape, confidence, place[:, 2:] + 0.5, len(images))
+    hue = torch.tensor(RGB - RGB.mean(1, keepdims=True)).to(pictures)  # the grey part of a colour says nothing of hue
+    size = hue.norm(dim=1, keepdim=True)
+    chroma = pictures - pictures.mean(1, keepdim=True)
+    cosine = torch.einsum("kchw,nc->knhw", chroma, hue / size)
+    nearest = torch.zeros_like(cosine).scatter_(1, cosine.argmax(1, keepdim=True), 1)
+    return (cosine * nearest / size[..., None]).clamp(0, 1)
 
 
-_IN_PLANE = np.zeros((3, 3, 3, 3), dtype=bool)
-_IN_PLANE[1, 1] = True
-_SPECK = 12  # pixels of ink below which a blob is no object
-_SHARPNESS = 0.02  # overlap difference at which a shape is e times likelier than another
+def detect(images: Tensor) -> Detections:
+    """Find objects: ink of each colour -> connected blobs -> overlap with an ideal shape of the same area and place.
 
+    The confidence of a blob is its soft intersection over union with the best ideal shape, 0 at an overlap of 0.6 and 1
+    at 0.85. So faint, half-drawn, merged or ragged objects count less than one.
 
-def _ink(images: Tensor) -> NDArray[np.float32]:
-    """How much ink of each colour every pixel holds, 0 to 1: (K, 4, H, W). A pixel's ink belongs to its nearest hue.
+    Args:
+        images: (K, 3, H, W) in [0, 1].
 
     Raises:
         ValueError: a pixel is not finite; it would pass for paper.
     """
     if not images.isfinite().all():
         raise ValueError("pictures must be finite")
-    x = images.detach().to("cpu", torch.float32).clamp(0, 1)
-    hue = torch.tensor(RGB - RGB.mean(1, keepdims=True), dtype=torch.float32)  # the grey part says nothing of hue
-    chroma = x - x.mean(1, keepdim=True)
-    cosine = torch.einsum("kchw,nc->knhw", chroma, hue / hue.norm(dim=1, keepdim=True))
-    nearest = torch.zeros_like(cosine).scatter_(1, cosine.argmax(1, keepdim=True), 1)
-    return (cosine * nearest / hue.norm(dim=1)[:, None, None]).clamp(0, 1).numpy()
+    pixels = ink(images.detach().to("cpu", torch.float32).clamp(0, 1)).numpy()
+    labels, found = ndimage.label(pixels > 0.4, structure=_IN_PLANE)
+    owner = ndimage.maximum_filter(labels, size=(1, 1, 3, 3))  # each blob with its soft rim
+    area = np.bincount(owner.ravel(), pixels.ravel(), found + 1).astype(float)
+    index = np.flatnonzero(area > _SPECK)
+    index = index[index > 0]
+    area = area[index]
+    where = np.nonzero(owner)
+    mass = pixels[where]
+    moments = [np.bincount(owner[where], mass * axis, found + 1)[index] / area for axis in where]
+    place = np.stack(moments, 1) if len(index) else np.zeros((0, 4))
+    plane, centre = np.rint(place[:, :2]).astype(np.int64), place[:, 2:] + 0.5  # a plane is a picture and a colour
+    overlap = _overlap(pixels, owner, index, plane, centre, area)
+    best = overlap.max(1, keepdims=True, initial=0)
+    weight = np.exp((overlap - best) / _SHARPNESS)
+    confidence = np.clip((best[:, 0] - 0.6) / 0.25, 0, 1) * np.clip((area - 20) / 20, 0, 1)
+    shape = weight / weight.sum(1, keepdims=True)
+    return Detections(plane[:, 0], plane[:, 1], shape, confidence, centre, len(images))
+
+
+_IN_PLANE = np.zeros((3, 3, 3, 3), dtype=bool)
+_IN_PLANE[1, 1] = True
+_SPECK = 12  # pixels of ink up to which a blob is no object
+_SHARPNESS = 0.02  # overlap difference at which a shape is e times likelier than another
 
 
 def _overlap(
-    ink: NDArray[np.float32],
-    owner: NDArray[np.int64],
-    index: NDArray[np.int64],
-    picture: NDArray[np.int64],
-    colour: NDArray[np.int64],
-    centre: Array,
-    area: Array,
+    pixels: NDArray[np.float32], owner: Integers, index: Integers, plane: Integers, centre: Array, area: Array
 ) -> Array:
     """Soft intersection over union of each blob with each ideal shape of its area at its centre of mass: (N, 3)."""
     window = 20
@@ -340,8 +346,8 @@ def _overlap(
     edge = ((0, 0), (0, 0), (window, window), (window, window))
     row = corner[:, 0, None, None] + np.arange(window)[:, None] + window
     column = corner[:, 1, None, None] + np.arange(window) + window
-    at = (picture[:, None, None], colour[:, None, None], row, column)
-    patch = np.pad(ink, edge)[at] * (np.pad(owner, edge)[at] == index[:, None, None])
+    at = (*plane.T[:, :, None, None], row, column)
+    patch = np.pad(pixels, edge)[at] * (np.pad(owner, edge)[at] == index[:, None, None])
     radius = np.sqrt(area / np.pi)
     scores = []
     for shape in range(len(SHAPES)):
@@ -354,11 +360,12 @@ def _overlap(
 
 
 def _soft_iou(a: Array, b: Array) -> Array:
+    """Soft intersection over union of pairs of patches (N, H, W): (N,)."""
     return np.minimum(a, b).sum((1, 2)) / np.maximum(a, b).sum((1, 2))
 
 
-def count(images: Tensor) -> NDArray[np.int64]:
-    """Exact counts: (K, 12) objects of each class, those drawn with a confidence above one half."""
+def count(images: Tensor) -> Integers:
+    """Exact counts (K, 12): the objects of each class that are found with a confidence above one half."""
     found = detect(images)
     counts = np.zeros((found.pictures, len(CLASSES)), dtype=np.int64)
     np.add.at(counts, (found.picture[found.sure], found.kind[found.sure]), 1)
@@ -366,7 +373,7 @@ def count(images: Tensor) -> NDArray[np.int64]:
 
 
 def soft_count(found: Detections) -> Array:
-    """Smooth counts (K, 12): each object adds its confidence, shared among the shapes it may be."""
+    """Smooth counts (K, 12): each object adds its confidence, shared among the shapes that it may be."""
     counts = np.zeros((found.pictures, len(COLOURS), len(SHAPES)))
     np.add.at(counts, (found.picture, found.colour), found.confidence[:, None] * found.shape)
     return counts.reshape(found.pictures, -1)
@@ -377,10 +384,9 @@ def soft_count(found: Detections) -> Array:
 class CountReward:
     """Minus the residual sum of squares of the smooth counts over all 12 classes: images -> (K,), at most 0.
 
-    Smooth, because an integer reward is blind to what a search step usually brings: an object a little clearer, a
-    smudge a little fainter. A relation costs up to 1 more for every object: how far, in cells, it falls short of half a
-    cell's distance on the right side of the other group's worst placed object. So a misplaced object weighs as much as
-    a missing one.
+    A search step usually makes an object a little clearer or a smudge a little fainter, to which exact counts are
+    blind. A relation may cost each object up to 1 more, as much as if it were missing: what its distance from the worst
+    placed object of the other group, along the relation and in cells, lacks of half a cell.
     """
 
     scene: Scene
@@ -394,13 +400,32 @@ class CountReward:
         return torch.from_numpy(reward).float()
 
 
-def residual(scene: Scene, images: Tensor) -> NDArray[np.int64]:
-    """Residual sum of squares of the exact counts over all classes (the paper's RSS): (K,), 0 when all are right."""
+def ink_as_asked(scene: Scene) -> Callable[[Tensor], Tensor]:
+    """A differentiable reward: minus the squared error of each colour's ink, in objects of 90 pixels, summed up."""
+    wanted = torch.zeros(len(COLOURS))
+    for group in scene.groups:
+        wanted[COLOURS.index(group.colour)] += group.count * INK[group.shape]
+    return lambda pictures: -((ink(pictures).sum((2, 3)) - wanted.to(pictures)) / 90).square().sum(1)
+
+
+def colourful(pictures: Tensor) -> Tensor:
+    """A differentiable reward (K,): the strongest minus the weakest channel, summed up; about 1 for an object."""
+    return (pictures.amax(1) - pictures.amin(1)).sum((1, 2)) / 64
+
+
+def apart(a: Tensor, b: Tensor | None = None) -> Tensor:
+    """Mean root mean squared difference of pictures: of all pairs in a (N, 3, H, W), or of a against b."""
+    gaps = torch.pdist(a.flatten(1)) if b is None else torch.cdist(a.flatten(1), b.flatten(1))
+    return gaps.mean() / a[0].numel() ** 0.5
+
+
+def residual(scene: Scene, images: Tensor) -> Integers:
+    """Residual sum of squares of the exact counts over all classes, the paper's RSS: (K,); 0 if all are right."""
     return ((count(images) - scene.target) ** 2).sum(1)
 
 
 def exact(scene: Scene, images: Tensor) -> NDArray[np.bool_]:
-    """Whether a picture shows exactly what the scene asks for, counts and relation: (K,)."""
+    """Whether each picture shows exactly what the scene asks for, in counts and in relation: (K,)."""
     found = detect(images)
     right = residual(scene, images) == 0
     if scene.relation is not None:
@@ -409,7 +434,7 @@ def exact(scene: Scene, images: Tensor) -> NDArray[np.bool_]:
 
 
 def _gaps(scene: Scene, found: Detections) -> list[Array]:
-    """Per picture (first, second): how far each of the second group lies past each of the first, in cells."""
+    """For each picture, in cells, how far objects of the second group lie past those of the first: (first, second)."""
     axis, sign = AXIS[str(scene.relation)]
     place = sign * found.centre[:, axis] / CELL
     rows = [

@@ -494,12 +494,6 @@ def onwards(velocity, kernel, x, times, generator, path):
 
 
 # %%
-def apart(a, b=None):
-    """Mean root mean squared difference of pictures: of the pairs in a (N, 3, H, W), or of a against b."""
-    gaps = torch.pdist(a.flatten(1)) if b is None else torch.cdist(a.flatten(1), b.flatten(1))
-    return gaps.mean() / a[0].numel() ** 0.5
-
-
 def run(task):
     """One row: what the two noises of a prompt tell of a sampler."""
     kernel, times, path = everything[task["sampler"]]
@@ -510,11 +504,12 @@ def run(task):
     states, guesses = onwards(velocity, kernel, noise.repeat_interleave(4, 0), times, generator, path)
     ends = prompt.decode(states[-1])
     row = {"look-ahead": reward(prompt.decode(guesses[5])).mean(), "finished": reward(ends).mean()}
-    row |= {"strangers": apart(ends[:4], ends[4:]), "part at 0": (apart(ends[:4]) + apart(ends[4:])) / 2}
+    row["strangers"] = shapes.apart(ends[:4], ends[4:])
+    row["part at 0"] = (shapes.apart(ends[:4]) + shapes.apart(ends[4:])) / 2
     for k in PARTED:
         again = states[k, ::4].repeat_interleave(3, 0)
         kin = prompt.decode(onwards(velocity, kernel, again, times[k:], generator, path)[0][-1])
-        row[f"part at {k}"] = (apart(kin[:3]) + apart(kin[3:])) / 2
+        row[f"part at {k}"] = (shapes.apart(kin[:3]) + shapes.apart(kin[3:])) / 2
     return {name: round(float(value), 4) for name, value in row.items()}
 
 
@@ -804,7 +799,7 @@ def finished(way, prompt, n, seed):
     return prompt.decode(onwards(convert(prompt, LINEAR, path), kernel, noise, times, generator, path)[0][-1])
 
 
-fig, axes = plt.subplots(3, 6, figsize=(7.5, 4.4))
+fig, axes = plt.subplots(3, 6, figsize=(7.5, 4.9))
 for row, (name, way) in zip(axes, ways.items(), strict=True):
     pictures = finished(way, prompt, 6, seed=8)
     plots.strip(row, pictures, [f"{r:.1f}" for r in reward(pictures)], name)

@@ -361,8 +361,8 @@ assert all(abs(gain.mean) < 0.005 for gain in gains.values()), "and add next to 
 #
 # The counter that has been our reward so far is made of numpy and thresholds; it has no gradient. So here are two smooth rewards of our own, and neither says all that we want.
 #
-# - **Ink as asked.** How much ink of each of the four colours do the objects of the prompt hold? Minus the squared error, in objects. It knows nothing of shapes, and not whether the ink is in one object or two.
-# - **Colourful.** The more colour the better, as a simple stand-in for the aesthetic scores that are popular as rewards. It knows nothing of the prompt.
+# - **Ink as asked** (`shapes.ink_as_asked`). How much ink of each of the four colours do the objects of the prompt hold? Minus the squared error, in objects. It knows nothing of shapes, and not whether the ink is in one object or two.
+# - **Colourful** (`shapes.colourful`). The more colour the better, as a simple stand-in for the aesthetic scores that are popular as rewards. It knows nothing of the prompt.
 
 # %%
 from flowscale_lite import Run, experiments, logit_normal, rounded
@@ -371,32 +371,6 @@ from flowscale_lite.tiny import shapes
 from flowscale_lite.tiny.data import locate
 from flowscale_lite.tiny.judge import HeldOutJudge
 
-# %%
-HUE = torch.tensor(shapes.RGB - shapes.RGB.mean(1, keepdims=True)).float()
-AREA = {"circle": 91.0, "square": 101.0, "triangle": 73.0}  # mean ink of an object, in pixels
-
-
-def ink(pictures):
-    """Pixels of ink of each colour, each pixel's given to its nearest hue: (K, 3, H, W) -> (K, 4)."""
-    size = HUE.norm(dim=1)
-    cosine = torch.einsum("kchw,nc->knhw", pictures - pictures.mean(1, keepdim=True), HUE / size[:, None])
-    nearest = torch.zeros_like(cosine).scatter_(1, cosine.argmax(1, keepdim=True), 1)
-    return (cosine * nearest / size[:, None, None]).clamp(0, 1).sum((2, 3))
-
-
-def ink_as_asked(scene):
-    """Minus the squared error of each colour's ink, in objects of 90 pixels, as a function of pictures."""
-    wanted = torch.zeros(4)
-    for group in scene.groups:
-        wanted[shapes.COLOURS.index(group.colour)] += group.count * AREA[group.shape]
-    return lambda pictures: -((ink(pictures) - wanted) / 90).square().sum(1)
-
-
-def colourful(scene):
-    """Strongest minus weakest channel, summed over the picture: about 1 for an object."""
-    return lambda pictures: (pictures.amax(1) - pictures.amin(1)).sum((1, 2)) / 64
-
-
 # %% [markdown]
 # True drawings of the prompt should have all the ink that was asked for. The held-out judge is a small network that has learnt to count; no method here gets to see it.
 
@@ -404,7 +378,7 @@ def colourful(scene):
 TEXT = "three red circles and four blue triangles"
 pipe, scene = load(locate("tiny-flux/dev")), shapes.parse(TEXT)
 prompt, judge = FlowModel.encode(pipe, TEXT, guidance=2.0), HeldOutJudge.load(locate("judge/held_out.safetensors"))
-REWARDS = {"ink as asked": ink_as_asked, "colourful": colourful}
+REWARDS = {"ink as asked": shapes.ink_as_asked, "colourful": lambda scene: shapes.colourful}
 drawings = shapes.to_tensor(shapes.render([scene] * 50, np.random.default_rng(0)))
 asked, colour = (make(scene)(drawings).mean() for make in REWARDS.values())
 assert asked > -0.1, "true drawings should hold the ink that is asked for"
@@ -715,12 +689,12 @@ plt.show()
 # Round a reward and its gradient is zero almost everywhere. Nothing fails: guidance is paid for and does nothing.
 
 # %%
-problem = prompt.problem(rounded(ink_as_asked(scene)), ode, times=logit_normal(10))
+problem = prompt.problem(rounded(shapes.ink_as_asked(scene)), ode, times=logit_normal(10))
 plain = search(problem, BestOfN(2), max_nfe=100, generator=torch.Generator().manual_seed(0))
 steered = search(problem, BestOfN(2, guide=Guide(1.0)), max_nfe=100, generator=torch.Generator().manual_seed(0))
 assert torch.allclose(plain.particles.x, steered.particles.x, atol=1e-4), "a zero gradient should not move anything"
 print(f"{steered.nfe - plain.nfe} NFE for {steered.gradients} gradients, and the same two pictures")
-print("largest gradient:", max(gradient_sizes(rounded(ink_as_asked(scene))).values()))
+print("largest gradient:", max(gradient_sizes(rounded(shapes.ink_as_asked(scene))).values()))
 try:
     counter = prompt.problem(shapes.CountReward(scene), ode)
     search(counter, BestOfN(1, guide=Guide()), max_nfe=100, generator=torch.Generator().manual_seed(0))

@@ -82,7 +82,7 @@ def table(rows: list[experiments.Row]) -> str:
 
 
 def main() -> None:
-    path = Path("data/results/tiny_flux.jsonl")
+    path = locate("results") / "tiny_flux.jsonl"
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--scenes", type=int, default=300)
     scenes = parser.parse_args().scenes

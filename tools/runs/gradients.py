@@ -1,7 +1,7 @@
 """`python -m tools.runs.gradients`: guidance by gradients on tiny-flux dev; rows go to data/results/gradients.jsonl.
 
-Two differentiable rewards of our own, neither of which says all that is wanted: `ink_as_asked`, as much ink of each
-colour as the objects asked for hold, and `colourful`, the more colour the better. First guided samples over strength,
+Two differentiable rewards, neither of which says all that is wanted: `shapes.ink_as_asked`, as much ink of each colour
+as the objects asked for hold, and `shapes.colourful`, the more colour the better. First guided samples over strength,
 kernel and the time from which they are guided, and in 40 steps in place of ten; then methods with and without guidance
 at the same budget. Every picture is judged by the counter and by the held-out judge. For notebook 09. Resumable; half
 an hour of CPU time.
@@ -12,11 +12,9 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from flowscale_lite import experiments
 from flowscale_lite.flux import FlowModel, load
@@ -47,32 +45,7 @@ PROMPTS = (
     "seven green squares and two blue triangles",
 )  # five to seven objects, then eight or nine
 STRENGTHS, SAMPLES, BUDGET, SEEDS = (0.05, 0.1, 0.2, 0.4, 0.8), 8, 250, 3
-AREA = {"circle": 91.0, "square": 101.0, "triangle": 73.0}  # mean ink of an object, in pixels
-HUE = torch.tensor(shapes.RGB - shapes.RGB.mean(1, keepdims=True)).float()
-
-
-def ink(pictures: Tensor) -> Tensor:
-    """Pixels of ink of each of the four colours, a pixel's ink given to its nearest hue: (K, 3, H, W) -> (K, 4)."""
-    size = HUE.norm(dim=1)
-    cosine = torch.einsum("kchw,nc->knhw", pictures - pictures.mean(1, keepdim=True), HUE / size[:, None])
-    nearest = torch.zeros_like(cosine).scatter_(1, cosine.argmax(1, keepdim=True), 1)
-    return (cosine * nearest / size[:, None, None]).clamp(0, 1).sum((2, 3))
-
-
-def ink_as_asked(scene: shapes.Scene) -> Callable[[Tensor], Tensor]:
-    """Minus the squared error of each colour's ink, in objects of 90 pixels, summed over colours."""
-    wanted = torch.zeros(len(shapes.COLOURS))
-    for group in scene.groups:
-        wanted[shapes.COLOURS.index(group.colour)] += group.count * AREA[group.shape]
-    return lambda pictures: -((ink(pictures) - wanted) / 90).square().sum(1)
-
-
-def colourful(scene: shapes.Scene) -> Callable[[Tensor], Tensor]:
-    """Strongest minus weakest of a pixel's three channels, summed over the picture, about 1 for an object."""
-    return lambda pictures: (pictures.amax(1) - pictures.amin(1)).sum((1, 2)) / 64
-
-
-REWARDS = {"ink as asked": ink_as_asked, "colourful": colourful}
+REWARDS = {"ink as asked": shapes.ink_as_asked, "colourful": lambda scene: shapes.colourful}
 
 
 def method_of(task: experiments.Task) -> Method:

@@ -12,7 +12,6 @@ import functools
 import math
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +28,7 @@ from flowscale_lite.tiny.data import locate
 
 from .tables import markdown
 
-VARIETY, SEARCHES = Path("data/results/interpolants.jsonl"), Path("data/results/interpolants_search.jsonl")
+VARIETY, SEARCHES = locate("results") / "interpolants.jsonl", locate("results") / "interpolants_search.jsonl"
 STEPS, PARTED, NFE = 10, (3, 6, 8), 100
 
 
@@ -89,12 +88,6 @@ def onwards(velocity: Velocity, sampler: Sampler, x: Tensor, start: int, generat
     return torch.stack(states), torch.stack(guesses)
 
 
-def apart(a: Tensor, b: Tensor | None = None) -> Tensor:
-    """Mean root mean squared difference of pictures: of the pairs in a (N, 3, H, W), or of a against b."""
-    gaps = torch.pdist(a.flatten(1)) if b is None else torch.cdist(a.flatten(1), b.flatten(1))
-    return gaps.mean() / a[0].numel() ** 0.5
-
-
 def variety(task: Task) -> Row:
     """Two noises of a prompt, four children each; three more from the first child's states on the way."""
     sampler = SAMPLERS[task["sampler"]]
@@ -105,11 +98,12 @@ def variety(task: Task) -> Row:
     states, guesses = onwards(velocity, sampler, noise.repeat_interleave(4, 0), 0, generator)
     ends = prompt.decode(states[-1])
     row = {"look-ahead": reward(prompt.decode(guesses[5])).mean(), "finished": reward(ends).mean()}
-    row |= {"strangers": apart(ends[:4], ends[4:]), "part at 0": (apart(ends[:4]) + apart(ends[4:])) / 2}
+    row["strangers"] = shapes.apart(ends[:4], ends[4:])
+    row["part at 0"] = (shapes.apart(ends[:4]) + shapes.apart(ends[4:])) / 2
     for k in PARTED:
         again = states[k, ::4].repeat_interleave(3, 0)
         kin = prompt.decode(onwards(velocity, sampler, again, k, generator)[0][-1])
-        row[f"part at {k}"] = (apart(kin[:3]) + apart(kin[3:])) / 2
+        row[f"part at {k}"] = (shapes.apart(kin[:3]) + shapes.apart(kin[3:])) / 2
     return {name: round(float(value), 4) for name, value in row.items()}
 
 

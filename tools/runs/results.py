@@ -42,7 +42,7 @@ from flowscale_lite.tiny.judge import HeldOutJudge
 
 from .tables import insert, markdown
 
-PATH = Path("data/results/search.jsonl")
+PATH = locate("results") / "search.jsonl"
 PROMPTS, BUDGETS = 50, (100, 250, 500)
 
 
@@ -252,7 +252,7 @@ def main() -> None:
     rows.sort(key=lambda r: order.index((r["model"], r["level"], r["method"], r["budget"])))
     main_rows = [r for r in rows if (r["method"], r["budget"]) in MAIN + DEV + REFINE]
     text = f"{PROMPTS} prompts of each level.\n\n{headlines(rows)}\n\n{table(main_rows)}"
-    insert(Path("data/results/README.md"), "results", text)
+    insert(locate("results") / "README.md", "results", text)
     insert(Path("README.md"), "headline", headline(rows))
     print(table(rows))
 

@@ -17,6 +17,7 @@ from torch import Generator, Tensor
 from flowscale_lite import LINEAR, GaussianMixture
 from flowscale_lite.experiments import Row, Task, sweep
 from flowscale_lite.flux import FlowSDEScheduler
+from flowscale_lite.tiny.data import locate
 
 from .tables import markdown
 
@@ -70,7 +71,7 @@ def run(task: Task) -> Row:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("data/results/schedulers.jsonl"))
+    parser.add_argument("--out", type=Path, default=locate("results") / "schedulers.jsonl")
     path = parser.parse_args().out
     tasks = [{"scheduler": s, "steps": n, "seed": k} for s in SCHEDULERS for n in STEPS for k in range(SEEDS)]
     rows = sweep(tasks, run, path, title="schedulers")

@@ -16,7 +16,6 @@ import functools
 import math
 import time
 from collections.abc import Callable
-from pathlib import Path
 from statistics import NormalDist
 
 import numpy as np
@@ -54,11 +53,12 @@ from flowscale_lite import (
     uniform,
     vp_diffusion,
 )
+from flowscale_lite.tiny.data import locate
 
 from .tables import markdown
 
-PATH = Path("data/results/toy.jsonl")
-PICK = Path("data/results/toy_enough.jsonl")
+PATH = locate("results") / "toy.jsonl"
+PICK = locate("results") / "toy_enough.jsonl"
 BUDGETS, SEEDS, STEPS = (100, 500), 40, 10
 KERNELS: dict[str, tuple[Kernel, tuple[float, ...]]] = {
     "ODE": (ode, uniform(STEPS)),

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 from math import isnan
-from pathlib import Path
 
 import torch
 
@@ -22,7 +21,7 @@ from flowscale_lite.tiny.data import locate
 
 from .results import RECIPES, parts
 
-PATH = Path("data/results/variety.jsonl")
+PATH = locate("results") / "variety.jsonl"
 METHODS, PROMPTS, SEEDS, BUDGET = ("plain", "best-of-n", "smc", "svdd", "rbf", "refine"), 20, 5, 100
 
 
@@ -44,7 +43,7 @@ def run(task: experiments.Task) -> experiments.Row:
     ]
     pictures = prompt.decode(torch.stack([one.best for one in found]))
     return {
-        "distance": round(float(torch.pdist(pictures.flatten(1)).mean()) / pictures[0].numel() ** 0.5, 5),
+        "distance": round(float(shapes.apart(pictures)), 5),
         "reward": [round(one.reward, 4) for one in found],
         "exact": shapes.exact(scene, pictures).tolist(),
         "held_out": judge.exact(scene, pictures).tolist(),
