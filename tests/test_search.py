@@ -213,13 +213,14 @@ def test_whoever_steps_may_choose():
     assert velocity.rows == result.nfe == 5 and [step.kept for step in result.trace] == [4, 1, 1, 1, 1, 1]
 
 
-def test_a_search_not_finished_has_no_result():
-    found = begun()
+@pytest.mark.parametrize("method", [FOUR, RBF()], ids=repr)
+def test_a_search_not_finished_has_no_result(method):
+    found = begun(method)
     for _ in range(6):
         with pytest.raises(ValueError, match="not finished"):
             found.result()
         next(found)
-    assert found.result().nfe == 20
+    assert found.result().nfe == found.run.nfe
 
 
 # What a search tells
