@@ -30,9 +30,9 @@ test: $(VENV)/.dev  ## all that must hold: ruff, mypy, built notebooks, pytest (
 	@$(PY) -m mypy --no-error-summary
 	@$(PY) -m tools.course.build --check
 	@mkdir -p build
-	@$(PY) -m slipcover --source flowscale_lite --out $(COVERAGE) -m pytest -q -n $(JOBS) --dist worksteal
+	@$(PY) -m slipcover --source flowscale_lite --out $(COVERAGE) -m pytest -q -n $(JOBS) --dist worksteal -m "not apart"
 	@awk '/summary/ {print "pytest ran " $$NF " % of the lines of flowscale_lite; by file: $(COVERAGE)"}' $(COVERAGE)
-	@PYTHONPATH=$(VENV)/torchao $(PY) -m pytest -q tests/test_memory.py -k torchao
+	@PYTHONPATH=$(VENV)/torchao $(PY) -m pytest -q -n $(JOBS) -m apart tests/test_memory.py
 	@$(PY) -m tools.course.rehearsal --jobs $(JOBS)
 
 mutants: $(VENV)/.dev  ## plant mistakes in a copy; which test catches which (ONLY="SMC" picks some)

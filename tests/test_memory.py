@@ -51,6 +51,7 @@ def assert_counted(counted, stored, digits):
     assert (1 - less) * stored - margin <= counted <= stored + margin
 
 
+@pytest.mark.apart
 @pytest.mark.parametrize("name", ["Sana_1600M_1024px_diffusers", "FLUX.2-klein-4B"])
 def test_stored_activations_are_counted_again(name):
     counted, stored = memory.count_sizes(tool.build(name), 1024, 1024), memory.sizes(name)
@@ -59,6 +60,7 @@ def test_stored_activations_are_counted_again(name):
     assert_counted(counted.tile, stored.tile, 2)
 
 
+@pytest.mark.apart
 @pytest.mark.slow
 @pytest.mark.parametrize("name", GUIDED)
 def test_stored_rows_without_guidance_are_counted_again(name):
@@ -316,6 +318,7 @@ def test_sixteen_bits_by_plan(usual, dtype):
     torch.testing.assert_close(prompt(x, t), usual[0](x, t), atol=0.15, rtol=0.05)
 
 
+@pytest.mark.apart
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
 def test_eight_bits_by_torchao(usual, kind):
     pytest.importorskip("torchao")
