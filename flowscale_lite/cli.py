@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__, kernels, schedules
-from .methods import RBF, SMC, SVDD, Beam, BestOfN, Blockwise, Refine, SearchOverPaths, ZeroOrder
+from .beyond import Refine
+from .methods import RBF, SMC, SVDD, Beam, BestOfN, Blockwise, SearchOverPaths, ZeroOrder
 from .search import Method, Problem, Result, search, steps
 from .tiny import shapes
 from .tiny.data import locate
@@ -71,7 +72,13 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command; bad input ends in one line on standard error and exit status 2, before anything is computed."""
+    """Run the command, or `flowscale bench`. Bad input ends in one line on standard error and exit status 2, before
+    anything is computed."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv[:1] == ["bench"]:
+        from .experiments import bench
+
+        return bench.main(argv[1:])
     args = parser().parse_args(argv)
     try:
         job = prepare(args)
