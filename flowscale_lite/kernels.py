@@ -49,19 +49,20 @@ ode = Kernel("ode", _euler, stochastic=False)
 def sde(g: Diffusion) -> Kernel:
     """Euler-Maruyama's step of dx = [v - g^2/2 score] dt + g dw, run backwards; it keeps the marginals for every g.
 
-    Mean x - (t - s)(v - g_t^2/2 score), variance g_t^2 (t - s). The step to s = 0 is the ODE's: noise added there
-    would stay in the sample. Biased at few steps: with g = 3 t^2 and 10 uniform steps on the linear path, the variance
-    of Gaussian data N(m, 0.5^2) is up to 38 % too high on the way (and 3 % too low at the end, the ODE's 26 %).
+    Mean x - (t - s)(v - g_t^2/2 score), variance g_t^2 (t - s). The step to s = 0 is the posterior mean, on the linear
+    path Euler's step of the ODE: noise added there would stay in the sample. Biased at few steps: with g = 3 t^2 and 10
+    uniform steps on the linear path, the variance of Gaussian data N(m, 0.5^2) is up to 38 % too high on the way (and
+    3 % too low at the end, the ODE's 26 %).
     """
 
     def moments(path: Interpolant, x: Tensor, v: Tensor, t: float, s: float) -> tuple[Tensor, float]:
         if not s < t:
             raise ValueError(f"sde steps towards the data, s < t; got t = {t}, s = {s}")
+        times = x.new_full((len(x),), t)
         if s == 0:
-            return _euler(path, x, v, t, s)
-        noise = g(t)
-        drift = v - 0.5 * noise**2 * path.score(x, v, x.new_full((len(x),), t))
-        return x - (t - s) * drift, noise * math.sqrt(t - s)
+            return path.endpoints(x, v, times)[0], 0.0
+        drift = v - 0.5 * g(t) ** 2 * path.score(x, v, times)
+        return x - (t - s) * drift, g(t) * math.sqrt(t - s)
 
     return Kernel("sde", moments)
 
@@ -153,7 +154,6 @@ def equivalent_sde(
 def vp_diffusion(g: Diffusion | None = None, vp: Interpolant = VP, path: Interpolant = LINEAR) -> Diffusion:
     """The diffusion of an SDE on VP (g in VP time; None for the paper's 3 s^2), written on `path`.
 
-    With it, `sde` on the linear path runs the paper's VP-SDE. It is large near t = 1 (11.7 at linear time 0.993), so it
-    wants steps that are small there: `schedules.paper_vp`.
+    It is large near t = 1 (11.7 at linear time 0.993) and wants small steps there: `schedules.paper_vp`.
     """
     return equivalent_sde((), quadratic() if g is None else g, vp, path)[1]

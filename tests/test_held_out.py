@@ -5,7 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import seeded
 
+from flowscale_lite import BestOfN, kernels, search
+from flowscale_lite.flux import FlowModel, load
 from flowscale_lite.tiny import shapes
 from flowscale_lite.tiny.data import locate
 from flowscale_lite.tiny.judge import EMPTY, HeldOutJudge
@@ -31,6 +34,22 @@ def test_judge_knows_relations(judge, relation):
     images = shapes.to_tensor(shapes.render([scene] * 40, np.random.default_rng(0)))
     assert judge.exact(scene, images).mean() >= 0.95
     assert judge.exact(Scene(scene.groups[::-1], relation), images).mean() == 0
+
+
+def test_judge_and_counter_mean_the_same_by_a_relation(judge):
+    """On pictures of the model that both count right, some of which the counter would call related by any distance."""
+    pipe, rng, related = load(locate("tiny-flux/dev")), np.random.default_rng(5), []
+    for seed in range(40):
+        scene = shapes.random_scene(rng, (3, 8), groups=2, relation=True)
+        prompt = FlowModel.encode(pipe, scene.caption(), guidance=2.0)
+        problem = prompt.problem(shapes.CountReward(scene), kernels.ode)
+        drawn = search(problem, BestOfN(8), max_nfe=80, generator=seeded(seed)).particles.x
+        images = prompt.decode(drawn)
+        both = (judge.counts(images) == scene.target).all(1) & (shapes.residual(scene, images) == 0)
+        related += zip(judge.exact(scene, images[both]), shapes.exact(scene, images[both]), strict=True)
+    seen, counted = np.array(related).T
+    assert len(seen) > 100 and 10 < seen.sum() < len(seen) - 10
+    assert (seen == counted).all()
 
 
 def test_labels_say_what_was_drawn():

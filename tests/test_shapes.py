@@ -101,7 +101,9 @@ def test_a_relation_costs_each_object_what_its_distance_lacks_of_half_a_cell(pix
         np.array([0, 0]), np.array([red.kind, blue.kind]), np.array([1, 8 + column]), centre, np.array([5.4, 5.4])
     )
     picture = shapes.to_tensor(shapes.draw(layout, 1))
-    assert float(CountReward(Scene((red, blue), "left of"))(picture)) == pytest.approx(-cost, abs=0.02)
+    scene = Scene((red, blue), "left of")
+    assert float(CountReward(scene)(picture)) == pytest.approx(-cost, abs=0.02)
+    assert bool(shapes.exact(scene, picture)[0]) == (cost == 0), "reward and verdict know the same relation"
 
 
 def test_one_object_too_many_too_few_or_of_the_wrong_colour_or_shape_is_seen():

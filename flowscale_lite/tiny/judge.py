@@ -48,7 +48,7 @@ class HeldOutJudge(nn.Sequential):
 
     def counts(self, images: Tensor) -> NDArray[np.int64]:
         """Objects of each class: (K, 12)."""
-        cells = self.cells(images).reshape(len(images), -1)
+        cells = self.cells(images).reshape(-1, shapes.CELLS**2)
         return np.stack([(cells == kind).sum(1) for kind in range(EMPTY)], 1)
 
     def exact(self, scene: shapes.Scene, images: Tensor) -> NDArray[np.bool_]:
@@ -58,7 +58,11 @@ class HeldOutJudge(nn.Sequential):
 
 
 def _related(scene: shapes.Scene, cells: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Whether every object of the first group stands on its side of every one of the second: (K,)."""
+    """Whether every object of the first group stands on its side of every one of the second: (K,).
+
+    By a cell of the grid, which is all that the judge knows of places. Of pictures with the right counts, it says of
+    the same ones as `shapes.exact` that the relation holds (`tests/test_held_out.py`).
+    """
     axis, sign = shapes.AXIS[str(scene.relation)]
     place = sign * np.indices(cells.shape[1:])[axis]
     first, second = (

@@ -29,6 +29,7 @@ CLASSES = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)  # 12
 NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 AXIS = {"left of": (1, 1), "right of": (1, -1), "above": (0, 1), "below": (0, -1)}  # relation -> axis, direction
 RELATIONS = tuple(AXIS)
+MARGIN = 0.5  # cells between the centres of two objects, along a relation, from which on it holds
 FRAMES = (
     *["{}"] * 4,  # four times in ten
     "a picture of {}",
@@ -386,7 +387,7 @@ class CountReward:
 
     A search step usually makes an object a little clearer or a smudge a little fainter, to which exact counts are
     blind. A relation may cost each object up to 1 more, as much as if it were missing: what its distance from the worst
-    placed object of the other group, along the relation and in cells, lacks of half a cell.
+    placed object of the other group, along the relation and in cells, lacks of MARGIN.
     """
 
     scene: Scene
@@ -395,7 +396,7 @@ class CountReward:
         found = detect(images)
         reward = -((soft_count(found) - self.scene.target) ** 2).sum(1)
         if self.scene.relation is not None:
-            short = [np.clip(0.5 - gaps, 0, 1) for gaps in _gaps(self.scene, found)]
+            short = [np.clip(MARGIN - gaps, 0, 1) for gaps in _gaps(self.scene, found)]
             reward -= [s.max(0).sum() + s.max(1).sum() if s.size else 0.0 for s in short]
         return torch.from_numpy(reward).float()
 
@@ -425,11 +426,14 @@ def residual(scene: Scene, images: Tensor) -> Integers:
 
 
 def exact(scene: Scene, images: Tensor) -> NDArray[np.bool_]:
-    """Whether each picture shows exactly what the scene asks for, in counts and in relation: (K,)."""
+    """Whether each picture shows exactly what the scene asks for: (K,).
+
+    Every count is right; and each object of the first group stands on its side of each of the second, by MARGIN.
+    """
     found = detect(images)
     right = residual(scene, images) == 0
     if scene.relation is not None:
-        right &= np.array([bool((gaps > 0).all()) for gaps in _gaps(scene, found)])
+        right &= np.array([bool((gaps >= MARGIN).all()) for gaps in _gaps(scene, found)], bool)
     return right
 
 

@@ -3,6 +3,8 @@
 easy.txt      1 to 3 objects in one group, several wordings
 hard.txt      5 to 10 objects in two groups of two or more, three quarters of them with a relation
 held_out.txt  as hard.txt, no scene in common with it: for a last check of whatever was tuned on hard.txt
+tune.txt      as hard.txt, no scene in common with the others: for choosing settings
+test.txt      the same: for the stored tables. Nothing is tuned on it.
 """
 
 from __future__ import annotations
@@ -28,8 +30,14 @@ def lists() -> dict[str, list[str]]:
         scene = shapes.random_scene(rng, (5, shapes.MAX_OBJECTS), groups=2, relation=len(hard) % 4 != 3)
         if min(group.count for group in scene.groups) >= 2:
             hard.setdefault(scene, scene.caption())
+    later = np.random.default_rng(2026)  # what was added later leaves the first lists as they are
+    while len(hard) < 240:
+        scene = shapes.random_scene(later, (5, shapes.MAX_OBJECTS), groups=2, relation=len(hard) % 4 != 3)
+        if min(group.count for group in scene.groups) >= 2:
+            hard.setdefault(scene, scene.caption())
     prompts = list(hard.values())
-    return {"easy": easy, "hard": prompts[:60], "held_out": prompts[60:]}
+    names = ("hard", "held_out", "tune", "test")
+    return {"easy": easy} | {name: prompts[60 * k : 60 * (k + 1)] for k, name in enumerate(names)}
 
 
 def main() -> None:

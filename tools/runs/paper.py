@@ -1,0 +1,106 @@
+"""`python -m tools.runs.paper`: the paper's table on tiny-flux schnell; rows go to data/results/paper.jsonl. Resumable.
+
+Every method of the paper under the ODE, the linear SDE and the VP-SDE, with the settings of `experiments.paper`: 500
+NFE, 10 steps, 50 prompts of the test list, three seeds. Then controls with the same first noises, and the task of a
+differentiable reward: as much ink of each colour as the objects asked for hold. Seeds come one after the other, so that
+an unfinished table is of use. `--print` runs nothing and writes the tables of what has been run so far.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import Any
+
+import torch
+
+from flowscale_lite import RBF, experiments
+from flowscale_lite.experiments import paper
+from flowscale_lite.flux import FlowModel
+from flowscale_lite.search import Method, search
+from flowscale_lite.tiny import shapes
+from flowscale_lite.tiny.data import locate
+
+from .results import parts
+from .tables import insert, markdown
+
+PATH, PROMPTS, SEEDS = locate("results") / "paper.jsonl", 50, (0, 1, 2)
+STOCHASTIC = ("smc", "code", "svdd", "rbf")  # the others can run the ODE
+OURS: dict[str, Method] = {"rbf, default": RBF(init=paper.NFE // 4), "rbf, few step": RBF.few_step(paper.NFE)}
+METHODS = paper.METHODS | paper.CONTROLS | paper.GUIDED | OURS
+
+# Reward, sampler and methods.
+CELLS: list[tuple[str, str, tuple[str, ...]]] = [
+    ("count", "ODE", ("best-of-n", "search over paths")),
+    ("count", "VP-SDE", (*STOCHASTIC, "svdd, 25 first noises")),
+    ("count", "linear SDE", STOCHASTIC),
+    ("count", "VP-SDE", ("rbf, few step", "rbf, default", "best-of-n", "svdd, one chain, 50 first noises")),
+    ("ink", "VP-SDE", tuple(paper.GUIDED)),
+    ("count", "VP-SDE, on VP", ("svdd, 25 first noises", "rbf")),
+    ("count", "linear SDE", ("svdd, 25 first noises", "best-of-n")),
+    ("count", "VP-SDE", ("code, 25 first noises",)),
+]
+
+
+def tasks() -> list[experiments.Task]:
+    """Every run: seed by seed, cell by cell, prompt by prompt."""
+    prompts = locate("prompts/test.txt").read_text().splitlines()[:PROMPTS]
+    return [
+        {"reward": reward, "sampler": sampler, "method": method, "prompt": prompt, "seed": seed}
+        for seed in SEEDS
+        for reward, sampler, methods in CELLS
+        for method in methods
+        for prompt in prompts
+    ]
+
+
+def run(task: experiments.Task) -> experiments.Row:
+    """One search and its verdicts; seconds are CPU time of one thread; `drawn` are the particles drawn at each step."""
+    pipe, judge = parts("schnell")
+    scene, prompt = shapes.parse(task["prompt"]), FlowModel.encode(pipe, task["prompt"], guidance=2.0)
+    reward: Any = shapes.CountReward(scene) if task["reward"] == "count" else shapes.ink_as_asked(scene)
+    sampler = paper.SAMPLERS[task["sampler"]]
+    problem = sampler.of(prompt.problem(reward, sampler.kernel))
+    generator, start = torch.Generator().manual_seed(task["seed"]), time.process_time()
+    found = search(problem, METHODS[task["method"]], max_nfe=paper.NFE, generator=generator)
+    seconds = time.process_time() - start
+    picture = prompt.decode(found.best[None])
+    return {
+        "given": round(found.reward, 5),
+        "exact": bool(shapes.exact(scene, picture)[0]),
+        "rss": int(shapes.residual(scene, picture)[0]),
+        "held_out": bool(judge.exact(scene, picture)[0]),
+        "nfe": found.nfe,
+        "reward_calls": found.reward_calls,
+        "gradients": found.gradients,
+        "drawn": [step.drawn for step in found.trace],
+        "seconds": round(seconds, 3),
+    }
+
+
+def table(rows: list[experiments.Row]) -> str:
+    """Markdown: a line for every reward, method and sampler; intervals are 95 %, clustered by prompt."""
+    titles = {"given": "given reward", "exact": "exact", "held_out": "held-out exact", "nfe": "NFE"}
+    titles |= {"reward_calls": "reward calls", "seconds": "CPU s"}
+    lines = experiments.table(rows, ["reward", "method", "sampler"], list(titles))
+    for field, digits in {"nfe": 0, "reward_calls": 0, "seconds": 1}.items():
+        lines[field] = [f"{cost.mean:.{digits}f}" for cost in lines[field]]
+    return markdown(lines.rename(columns=titles).reset_index())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--print", action="store_true", help="run nothing")
+    args = parser.parse_args()
+    rows = experiments.read(PATH)
+    if not args.print:
+        rows = experiments.sweep(tasks(), run, PATH, workers=args.workers, title="runs")
+    names = [*METHODS]
+    rows.sort(key=lambda r: (r["reward"], names.index(r["method"]), [*paper.SAMPLERS].index(r["sampler"])))
+    insert(locate("results") / "README.md", "paper", table(rows))
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
