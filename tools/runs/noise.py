@@ -1,9 +1,9 @@
 """`python -m tools.runs.noise`: does noise on the way keep the distribution of tiny-flux's pictures? Resumable.
 
-The rows of notebook 04. Plain samples, no search: one picture a prompt from each of three samplers, which start from the
-same noise. 600 random scenes, drawn with a seed of their own, for dev at guidance 1 and 2 and for schnell (which knows
-no guidance), in 4, 10 and 30 steps of the model's own time grid. A row of data/results/noise.jsonl holds whether
-the three pictures, in the order of SAMPLERS, are exact by the counter and by the held-out judge.
+The rows of notebook 04. Plain samples, no search: one picture a prompt from each of three samplers, which start from
+the same noise. 400 random scenes, drawn with a seed of their own, for dev at guidance 1 and 2 and for schnell, which
+knows no guidance, in 4, 10 and 30 steps of the grid that the model comes with. A row of data/results/noise.jsonl says
+whether the three pictures, in the order of SAMPLERS, are exact by the counter and by the held-out judge.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .results import parts
 from .tables import markdown
 
 PATH = locate("results") / "noise.jsonl"
-PROMPTS, STEPS = 600, (10, 4, 30)
+PROMPTS, STEPS = 400, (10, 4, 30)
 MODELS = (("dev", 1.0), ("dev", 2.0), ("schnell", None))
 SAMPLERS = {"ODE": kernels.ode, "SDE": kernels.sde(kernels.quadratic()), "DDPM": kernels.ddim()}
 
@@ -70,7 +70,7 @@ def run(task: Task) -> Row:
 
 
 def table(rows: list[Row], judged: str) -> pd.DataFrame:
-    """The share of pictures that a judge finds exact, and what each noisy sampler adds to the ODE's, paired by prompt."""
+    """The share of pictures that a judge finds exact, and what a noisy sampler adds to the ODE's, paired by prompt."""
     lines = []
     for (model, guidance, steps), cell in pd.DataFrame(rows).groupby(["model", "guidance", "steps"], dropna=False):
         share = dict(zip(SAMPLERS, np.array(cell[judged].tolist(), dtype=float).T, strict=True))
