@@ -7,6 +7,7 @@ import json
 import math
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -74,7 +75,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; bad input ends in one line on standard error and exit status 2, before anything is computed."""
     args = parser().parse_args(argv)
     try:
-        job = prepare(args)
+        with warnings.catch_warnings():
+            warnings.simplefilter("default", UserWarning)
+            warnings.showwarning = lambda message, *_: print(f"flowscale: {message}", file=sys.stderr)
+            job = prepare(args)
     except (ValueError, OSError) as error:
         print(f"flowscale: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

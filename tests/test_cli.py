@@ -79,6 +79,14 @@ def test_bad_input_is_one_clear_line_and_no_computing(capsys, monkeypatch, tmp_p
     assert message in last and sorted(tmp_path.rglob("*")) == before
 
 
+def test_words_that_the_model_does_not_know_are_said_in_one_line(capsys, tmp_path):
+    """The counter skips them, and T5 does not know them."""
+    said = "flowscale: the model does not know these words of the prompt: photo"
+    for text, lines in ((f"a photo of {PROMPT}", [said]), (f"{PROMPT.capitalize()}.", [])):
+        _, err = flowscale(capsys, text, "--nfe", "20", "--steps", "4", "--out", str(tmp_path / "out.png"))
+        assert err.splitlines() == lines
+
+
 def test_the_account_is_json_by_the_letter(capsys, tmp_path):
     """Steps of best-of-N judge nothing before the last, so they have no mean reward: null, not NaN."""
     flowscale(capsys, PROMPT, "--method", "best-of-n", "--nfe", "30", "--steps", "3", "--out", str(tmp_path / "o.png"))

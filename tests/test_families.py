@@ -3,6 +3,7 @@ seed, with an exact account."""
 
 import copy
 import math
+import warnings
 from itertools import pairwise
 
 import pytest
@@ -14,12 +15,13 @@ from tiny_families import BUILDERS, build
 from flowscale_lite import RBF, BestOfN, ddim, ode, search
 from flowscale_lite.flux import FlowModel, FlowSDEScheduler, families, hub
 from flowscale_lite.flux.prompt import exact_time
+from flowscale_lite.tiny.data import locate
 
 TEXT = "two red circles"
 # Arguments under which each pipeline draws 64 x 64 pictures; guidance 2 runs the model twice in all but the first.
-CALLS = {name: {"height": 64, "width": 64, "guidance_scale": 2.0, "max_sequence_length": 16} for name in BUILDERS}
+CALLS = {name: {"height": 64, "width": 64, "guidance_scale": 2.0, "max_sequence_length": 48} for name in BUILDERS}
 CALLS["QwenImagePipeline"] = {"height": 64, "width": 64, "true_cfg_scale": 2.0, "negative_prompt": "a blur"}
-CALLS["QwenImagePipeline"]["max_sequence_length"] = 16
+CALLS["QwenImagePipeline"]["max_sequence_length"] = 48
 CALLS["StableDiffusion3Pipeline"]["negative_prompt"] = CALLS["ZImagePipeline"]["negative_prompt"] = "a blur"
 CALLS["SanaPipeline"] |= {"use_resolution_binning": False, "negative_prompt": "a blur"}
 TWICE = {name: int("Flux" not in name) or int(name == "Flux2KleinPipeline") for name in BUILDERS}
@@ -33,7 +35,7 @@ def named(request):
 def encoded(pipe, name: str, guidance: float = 2.0, **more) -> FlowModel:
     negative = CALLS[name].get("negative_prompt", "")
     return FlowModel.encode(
-        pipe, TEXT, height=64, width=64, guidance=guidance, negative=negative, max_tokens=16, **more
+        pipe, TEXT, height=64, width=64, guidance=guidance, negative=negative, max_tokens=48, **more
     )
 
 
@@ -268,7 +270,7 @@ def test_a_dpm_solver_pipeline_has_its_grid_read_too():
     times = encoded(pipe, "SanaPipeline").times(6)
     assert len(times) == 7 and times[-1] == 0 and 0.99 < times[0] < 1
     pipe.scheduler = DPMSolverMultistepScheduler()
-    with pytest.raises(ValueError, match="times must"):
+    with pytest.raises(ValueError, match="DPMSolverMultistepScheduler, is not made for flow models"):
         encoded(pipe, "SanaPipeline").times(6)
 
 
@@ -295,6 +297,58 @@ def test_a_search_judges_previews_and_leaders_by_the_full_autoencoder(name):
     expected = reward(prompt.decode(top)).sort(descending=True)
     torch.testing.assert_close(rewards, expected.values)
     torch.testing.assert_close(pictures, prompt.decode(top)[expected.indices])
+
+
+KINDS = ("dev", "schnell")
+LIMITS = {
+    "FluxPipeline": 512,
+    "Flux2KleinPipeline": 512,
+    "Flux2KleinPipeline, distilled": 512,
+    "StableDiffusion3Pipeline": 256,
+    "QwenImagePipeline": 512,
+    "ZImagePipeline": 512,
+    "SanaPipeline": 300,
+}
+
+
+def test_the_longest_text_is_what_the_model_was_made_for(named):
+    """By diffusers' own defaults; but FLUX.1-schnell, which has no guidance embedding, was made for 256."""
+    name, built = named
+    pipe = copy.copy(built)
+    for tokenizer in ("tokenizer", "tokenizer_2", "tokenizer_3"):
+        vars(pipe)[tokenizer] = None  # as a skeleton has it: tiny T5 is of 16 tokens
+    family = families.family(pipe)
+    assert family.tokens(pipe) == LIMITS[name]
+    assert len(family.blank(pipe.transformer.config, 7)["prompt_embeds"][0]) == 7
+    if name == "FluxPipeline":
+        schnell = type(pipe.transformer).from_config(pipe.transformer.config, guidance_embeds=False)
+        vars(pipe)["transformer"] = schnell
+        assert family.tokens(pipe) == 256
+        vars(pipe)["transformer"] = None  # while a plan encodes prompts
+        assert [family.tokens(pipe, hub.transformer_config(locate(f"tiny-flux/{k}"))) for k in KINDS] == [512, 256]
+
+
+def test_what_the_token_limit_cuts_off_is_said(named):
+    """Exactly where the last word makes no difference to what the transformer is given."""
+    name, pipe = named
+    cuts = []
+    if name == "QwenImagePipeline":  # which leaves out 34 tokens, its template's; spelt in letters they are more
+        pipe = copy.copy(pipe)
+        template = pipe.prompt_template_encode.split("{}")[0]
+        pipe.prompt_template_encode_start_idx = len(pipe.tokenizer(template).input_ids)
+    for limit in range(1, 48):
+        given, told = [], []
+        for text in ("two red circles 1", "two red circles 2"):
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                prompt = FlowModel.encode(pipe, text, height=64, width=64, guidance=0.0, max_tokens=limit)
+            given.append(prompt.embeds[0][-limit:])  # SD3 has CLIP's tokens before
+            told.append([str(one.message) for one in said])
+        cuts.append(len(given[0]) == len(given[1]) and torch.equal(*given))
+        assert [len(lines) == 1 and "the model reads" in lines[0] for lines in told] == [cuts[-1]] * 2, limit
+    assert cuts == sorted(cuts, reverse=True) and cuts[0] and not cuts[-1]
+    with pytest.raises(ValueError, match="must max_tokens; got 16 and 0"):
+        FlowModel.encode(pipe, TEXT, height=64, width=64, max_tokens=0)
 
 
 def test_unknown_classes_and_sizes_are_refused(named):

@@ -118,7 +118,7 @@ def test_what_cannot_be_counted_is_refused():
 def test_every_family_is_counted_as_it_runs(name):
     with torch.device("meta"):
         pipe = BUILDERS[name]()
-    prompt = FlowModel.encode(build(name), "three red circles", height=64, width=64, guidance=0.0, max_tokens=32)
+    prompt = FlowModel.encode(build(name), "three red circles", height=64, width=64, guidance=0.0, max_tokens=64)
     counts = cost.count_pipeline(pipe, 64, 64, text_tokens=len(prompt.embeds[0]))
     x = torch.zeros(1, *prompt.shape)
     for part, run in (("velocity", lambda: prompt.velocity(x, 0.5)), ("decode", lambda: prompt.decode(x))):
@@ -153,6 +153,11 @@ def test_seconds_are_linear_in_nfe_and_inverse_in_speed():
     one, two = (estimate(TOY, CARD, n, reward_calls=0).seconds for n in (100, 200))
     assert two - one == pytest.approx(100 * 3e12 / 40e12)
     assert estimate(TOY, replace(CARD, tflops=200), 100).seconds == pytest.approx(estimate(TOY, CARD, 100).seconds / 2)
+
+
+def test_by_default_as_much_text_is_counted_as_the_model_was_made_for(square):
+    """FLUX.1-schnell reads 256 tokens, and T5 encodes as many."""
+    assert cost.count_pipeline(hub.skeleton(cost.FLUX1), 1024, 1024) == square
 
 
 def test_a_search_on_flux_costs_what_its_authors_say_it_does(square):

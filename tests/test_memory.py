@@ -68,6 +68,12 @@ def test_stored_rows_without_guidance_are_counted_again(name):
     assert_counted(memory.count_sizes(tool.build(name), 1024, 1024, above).row, STORED[name]["row"], 3)
 
 
+def test_a_row_of_schnell_reads_half_of_devs_text():
+    """4096 cells with 256 tokens of text, and with 512."""
+    rows = {name: memory.sizes(f"FLUX.1-{name}").row for name in ("schnell", "dev")}
+    assert rows["schnell"] / rows["dev"] == pytest.approx((4096 + 256) / (4096 + 512), rel=0.01)
+
+
 def test_parameters_are_the_published_ones():
     """Billions, from the model cards: transformer and text encoders."""
     published = {
@@ -203,7 +209,7 @@ def test_a_guided_z_image_is_counted(monkeypatch):
     family = families.FAMILIES["ZImagePipeline"]
     told = memory.replace(family, options={"cfg_truncation": None})
     monkeypatch.setitem(families.FAMILIES, "ZImagePipeline", told)
-    encoded = family.blank(pipe.transformer.config)
+    encoded = family.blank(pipe.transformer.config, 512)
     encoded |= {f"negative_{name}": value for name, value in encoded.items()}
     prompt = FlowModel(pipe, encoded, 64, 64, 5.0, chunk=1)
     x = torch.empty(1, *prompt.shape, device="meta")
@@ -340,9 +346,9 @@ def test_four_bits_are_computed_with_as_sixteen_are(monkeypatch, dtype):
     monkeypatch.setattr(metadata, "version", lambda name: "1.0" if name == "bitsandbytes" else version(name))
     fetch, quantised = hub.fetch, {}
 
-    def unquantised(model, dtypes, quantization_config, **absent):
-        quantised.update(quantization_config.quant_mapping)
-        return fetch(model, **absent)
+    def unquantised(model, dtypes, absent, configs):
+        quantised.update(configs)
+        return fetch(model, absent=absent)
 
     monkeypatch.setattr(hub, "fetch", unquantised)
     one = tiny_plan(dtype=dtype, weights="nf4", text="dropped", text_weights="nf4")
@@ -356,7 +362,7 @@ def test_four_bits_are_computed_with_as_sixteen_are(monkeypatch, dtype):
 def test_tiles_have_half_the_side(monkeypatch):
     pipe, one = build("StableDiffusion3Pipeline"), tiny_plan(tiling=True)
     monkeypatch.setattr(hub, "index", lambda model: {})
-    monkeypatch.setattr(hub, "fetch", lambda model, dtypes: pipe)
+    monkeypatch.setattr(hub, "fetch", lambda *_: pipe)
     prompt = FlowModel.encode(pipe, TEXT, height=64, width=64, max_tokens=16)
     x = torch.randn(1, *prompt.shape, generator=seeded())
     whole, sizes = prompt.decode(x), []

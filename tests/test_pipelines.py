@@ -90,6 +90,22 @@ def test_a_text_is_encoded_once_and_the_pipeline_left_as_it_was(pipe):
     assert all(pipe.components[name] is part for name, part in parts.items())
 
 
+@pytest.mark.parametrize(
+    "text", ["Three red circles and two blue squares.", "THREE RED CIRCLES and two blue squares", f"{TEXT},"]
+)
+def test_capitals_and_full_stops_are_read_as_the_counter_reads_them(pipe, text):
+    """To tiny-flux's T5 each such word is unknown, while the counter knows it."""
+    assert torch.equal(FlowModel.encode(pipe, text).embeds, FlowModel.encode(pipe, TEXT).embeds)
+
+
+def test_unknown_words_and_what_the_token_limit_cuts_off_are_said(pipe):
+    with pytest.warns(UserWarning, match=r"does not know these words of the prompt: photo, cats\.$"):
+        FlowModel.encode(pipe, "a photo of three red circles and two cats.")
+    long = TEXT + " and four green triangles and one yellow circle and two red triangles"
+    with pytest.warns(UserWarning, match=r"19 tokens and the model reads 15, up to .* one yellow circle'"):
+        FlowModel.encode(pipe, long)
+
+
 def test_the_look_ahead_is_the_decoded_posterior_mean(pipe):
     seen = []
     problem = FlowModel.encode(pipe, TEXT).problem(

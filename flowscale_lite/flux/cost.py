@@ -141,12 +141,12 @@ def count_operations(module: nn.Module, call: Callable[[], object]) -> Count:
     return Count(float(counter.get_total_flops()), sum(p.numel() for p in module.parameters()), live.peak)
 
 
-def count_pipeline(pipe: Any, height: int, width: int, *, text_tokens: int = 512) -> dict[str, Count]:
+def count_pipeline(pipe: Any, height: int, width: int, *, text_tokens: int | None = None) -> dict[str, Count]:
     """Count a pipeline at a picture size, in 16 bits; for a large model that takes some seconds of CPU time.
 
     Args:
         pipe: without weights, as `hub.skeleton` builds it.
-        text_tokens: how many tokens of the prompt the transformer reads; for most models 512, for FLUX.1-schnell 256.
+        text_tokens: how many tokens of the prompt the transformer reads; the most that the model was made for if None.
 
     Returns:
         What these take: "velocity", one evaluation for one row, which is one NFE; "decode", one picture decoded;
@@ -155,11 +155,12 @@ def count_pipeline(pipe: Any, height: int, width: int, *, text_tokens: int = 512
     Raises:
         ValueError: a size is out of range, the models hold weights, or the pipeline is not supported.
     """
-    if text_tokens < 1:
+    if text_tokens is not None and text_tokens < 1:
         raise ValueError(f"text_tokens must be at least 1; got {text_tokens}")
     prompt = blank_prompt(pipe, height, width, text_tokens=text_tokens)
     x = torch.empty(1, *prompt.shape, device="meta")
-    tokens = torch.zeros(1, text_tokens, dtype=torch.int64, device="meta")
+    length = text_tokens or families.family(pipe).tokens(pipe)
+    tokens = torch.zeros(1, length, dtype=torch.int64, device="meta")
     encoder = nn.Module.to(text_encoders(pipe)[-1].eval(), torch.bfloat16)
     return {
         "velocity": count_operations(pipe.transformer, lambda: prompt.velocity(x, 0.5)),
@@ -176,7 +177,7 @@ def text_encoders(pipe: Any) -> list[nn.Module]:
 def blank_prompt(
     pipe: Any, height: int, width: int, guidance: float = 0.0, text_tokens: int | None = None
 ) -> FlowModel:
-    """A prompt without content to count velocities with, as long as the pipeline's call allows by default, or cut.
+    """A prompt without content to count velocities with, of so many tokens or as long as the model was made for.
 
     The pipeline's transformer and autoencoder are cast to bfloat16 and set to inference.
 
@@ -189,11 +190,7 @@ def blank_prompt(
         if part.device.type != "meta":
             raise ValueError("only models without weights are counted: build the pipeline by hub.skeleton(model)")
         nn.Module.to(part.eval(), torch.bfloat16)  # diffusers' own `to` would warn about precision
-    encoded = family.blank(pipe.transformer.config)
-    for name, value in encoded.items():
-        if not name.startswith("pooled"):  # rows of tokens
-            cut = [row[:text_tokens] for row in value]
-            encoded[name] = cut if isinstance(value, list) else torch.stack(cut)
+    encoded = family.blank(pipe.transformer.config, text_tokens or family.tokens(pipe) + family.beside)
     if family.guided(pipe, guidance):
         encoded |= {f"negative_{name}": value for name, value in encoded.items()}
     return FlowModel(pipe, encoded, height, width, guidance, chunk=1)

@@ -18,7 +18,7 @@ in which noise is drawn, how a state becomes the call's `latents`, and when guid
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -41,12 +41,17 @@ class Family:
     """What has to be known of a pipeline class.
 
     Attributes:
-        encode: (pipe, text, negative text or None if guidance needs none, token limit or None) -> the arguments of
-            `__call__` that stand for one prompt.
-        blank: config of the transformer -> the same arguments without values, as long as `__call__` allows by default.
+        encode: (pipe, text, negative text or None if guidance needs none, token limit) -> the arguments of `__call__`
+            that stand for one prompt.
+        blank: (config of the transformer, tokens) -> the same arguments for so many tokens, without values.
         guided: (pipe, guidance) -> whether guidance runs the model twice for a row.
         scale: the name of `__call__`'s argument for the guidance scale.
         options: further arguments of `__call__`.
+        tokenizer: the name of the tokenizer that reads all of a text.
+        around: pipe -> tokens within the limit that are not the text's own.
+        most: config of the transformer -> the longest text that it was made for, in tokens; None for what `__call__`
+            allows by default.
+        beside: tokens that the transformer reads besides those of the limit.
         patch: the sides of a picture are multiples of this many cells of the autoencoder's grid.
         fold: channels of the transformer's input for each channel of a state; 4 where patches of 2 x 2 are packed.
         down: cells of the autoencoder's grid for each cell of a state, along a side.
@@ -55,11 +60,15 @@ class Family:
         clock: given if the class rounds time to the model's precision on the way; see `prompt.exact_time`.
     """
 
-    encode: Callable[[Any, str, str | None, int | None], Arguments]
-    blank: Callable[[Any], Arguments]
+    encode: Callable[[Any, str, str | None, int], Arguments]
+    blank: Callable[[Any, int], Arguments]
     guided: Callable[[Any, float], bool] = lambda pipe, guidance: guidance > 1
     scale: str = "guidance_scale"
     options: Arguments = field(default_factory=dict)
+    tokenizer: str = "tokenizer"
+    around: Callable[[Any], int] = lambda pipe: 0
+    most: Callable[[Mapping[str, Any]], int] | None = None
+    beside: int = 0
     patch: int = 2
     fold: int = 1
     down: int = 1
@@ -84,6 +93,16 @@ class Family:
         """The default of an argument of the pipeline's `__call__`."""
         return inspect.signature(type(pipe).__call__).parameters[argument].default
 
+    def tokens(self, pipe: Any, config: Mapping[str, Any] | None = None) -> int:
+        """The most tokens of a text that a model was made for, and that its tokenizer, if it is there, passes on.
+
+        `config` is that of the transformer, for a pipeline without it.
+        """
+        config = pipe.transformer.config if config is None else config
+        most = self.most(config) if self.most else self.default(pipe, "max_sequence_length")
+        reader = getattr(pipe, self.tokenizer)
+        return most if reader is None else min(most, reader.model_max_length)
+
     def call(self, pipe: Any, guidance: float) -> Arguments:
         """The arguments of `__call__` for a guidance scale. A distilled pipeline gets 1; it would warn of any other."""
         distilled = pipe.config.get("is_distilled", False)
@@ -101,6 +120,16 @@ def family(pipe: Any) -> Family:
         if name in FAMILIES:
             return FAMILIES[name]
     raise ValueError(f"{names[0]} is not supported; supported are {', '.join(FAMILIES)}")
+
+
+def check_scheduler(scheduler: Any) -> None:
+    """Raises ValueError unless a scheduler is made for flow models."""
+    flow = any("FlowMatch" in cls.__name__ for cls in type(scheduler).__mro__)
+    if not flow and not scheduler.config.get("use_flow_sigmas"):
+        raise ValueError(
+            f"the scheduler, {type(scheduler).__name__}, is not made for flow models; "
+            "use FlowMatchEulerDiscreteScheduler, or a solver with use_flow_sigmas=True"
+        )
 
 
 def _pack(pipe: Any, x: Tensor) -> Tensor:
@@ -125,45 +154,50 @@ def _named(pipe: Any, names: tuple[str, ...], text: str, negative: str | None, t
     return {name: value for name, value in zip(names, values, strict=True) if value is not None and len(value)}
 
 
-def _flux(pipe: Any, text: str, negative: str | None, tokens: int | None) -> Arguments:
-    limit = tokens or min(512, pipe.tokenizer_2.model_max_length)
-    embeds, pooled, _ = pipe.encode_prompt(text, None, max_sequence_length=limit)
+def _opening(pipe: Any) -> int:
+    """The tokens of a chat template before the text."""
+    chat = pipe.tokenizer.apply_chat_template([{"role": "user", "content": "@@"}], tokenize=False)
+    return len(pipe.tokenizer(chat.split("@@")[0]).input_ids)
+
+
+def _flux(pipe: Any, text: str, negative: str | None, tokens: int) -> Arguments:
+    embeds, pooled, _ = pipe.encode_prompt(text, None, max_sequence_length=tokens)
     return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
 
-def _flux2_klein(pipe: Any, text: str, negative: str | None, tokens: int | None) -> Arguments:
+def _flux2_klein(pipe: Any, text: str, negative: str | None, tokens: int) -> Arguments:
     texts = {"prompt_embeds": text, "negative_prompt_embeds": negative}
     return {
-        name: pipe.encode_prompt(words, max_sequence_length=tokens or 512)[0]
+        name: pipe.encode_prompt(words, max_sequence_length=tokens)[0]
         for name, words in texts.items()
         if words is not None
     }
 
 
-def _stable_diffusion_3(pipe: Any, text: str, negative: str | None, tokens: int | None) -> Arguments:
+def _stable_diffusion_3(pipe: Any, text: str, negative: str | None, tokens: int) -> Arguments:
     names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-    return _named(pipe, names, text, negative, tokens or 256, prompt_2=None, prompt_3=None)
+    return _named(pipe, names, text, negative, tokens, prompt_2=None, prompt_3=None)
 
 
-def _qwen_image(pipe: Any, text: str, negative: str | None, tokens: int | None) -> Arguments:
+def _qwen_image(pipe: Any, text: str, negative: str | None, tokens: int) -> Arguments:
     out = {}
     for prefix, words in (("", text), ("negative_", negative)):
         if words is not None:
-            embeds, mask = pipe.encode_prompt(words, max_sequence_length=tokens or 512)
+            embeds, mask = pipe.encode_prompt(words, max_sequence_length=tokens)
             out[f"{prefix}prompt_embeds"] = embeds
             # No mask means that all tokens count, but the call warns if it is given none.
             out[f"{prefix}prompt_embeds_mask"] = embeds.new_ones(embeds.shape[:2]).long() if mask is None else mask
     return out
 
 
-def _z_image(pipe: Any, text: str, negative: str | None, tokens: int | None) -> Arguments:
-    return _named(pipe, ("prompt_embeds", "negative_prompt_embeds"), text, negative, tokens or 512)
+def _z_image(pipe: Any, text: str, negative: str | None, tokens: int) -> Arguments:
+    return _named(pipe, ("prompt_embeds", "negative_prompt_embeds"), text, negative, tokens)
 
 
-def _sana(pipe: Any, text: str, negative: str | None, tokens: int | None) -> Arguments:
+def _sana(pipe: Any, text: str, negative: str | None, tokens: int) -> Arguments:
     names = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask")
     instruction = FAMILIES["SanaPipeline"].default(pipe, "complex_human_instruction")
-    return _named(pipe, names, text, negative, tokens or 300, complex_human_instruction=instruction)
+    return _named(pipe, names, text, negative, tokens, complex_human_instruction=instruction)
 
 
 def _empty(*shape: int) -> Tensor:
@@ -174,11 +208,14 @@ def _empty(*shape: int) -> Tensor:
 FAMILIES = {
     "FluxPipeline": Family(
         _flux,
-        blank=lambda c: {
-            "prompt_embeds": _empty(512, c.joint_attention_dim),
+        blank=lambda c, n: {
+            "prompt_embeds": _empty(n, c.joint_attention_dim),
             "pooled_prompt_embeds": _empty(c.pooled_projection_dim),
         },
         guided=lambda pipe, guidance: False,
+        tokenizer="tokenizer_2",
+        around=lambda pipe: 1,
+        most=lambda c: 512 if c.get("guidance_embeds") else 256,  # dev; schnell
         fold=4,
         pack=_pack,
         unpack=_unpack,
@@ -186,22 +223,26 @@ FAMILIES = {
     ),
     "Flux2KleinPipeline": Family(
         _flux2_klein,
-        blank=lambda c: {"prompt_embeds": _empty(512, c.joint_attention_dim)},
+        blank=lambda c, n: {"prompt_embeds": _empty(n, c.joint_attention_dim)},
         guided=lambda pipe, guidance: guidance > 1 and not pipe.config.is_distilled,
+        around=_opening,
         down=2,
         unpack=_tokens_last,
         clock=Clock("time_guidance_embed.time_proj", 1000.0),
     ),
     "StableDiffusion3Pipeline": Family(
         _stable_diffusion_3,
-        blank=lambda c: {
-            "prompt_embeds": _empty(77 + 256, c.joint_attention_dim),
+        blank=lambda c, n: {
+            "prompt_embeds": _empty(n, c.joint_attention_dim),
             "pooled_prompt_embeds": _empty(c.pooled_projection_dim),
         },
+        tokenizer="tokenizer_3",
+        around=lambda pipe: 1,
+        beside=77,  # CLIP's
     ),
     "QwenImagePipeline": Family(
         _qwen_image,
-        blank=lambda c: {"prompt_embeds": _empty(512, c.joint_attention_dim)},
+        blank=lambda c, n: {"prompt_embeds": _empty(n, c.joint_attention_dim)},
         scale="true_cfg_scale",
         fold=4,
         pack=_pack,
@@ -210,16 +251,18 @@ FAMILIES = {
     ),
     "ZImagePipeline": Family(
         _z_image,
-        blank=lambda c: {"prompt_embeds": [_empty(512, c.cap_feat_dim)[0]]},
+        blank=lambda c, n: {"prompt_embeds": [_empty(n, c.cap_feat_dim)[0]]},
         guided=lambda pipe, guidance: guidance > 0,
+        around=_opening,
     ),
     "SanaPipeline": Family(
         _sana,
-        blank=lambda c: {
-            "prompt_embeds": _empty(300, c.caption_channels),
-            "prompt_attention_mask": _empty(300).long(),
+        blank=lambda c, n: {
+            "prompt_embeds": _empty(n, c.caption_channels),
+            "prompt_attention_mask": _empty(n).long(),
         },
         options={"use_resolution_binning": False, "negative_prompt": None},
+        around=lambda pipe: 2,
         patch=1,
     ),
 }

@@ -1,11 +1,14 @@
-"""Pipelines from a folder or from the Hugging Face hub, with plain words for what can go wrong on the way."""
+"""Pipelines from a folder or from the Hugging Face hub, with plain words for what can be wrong with them."""
 
 from __future__ import annotations
 
+import hashlib
+import importlib
 import json
 import logging
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,6 @@ from typing import Any
 import diffusers
 import huggingface_hub
 import torch
-import transformers
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -23,7 +25,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from packaging.version import Version
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
@@ -31,7 +33,6 @@ from . import families
 
 _imports = logging.getLogger("transformers.utils.import_utils")
 _imports.addFilter(lambda record: "torchvision" not in record.getMessage())  # it warns of its lack; nothing needs it
-_DTYPE = "torch_dtype" if Version(diffusers.__version__) < Version("0.42") else "dtype"
 TOKEN = "HF_TOKEN"
 """The name of the hub's access token, as an environment variable and among Colab's secrets."""
 
@@ -39,28 +40,23 @@ TOKEN = "HF_TOKEN"
 def load(model: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Any:
     """A pipeline ready for inference, all on one device and in one precision.
 
-    For a model that is large for its GPU see `memory.load_planned`.
-
-    Args:
-        model: a folder that diffusers can read, or the name of a model on the Hugging Face hub.
+    `model` is a folder that diffusers can read, or the name of a model on the Hugging Face hub. For a model that is
+    large for its GPU see `memory.load_planned`.
 
     Raises:
-        FileNotFoundError: the folder holds no pipeline, the hub has no such model, or its weights are pickles, which
-            are not loaded.
+        FileNotFoundError: the folder holds no pipeline, a file is missing, the hub has no such model, or its weights
+            are pickles, which are not loaded.
         PermissionError: the hub wants the model's licence accepted, or a token.
         ConnectionError: the hub cannot be reached or refuses to answer, and the model is not in the local cache.
-        ValueError: there is no such device, or the model's pipeline is not supported.
+        ValueError: there is no such device, the pipeline is not supported, a file is damaged, or the parts do not
+            belong together.
     """
     check_device(device)
     return fetch(model, dtype).to(device)
 
 
 def check_device(device: str | torch.device) -> None:
-    """Put a number on a device and read it back.
-
-    Raises:
-        ValueError: there is no such device here, or it holds no numbers, as "meta" does not.
-    """
+    """Raises ValueError unless a number can be put on the device and read back, which "meta" does not allow."""
     try:
         torch.zeros(1, device=device).tolist()
     except (RuntimeError, AssertionError, ImportError) as error:  # backends differ in how they say that they lack one
@@ -85,14 +81,14 @@ def token() -> str | None:
 def index(model: str | Path) -> dict[str, Any]:
     """The contents of a pipeline's model_index.json: its class, and the library and class of each of its parts.
 
-    Raises:
-        FileNotFoundError, PermissionError, ConnectionError, ValueError: see `load`.
+    Raises OSError or ValueError as `load` does.
     """
     folder = Path(model)
     if folder.exists() or folder.is_absolute() or str(model).startswith("."):
         path = folder / "model_index.json"
         if not path.exists():
-            raise FileNotFoundError(f"no model at {folder}: expected a diffusers folder with a model_index.json")
+            modular = "; it holds a modular pipeline, which is not supported" if list(folder.glob("modular_*")) else ""
+            raise FileNotFoundError(f"no model at {folder}: expected a diffusers folder with model_index.json{modular}")
     else:
         with explained(model):
             path = Path(huggingface_hub.hf_hub_download(str(model), "model_index.json", token=token()))
@@ -105,24 +101,45 @@ def index(model: str | Path) -> dict[str, Any]:
     return found
 
 
-def fetch(model: str | Path, dtype: torch.dtype | dict[str, torch.dtype] = torch.float32, **arguments: Any) -> Any:
-    """Load a pipeline by `from_pretrained`; its models are frozen and set to inference.
+def fetch(
+    model: str | Path,
+    dtype: torch.dtype | Mapping[str, torch.dtype] = torch.float32,
+    absent: Collection[str] = (),
+    quantised: Mapping[str, Any] | None = None,
+) -> Any:
+    """A pipeline on the CPU, all of its parts read and checked; its models are frozen and set to inference.
+
+    If the folder has a file SHA256SUMS, as `sha256sum` writes it, its files must be those that are listed there.
 
     Args:
         dtype: the precision of all parts; or that of each part by its name, and that of the others as "default".
-        arguments: further arguments of `from_pretrained`.
+        absent: names of parts that are not loaded.
+        quantised: quantisation configs by the names of parts.
 
-    Raises:
-        FileNotFoundError, PermissionError, ConnectionError, ValueError: see `load`.
+    Raises OSError or ValueError as `load` does.
     """
-    index(model)
-    arguments |= {_DTYPE: dtype, "use_safetensors": True, **_access(model)}
+    found = index(model)
+    dtypes = {"default": dtype} if isinstance(dtype, torch.dtype) else dtype
     with explained(model), quiet(Path(model).exists()):  # a download shows its progress, a folder is read at once
-        pipe = diffusers.DiffusionPipeline.from_pretrained(str(model), **arguments)
+        folder = Path(model)
+        if not folder.exists():
+            missing = dict.fromkeys(absent)
+            folder = Path(
+                diffusers.DiffusionPipeline.download(str(model), use_safetensors=True, token=token(), **missing)
+            )
+        _check_sums(folder)
+    parts: dict[str, Any] = dict.fromkeys(absent)
+    entries = {name: part for name, part in found.items() if isinstance(part, list) and part[0] and name not in absent}
+    for name in sorted(entries, key=lambda name: not name.startswith(("scheduler", "tokenizer"))):  # the small first
+        options = {"torch_dtype": dtypes.get(name, dtypes["default"])}
+        if quantised and name in quantised:
+            options["quantization_config"] = quantised[name]
+        with explained(folder / name), quiet():
+            parts[name] = _part(folder / name, entries[name], options)
+    with explained(model), quiet():
+        pipe = diffusers.DiffusionPipeline.from_pretrained(str(folder), **parts)
+        _check_vocabularies(pipe)
     pipe.set_progress_bar_config(disable=True)
-    for part in pipe.components.values():
-        if isinstance(part, nn.Module):
-            part.eval().requires_grad_(False)
     if pipe.vae is not None and all(p.ndim < 5 for p in pipe.vae.parameters()):  # a video's have 5
         pipe.vae.to(memory_format=torch.channels_last)  # the layout in which convolutions are fast
     return pipe
@@ -131,23 +148,104 @@ def fetch(model: str | Path, dtype: torch.dtype | dict[str, torch.dtype] = torch
 def preview(
     model: str | Path = "madebyollin/taef1", device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> nn.Module:
-    """Load a small autoencoder for `FlowModel.encode(..., preview=...)`. The default is TAEF1, made for FLUX.1.
+    """A small autoencoder for `FlowModel.encode(..., preview=...)`; the default is TAEF1, made for FLUX.1.
 
-    Raises:
-        FileNotFoundError, PermissionError, ConnectionError, ValueError: see `load`.
+    Raises OSError or ValueError as `load` does.
     """
     check_device(device)
-    arguments = {_DTYPE: dtype, "use_safetensors": True, **_access(model)}
     with explained(model), quiet(Path(model).exists()):
-        vae = diffusers.AutoencoderTiny.from_pretrained(str(model), **arguments)
-    return vae.eval().requires_grad_(False).to(device)
+        return weights(diffusers.AutoencoderTiny, model, torch_dtype=dtype, **_access(model)).to(device)
+
+
+def weights(cls: Any, model: str | Path, **options: Any) -> Any:
+    """A model of diffusers or transformers, frozen and set to inference, from safetensors in a folder or on the hub.
+
+    The libraries only warn where a config and the weights beside it do not describe the same layers.
+
+    Raises:
+        OSError: see `load`; a folder holds no safetensors.
+        ValueError: a file of weights is damaged; or a layer has no weights, or weights have no layer. The heads of a
+            transformers model may be left out.
+    """
+    if Path(model).is_dir():
+        files = sorted(Path(model).glob("*.safetensors"))
+        if not files:
+            raise FileNotFoundError(f"no safetensors in {model}")
+        for file in files:
+            try:
+                with safe_open(file, "pt"):
+                    pass
+            except SafetensorError as error:
+                raise ValueError(f"{file.name} is damaged or not all there; get it again ({error})") from error
+    strict = issubclass(cls, diffusers.ModelMixin)
+    if not strict:
+        options["ignore_mismatched_sizes"] = True  # so that they are told below
+    built, info = cls.from_pretrained(str(model), output_loading_info=True, use_safetensors=True, **options)
+    known = {_numberless(key) for key in built.state_dict()}
+    wrong = {
+        "no weights for": info["missing_keys"],
+        "weights of another size for": [key for key, *_ in info["mismatched_keys"]],
+        "weights and no layer for": [
+            key for key in info["unexpected_keys"] if strict or any(_numberless(key).endswith(one) for one in known)
+        ],
+    }
+    for what, keys in wrong.items():
+        if keys:
+            raise ValueError(f"config and weights disagree: there are {what} {', '.join(sorted(keys)[:2])}, ...")
+    return built.eval().requires_grad_(False)
+
+
+def _numberless(key: str) -> str:
+    """The name of a weight, with its layers' numbers left out."""
+    return "." + re.sub(r"\d+", "#", key)
+
+
+def _part(folder: Path, entry: list[str], options: dict[str, Any]) -> Any:
+    """A part of a pipeline from its folder, which must be made for the class that model_index.json names."""
+    library, cls = entry
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {folder}")
+    for file in sorted(folder.glob("*config.json")):
+        config = json.loads(file.read_text(encoding="utf-8"))
+        own = (config.get("_class_name") or config.get("tokenizer_class") or cls).removesuffix("Fast")
+        if own not in (cls.removesuffix("Fast"), "TokenizersBackend", "PreTrainedTokenizer"):  # the last two suit any
+            raise ValueError(f"{file.name} is that of a {own}; model_index.json names {cls}")
+    kind = getattr(importlib.import_module(library), cls)
+    if issubclass(kind, nn.Module):
+        return weights(kind, folder, **options)
+    files = getattr(kind, "vocab_files_names", {}).values()
+    if files and not any((folder / file).exists() for file in files):
+        raise FileNotFoundError(f"the tokenizer has no vocabulary: none of {', '.join(sorted(files))}")
+    part = kind.from_pretrained(str(folder))
+    if folder.name == "scheduler":
+        families.check_scheduler(part)
+    return part
+
+
+def _check_sums(folder: Path) -> None:
+    """Raises ValueError if a file is not the one that the folder's SHA256SUMS lists, where it has such a list."""
+    sums = folder / "SHA256SUMS"
+    for line in sums.read_text(encoding="utf-8").splitlines() if sums.exists() else ():
+        digest, name = line.split(maxsplit=1)
+        file = folder / name
+        if file.exists() and hashlib.sha256(file.read_bytes()).hexdigest() != digest:
+            raise ValueError(f"{name} is not the file listed in SHA256SUMS: get it again, or delete an outdated list")
+
+
+def _check_vocabularies(pipe: Any) -> None:
+    """Raises ValueError if a tokenizer has tokens that its text encoder does not know."""
+    for name, tokenizer in pipe.components.items():
+        encoder = getattr(pipe, name.replace("tokenizer", "text_encoder"))
+        if name.startswith("tokenizer") and tokenizer is not None and encoder is not None:
+            known = encoder.config.get_text_config().vocab_size
+            if len(tokenizer) > known:
+                raise ValueError(f"{name} is another model's: of its {len(tokenizer)} tokens the encoder knows {known}")
 
 
 def skeleton(model: str | Path) -> Any:
     """A pipeline without weights and tokenizers, on the meta device, built from its config files alone.
 
-    Raises:
-        FileNotFoundError, PermissionError, ConnectionError, ValueError: see `load`.
+    Raises OSError or ValueError as `load` does.
     """
     found, parts = index(model), {}
     with explained(model), quiet(), torch.device("meta"):
@@ -158,16 +256,26 @@ def skeleton(model: str | Path) -> Any:
     return getattr(diffusers, found["_class_name"])(**parts, **settings)
 
 
-def _weightless(model: str | Path, name: str, library: str, cls: str) -> Any:
+def transformer_config(model: str | Path) -> dict[str, Any]:
+    """The config of a pipeline's transformer. Raises OSError or ValueError as `load` does."""
+    library, cls = index(model)["transformer"]
+    with explained(model), quiet():
+        return getattr(importlib.import_module(library), cls).load_config(
+            str(model), subfolder="transformer", **_access(model)
+        )
+
+
+def _weightless(model: str | Path, name: str, library: str | None, cls: str) -> Any:
     """A part of a pipeline, built from its config; None for a tokenizer and the like."""
+    if library is None:
+        return None
+    kind = getattr(importlib.import_module(library), cls)
     where = {"subfolder": name, **_access(model)}
     if name == "scheduler":
-        return getattr(diffusers, cls).from_pretrained(str(model), **where)
+        return kind.from_pretrained(str(model), **where)
     if library == "diffusers":
-        kind = getattr(diffusers, cls)
         return kind.from_config(kind.load_config(str(model), **where))
-    if library == "transformers" and name.startswith("text_encoder"):
-        kind = getattr(transformers, cls)
+    if name.startswith("text_encoder"):
         return kind(kind.config_class.from_pretrained(str(model), **where))
     return None
 
@@ -179,23 +287,22 @@ def _access(model: str | Path) -> dict[str, str | None]:
 
 @contextmanager
 def explained(model: str | Path) -> Iterator[None]:
-    """What diffusers, transformers and the hub's client raise while `model` is loaded, in plain words.
+    """What diffusers, transformers and the hub's client raise while `model` is loaded, in plain words on one line.
 
-    Raises:
-        PermissionError: the hub wants its licence accepted.
-        FileNotFoundError: there is no such model, or a file of it is missing; or its weights are pickles only.
-        ConnectionError: the hub cannot be reached or refuses to answer, and the model is not in the cache.
+    Raises OSError or ValueError as `load` does.
     """
     try:
         yield
-    except OSError as error:
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
         told = _plain(model, error)
         if told is error:
             raise
         raise told from error
 
 
-def _plain(model: str | Path, error: OSError) -> OSError:
+def _plain(model: str | Path, error: Exception) -> Exception:
     """The error to raise for one that a library raised; the same one if it says enough, such as that a disk is full."""
     page = f"https://huggingface.co/{model}"
     secret = f"environment variable {TOKEN}, or Colab's secret of that name; never put it in a cell"
@@ -213,11 +320,15 @@ def _plain(model: str | Path, error: OSError) -> OSError:
             f"the hub has no model {model}, or it is private and the token ({secret}) does not open it"
         )
     if isinstance(cause, (RemoteEntryNotFoundError, RevisionNotFoundError)):
-        return FileNotFoundError(f"the hub's {model} lacks what is asked for: {_line(cause)}")
+        modular = "; modular pipelines, which have no model_index.json, are not supported"
+        return FileNotFoundError(f"the hub's {model} lacks what is asked for: {_line(cause)}{modular}")
     if cause is not None:
         offline = " (HF_HUB_OFFLINE is set)" if huggingface_hub.constants.HF_HUB_OFFLINE else ""
         reason = _line(cause.__cause__ or cause)  # such as that of being asked too often
         return ConnectionError(f"{page} cannot be reached{offline}, and the model is not in the local cache: {reason}")
+    if not isinstance(error, OSError):
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        return ValueError(f"{model} cannot be loaded: {kind}{_line(error)}")
     if "safetensors" in str(error):
         return FileNotFoundError(
             f"{model} lacks safetensors weights; others are not loaded, they can run code: {_line(error)}"

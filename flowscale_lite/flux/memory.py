@@ -387,7 +387,7 @@ def load_planned(
     def encode(pipe: Any) -> None:
         guided = families.family(pipe).guided(pipe, _scale(pipe, guidance))
         for prompt in prompts:
-            encode_text(pipe, prompt, negative if guided else None, max_tokens)
+            encode_text(pipe, prompt, negative if guided else None, max_tokens, hub.transformer_config(model))
 
     known, absent = {}, []
     if plan.text == "dropped":
@@ -421,8 +421,7 @@ def _fetch(model: str | Path, plan: MemoryPlan, absent: Collection[str]) -> Any:
             configs[name] = _quantisation(diffusers, plan.weights, plan.dtypes["transformer"])
         elif name.startswith("text_encoder") and plan.text_weights != "full":
             configs[name] = _quantisation(transformers, plan.text_weights, plan.dtypes["default"])
-    arguments = {"quantization_config": diffusers.PipelineQuantizationConfig(quant_mapping=configs)} if configs else {}
-    return hub.fetch(model, plan.dtypes, **dict.fromkeys(absent), **arguments)
+    return hub.fetch(model, plan.dtypes, absent, configs)
 
 
 def _quantisation(library: Any, kind: str, dtype: torch.dtype) -> Any:

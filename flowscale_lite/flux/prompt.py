@@ -10,7 +10,9 @@ import copy
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterator
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,7 +26,7 @@ from ..interpolants import LINEAR
 from ..kernels import Kernel
 from ..rewards import Reward, chunked, decoded
 from ..search import Problem, Result
-from . import families
+from . import families, hub
 
 _KNOWN: WeakKeyDictionary[Any, dict[tuple[str, str | None, int | None], families.Arguments]] = WeakKeyDictionary()
 
@@ -34,8 +36,16 @@ def known_texts(pipe: Any) -> dict[tuple[str, str | None, int | None], families.
     return _KNOWN.setdefault(pipe, {})
 
 
-def encode_text(pipe: Any, text: str, negative: str | None = None, tokens: int | None = None) -> families.Arguments:
+def encode_text(
+    pipe: Any,
+    text: str,
+    negative: str | None = None,
+    tokens: int | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> families.Arguments:
     """The arguments of the pipeline's `__call__` that stand for a prompt. A pipeline encodes each prompt once.
+
+    `tokens` limits the text; None stands for what the model was made for. `config` is that of a transformer not loaded.
 
     Raises:
         ValueError: the text is new, and the pipeline holds no text encoder.
@@ -47,10 +57,44 @@ def encode_text(pipe: Any, text: str, negative: str | None = None, tokens: int |
                 f"this pipeline was loaded without text encoders, and had not been given {text!r} to encode"
             )
         pipe.maybe_free_model_hooks()  # makes room where models change places
-        with torch.no_grad():
-            known[key] = families.family(pipe).encode(pipe, text, negative, tokens)
+        limit = families.family(pipe).tokens(pipe, config) if tokens is None else tokens
+        with torch.no_grad(), hub.quiet():
+            known[key] = families.family(pipe).encode(pipe, _readable(pipe, text, limit), negative, limit)
     model = pipe.transformer
     return known[key] if model is None else _cast(known[key], model.dtype, pipe._execution_device)
+
+
+def _readable(pipe: Any, text: str, limit: int) -> str:
+    """The text as the model's tokenizer knows it. Warns of words that it does not know, and of what the limit cuts off.
+
+    A judge that is given the whole text would ask for what the model cannot draw. Words unknown as they stand (to
+    tiny-flux those with capitals or full stops) are passed on in lower case and without punctuation, if known so.
+    """
+    family, unknown = families.family(pipe), []
+    reader = getattr(pipe, family.tokenizer)
+    if reader is None:  # SD3 without T5
+        return text
+
+    def known(word: re.Match[str]) -> str:
+        for form in (word[0], re.sub(r"\W", "", word[0]).lower()):
+            if reader.unk_token_id not in reader(form, add_special_tokens=False).input_ids:
+                return form
+        unknown.append(word[0])
+        return word[0]
+
+    text = text if reader.unk_token_id is None else re.sub(r"\S+", known, text)
+    tokens = reader(text, add_special_tokens=False).input_ids
+    room = max(0, limit - family.around(pipe))
+    if unknown:
+        warnings.warn(f"the model does not know these words of the prompt: {', '.join(unknown)}", stacklevel=4)
+    if len(tokens) > room:
+        read = " ".join(reader.decode(tokens[:room]).split()[-5:])
+        warnings.warn(
+            f"the prompt has {len(tokens)} tokens and the model reads {room}, up to '... {read}'; a judge of the whole "
+            "prompt asks for more",
+            stacklevel=4,
+        )
+    return text
 
 
 def _cast(arguments: families.Arguments, dtype: torch.dtype, device: Any = None) -> families.Arguments:
@@ -215,18 +259,18 @@ class FlowModel:
             height, width: in pixels; the model's own size if None.
             guidance: the default of the pipeline's `__call__` if None.
             negative: the text that guidance leads away from, where guidance takes a second forward pass.
-            max_tokens: the most tokens of the text that count; the tokenizer's limit (at most 512) or the default of
-                `__call__` if None.
+            max_tokens: the most tokens of the text that count; as many as the model was made for if None (FLUX.1-dev
+                512, schnell 256).
 
         Raises:
             ValueError: the pipeline is not supported, a side is no positive multiple of the latent patch, chunk < 1,
-                guidance is not finite, or the text is new to a pipeline without text encoders.
+                max_tokens < 1, guidance is not finite, or the text is new to a pipeline without text encoders.
         """
         family = families.family(pipe)
         height, width = (native_size(pipe) if side is None else side for side in (height, width))
         family.shape(pipe, height, width)
-        if chunk < 1:
-            raise ValueError(f"chunk must be at least 1; got {chunk}")
+        if chunk < 1 or (max_tokens is not None and max_tokens < 1):
+            raise ValueError(f"chunk must be at least 1, and so must max_tokens; got {chunk} and {max_tokens}")
         guidance = family.default(pipe, family.scale) if guidance is None else guidance
         if not math.isfinite(guidance):
             raise ValueError(f"guidance must be a finite number; got {guidance}")
@@ -277,6 +321,7 @@ class FlowModel:
         """
         if steps < 1:
             raise ValueError(f"steps must be at least 1; got {steps}")
+        families.check_scheduler(self.pipe.scheduler)
         scheduler = type(self.pipe.scheduler).from_config(self.pipe.scheduler.config)  # the pipeline's stays untouched
         asked = self._ask(torch.zeros(1, *self.shape, device=self.device), steps=steps)[1].asked
         scheduler.set_timesteps(**asked)

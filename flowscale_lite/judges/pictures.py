@@ -43,11 +43,11 @@ def load_model(cls: Any, name: str | Path, device: str, dtype: torch.dtype) -> A
     """A model of transformers ready for inference, from safetensors in a folder or on the hub.
 
     Raises:
-        ValueError: there is no such device.
+        ValueError: there is no such device, a file is damaged, or config and weights disagree.
         FileNotFoundError, PermissionError, ConnectionError: see `flux.hub.explained`.
     """
-    from ..flux.hub import check_device
+    from ..flux.hub import check_device, explained, quiet, weights
 
     check_device(device)
-    model = pretrained(cls, name, dtype=dtype, use_safetensors=True)
-    return model.eval().requires_grad_(False).to(device)
+    with explained(name), quiet(Path(name).exists()):
+        return weights(cls, name, dtype=dtype).to(device)
