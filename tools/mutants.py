@@ -215,7 +215,8 @@ MUTANTS = (
     M("zero-order: noises that grow", "methods/zero_order.py", "methods",
       "math.sqrt(1 - self.radius**2) * carry", "carry"),
     M("Refine: the regions kept are those redrawn", "beyond/refine.py", "methods",
-      "torch.where(where, run.noise(n) / start, noise_in(p, run))", "torch.where(where, noise_in(p, run), run.noise(n) / start)"),
+      "torch.where(where, run.noise(n) / start, noise_in(p, run))",
+      "torch.where(where, noise_in(p, run), run.noise(n) / start)"),
     M("Refine: the last try kept, better or not", "beyond/refine.py", "methods",
       "return q if q.reward > p.reward else p", "return q"),
     M("Refine: scattered entries for regions", "beyond/refine.py", "methods",
@@ -230,10 +231,10 @@ MUTANTS = (
       "renoised(p, run, noise_in(p, run), self._level(problem))", "renoised(p, run, noise_in(p, run), p.t)"),
     M("Cascade: the model's tries judged by the sibling", "beyond/draft.py", "draft",
       "self.share, self.cells), ahead).best()", "self.share, self.cells)).best()"),
-    M("Cascade: the sibling's picture returned", "beyond/draft.py", "draft contract",
-      "if n < 1:\n                drawn = renoised", "if n < 1:\n                return run.place(p, p.x0, 0.0)\n                drawn = renoised"),
+    M("Cascade: the sibling's picture returned", "beyond/draft.py", "draft",
+      "drawn = renoised(p", "return run.place(p, p.x0, 0.0)\n                drawn = renoised(p"),
     # The small world
-    M("a relation by any distance", "tiny/shapes.py", "shapes held_out",
+    M("a relation by any distance", "tiny/shapes.py", "shapes",
       "(gaps >= MARGIN).all()", "(gaps > 0).all()"),
     M("a reward that knows another relation", "tiny/shapes.py", "shapes",
       "np.clip(MARGIN - gaps, 0, 1)", "np.clip(0.3 - gaps, 0, 1)"),
@@ -263,7 +264,7 @@ def try_out(mutant: Mutant | None, tests: Sequence[str]) -> Outcome:
         RuntimeError: the tests did not run.
     """
     with tempfile.TemporaryDirectory() as folder:
-        for name in ("flowscale_lite", "tests"):
+        for name in ("flowscale_lite", "tests", "data/prompts"):
             shutil.copytree(ROOT / name, Path(folder) / name, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "pyproject.toml", folder)
         if mutant is not None:
