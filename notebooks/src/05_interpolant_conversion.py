@@ -48,7 +48,7 @@ TEXT = locate("prompts/hard.txt").read_text().splitlines()[1]
 prompt = FlowModel.encode(load(locate("tiny-flux/schnell")), TEXT, chunk=64)
 
 # %% [markdown]
-# We start from one noise, take three of ten steps, and go on six times with fresh noise. Once with the SDE of notebook 04 on the model's own linear path. Once as in the paper: the velocity is *converted* to another path, VP, and the SDE runs there.
+# We start from one noise, take three of ten steps, and go on six times with fresh noise. Once with the SDE of [notebook 04](04_ode_to_sde.ipynb) on the model's own linear path. Once as in the paper: the velocity is *converted* to another path, VP, and the SDE runs there.
 
 
 # %%
@@ -91,7 +91,7 @@ plt.show()
 #
 # ## Two paths through the same states
 #
-# A path mixes data and noise (notebook 01). The linear path has $x_t = (1-t)\,x_0 + t\,\varepsilon$. We write the other one with a bar and its own clock $s$:
+# A path mixes data and noise ([notebook 01](01_flow_matching.ipynb)). The linear path has $x_t = (1-t)\,x_0 + t\,\varepsilon$. We write the other one with a bar and its own clock $s$:
 #
 # $$\bar x_s = \bar\alpha_s\, x_0 + \bar\sigma_s\, \varepsilon, \qquad \text{VP:}\quad \bar\alpha_s = e^{-T_s/2}, \quad \bar\sigma_s = \sqrt{1 - e^{-T_s}}, \quad T_s = 0.1\, s + \tfrac{19.9}{2}\, s^2. \tag{5.1}$$
 #
@@ -154,7 +154,7 @@ for now in (0.1, 0.5, 0.9):
     assert torch.allclose(on_vp, on_linear), "(5.4)"
 
 # %% [markdown]
-# The velocity on VP follows from the two averages, by its definition (notebook 01):
+# The velocity on VP follows from the two averages, by its definition ([notebook 01](01_flow_matching.ipynb)):
 #
 # $$\bar u_s(\bar x) = \bar\alpha_s'\, x_{0|t} + \bar\sigma_s'\, \varepsilon_{|t} \qquad \text{at } t = t_s,\ x = \bar x/c_s. \tag{5.5}$$
 
@@ -220,7 +220,7 @@ assert 0.70 < paper[-2] < 0.72 and 0.98 < paper[3] < 1
 #
 # $$dx = \big[u_t - \tfrac12 g_t^2\,\nabla\log p_t\big]\,dt + g_t\,dw, \qquad g_t^2 = \frac{\bar g_s^2}{c_s^2}\,\frac{ds}{dt}. \tag{5.6}$$
 #
-# This is the SDE (4.6) of notebook 04 on the linear path, with another $g$ ([derivation](#Deeper:-the-VP-SDE-in-linear-coordinates)).
+# This is the SDE (4.6) of [notebook 04](04_ode_to_sde.ipynb) on the linear path, with another $g$ ([derivation](#Deeper:-the-VP-SDE-in-linear-coordinates)).
 
 # %% tags=["plot"] alt="Noise strength on the linear path, logarithmic axis. VP's falls far below 3 t squared everywhere except in the last few hundredths before t = 1, where it rises above it to about 11."
 t = torch.linspace(0.02, 0.993, 200).tolist()
@@ -376,7 +376,7 @@ plt.show()
 # %% [markdown]
 # ## Does a search find more?
 #
-# Variety is a means. Here is what RBF (notebook 08) finds with 100 evaluations under each sampler, on schnell, for forty prompts. RBF was tuned with the VP-SDE, so this comparison favours it.
+# Variety is a means. Here is what RBF ([notebook 08](08_rollover_budget_forcing.ipynb)) finds with 100 evaluations under each sampler, on schnell, for forty prompts. RBF was tuned with the VP-SDE, so this comparison favours it.
 
 # %%
 searches = experiments.read(locate("results") / "interpolants_search.jsonl")
@@ -399,11 +399,11 @@ assert ahead["VP-SDE, on VP itself"].low < 0 < ahead["VP-SDE, on VP itself"].hig
 assert against("schnell", "DDPM transition + grid", "VP-SDE", "part at 3").high > 0
 
 # %% [markdown]
-# The first four rows are the samplers from above. The others are the DDPM transition of notebook 04 on both grids, the VP-SDE with another ending (see below), and the VP-SDE in the authors' own discretisation ([Deeper](#Deeper:-the-last-step-on-VP)).
+# The first four rows are the samplers from above. The others are the DDPM transition of [notebook 04](04_ode_to_sde.ipynb) on both grids, the VP-SDE with another ending (see below), and the VP-SDE in the authors' own discretisation ([Deeper](#Deeper:-the-last-step-on-VP)).
 #
 # - VP-SDE has the best mean, and the diffusion alone by far the worst, as in the paper. Its lead over the linear SDE is not certain with forty searches: the interval contains 0.
 # - Each part needs the other: VP-SDE is ahead of the grid alone and of the diffusion alone, as in the paper.
-# - Variety alone does not help. With the grid, the DDPM transition makes siblings as different as VP-SDE does, and the search finds less. On schnell this transition makes worse pictures than the ODE (notebook 04). *A search needs children that differ, and that are good.*
+# - Variety alone does not help. With the grid, the DDPM transition makes siblings as different as VP-SDE does, and the search finds less. On schnell this transition makes worse pictures than the ODE ([notebook 04](04_ode_to_sde.ipynb)). *A search needs children that differ, and that are good.*
 #
 # ## What goes wrong: the paper's grid on a multi-step model
 #
@@ -429,7 +429,7 @@ assert against("dev", "VP-SDE", "linear SDE", "finished").high < 0
 assert against("dev", "VP-SDE, last step in three", "VP-SDE", "finished").low > 0
 
 # %% [markdown]
-# The last step goes from 0.71 to 0 at once, and returns an average over all pictures that are still possible (notebook 01). For schnell, which sees the end from far, this does no harm. dev needs steps there. With the last step cut in three (`paper_vp(10, finish=3)`, ten steps in all) most of the loss is mended.
+# The last step goes from 0.71 to 0 at once, and returns an average over all pictures that are still possible ([notebook 01](01_flow_matching.ipynb)). For schnell, which sees the end from far, this does no harm. dev needs steps there. With the last step cut in three (`paper_vp(10, finish=3)`, ten steps in all) most of the loss is mended.
 
 # %% [markdown]
 # ## Recap
