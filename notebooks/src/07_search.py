@@ -245,7 +245,7 @@ assert all(ahead > true for t, ahead, true in _pairs if t > 0.5)
 # Let us watch the two by hand, for one state and three children.
 
 # %%
-from flowscale_lite import Problem, Run, search
+from flowscale_lite import Problem, Run, ode, renoise, search
 
 problem = Problem(velocity, reward, LINEAR, ddim(), uniform(10), shape=(2,))
 run = Run(problem, max_nfe=100, generator=torch.Generator().manual_seed(0))
@@ -303,7 +303,7 @@ result = search(problem, MySVDD(), max_nfe=100, generator=seeded(0))
 print(f"reward {result.reward:.4f}, {result.nfe} NFE")
 
 # %% [markdown]
-# The last function is the whole method, in six lines. It never mentions the ring, so it runs on any problem; below it will draw pictures. The package's `SVDD` finds the same samples, to the last bit (a folded cell checks this for all three methods).
+# The last function is the whole method, in six lines. It never mentions the ring, so it runs on any problem. A test shows that the package's `SVDD` finds the same samples, to the last bit.
 #
 # ## CoDe: choose after a block
 #
@@ -330,8 +330,6 @@ class MyCoDe(Chains):
 
 
 # %%
-from flowscale_lite import ode, renoise
-
 COPIES = 4  # fixed, to keep this short; the package divides the budget
 
 
@@ -339,10 +337,14 @@ class MySoP(Chains):
     def advance(self, p, run):
         times = run.problem.times
         i = times.index(p.t)
-        q = p if i == 0 else run.propose(p, COPIES, s=times[i - 1], kernel=renoise)
-        for s in times[max(i, 1) : i + 3 + (i == 0)]:
-            q = run.propose(q, s=s, kernel=ode)
-        return q if i == 0 else run.score(q).top(self.chains)
+        if i == 0:  # the first leg only goes down
+            for s in times[1:4]:
+                p = run.propose(p, s=s, kernel=ode)
+            return p
+        p = run.propose(p, COPIES, s=times[i - 1], kernel=renoise)  # up
+        for s in times[i : i + 3]:  # down
+            p = run.propose(p, s=s, kernel=ode)
+        return run.score(p).top(self.chains)
 
 
 # %% [markdown]
@@ -451,7 +453,7 @@ plt.show()
 assert [name for name, right in verdicts.items() if right] == ["CoDe", "SVDD"]
 
 # %% [markdown]
-# One prompt and one seed, chosen because the methods differ on it, are an illustration. The evidence are stored runs (`data/results/paper.jsonl`, made by `python -m tools.runs.paper`): 50 prompts, 500 NFE and ten steps each, with the settings of the paper. Pictures are judged by a counter, whose smooth version was the reward, and by the held-out judge that no method could see.
+# One prompt and one seed, chosen because the methods differ on it, are an illustration. The evidence is in stored runs (`data/results/paper.jsonl`, made by `python -m tools.runs.paper`): 50 prompts, 500 NFE and ten steps each, with the settings of the paper. Pictures are judged by a counter, whose smooth version was the reward, and by the held-out judge that no method could see.
 
 # %%
 from flowscale_lite import experiments
@@ -498,7 +500,7 @@ for _judge in ("exact", "held_out"):
 # Bars are 95 % intervals over prompts; best-of-N and SoP run the ODE, the others the VP-SDE. Three things to read off:
 #
 # - Choosing on the way beats choosing at the end. SVDD is far ahead of best-of-N, and the held-out judge agrees.
-# - *First noises* matter. Plain SVDD starts from two. Given 25 for each chain, it does better at the same 500 NFE. On schnell the first look-ahead already says much ([notebook 03](03_rewards_and_best_of_n.ipynb)).
+# - *First noises* matter. Plain SVDD starts from two. Given 25 for each chain, it does better with the same budget. On schnell the first look-ahead already says much ([notebook 03](03_rewards_and_best_of_n.ipynb)).
 # - SMC, a sampler, is a good search as well: it starts from 50 noises. Compare methods only with the same start.
 #
 # ## What goes wrong: the last bit of reward
