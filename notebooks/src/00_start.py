@@ -48,9 +48,10 @@ pipe = load(locate("tiny-flux/schnell"))
 TEXT = "four red circles and five blue squares"
 
 # %% alt="Four pictures of red and blue shapes on white paper, drawn by the model from four noises. None has four red circles and five blue squares."
-options = {"height": 64, "width": 64, "num_inference_steps": 10, "max_sequence_length": 16}
+size = {"height": 64, "width": 64, "max_sequence_length": 16}
 generator = torch.Generator().manual_seed(0)
-pictures = pipe(TEXT, num_images_per_prompt=4, generator=generator, output_type="pt", **options).images
+four = {"num_images_per_prompt": 4, "num_inference_steps": 10, "generator": generator}
+pictures = pipe(TEXT, output_type="pt", **four, **size).images
 fig, axes = plt.subplots(1, 4, figsize=(9, 2.6))
 plots.strip(axes, pictures, [f"noise {k}" for k in range(4)])
 fig.suptitle(TEXT)
@@ -60,9 +61,7 @@ plt.show()
 # Count them: all four are wrong. The model that drew them is a `FluxPipeline` of the library diffusers, built like FLUX.1-schnell, with two text encoders, a transformer and an autoencoder. Only it is some six
 # thousand times smaller, and knows nothing but coloured shapes ([notebook 02](02_tiny_flux.ipynb)). Large models miscount too.
 #
-# We leave the model as it is. We only let it try more often.
-#
-# **Guess: would 25 tries do?** Write down yes or no, before you go on.
+# We leave the model as it is. We only let it try more often. Would 25 tries do? Write down yes or no, before you go on.
 #
 # ## Twenty-five tries
 #
@@ -113,10 +112,13 @@ times = prompt.times(10)
 
 # %%
 same = torch.randn(4, *prompt.shape, generator=torch.Generator().manual_seed(0))
-assert torch.allclose(prompt.decode(sample(prompt, same, times)[0]), pictures, atol=1e-4)
+ours = prompt.decode(sample(prompt, same, times)[0])
+assert torch.allclose(ours, pictures, atol=1e-4)
 
 # %% [markdown]
-# The assertion holds: these few lines draw the same four pictures as diffusers. Now 25 other noises:
+# The assertion holds: these few lines draw the same four pictures as diffusers.
+#
+# Now 25 other noises. **Guess: will one of the 25 pictures be right?**
 
 # %%
 noise = torch.randn(25, *prompt.shape, generator=torch.Generator().manual_seed(3))
@@ -124,7 +126,8 @@ latents, guesses = sample(prompt, noise, times)
 tries = prompt.decode(latents)
 scores = reward(tries)
 best = int(scores.argmax())
-print(f"best reward {scores[best]:.2f}, exactly right: {shapes.exact(scene, tries).sum()} of 25")
+print(f"best reward {scores[best]:.2f}")
+print(f"exactly right: {shapes.exact(scene, tries).sum()} of 25")
 
 # %% tags=["plot"] alt="Twenty-five pictures in five rows, the one of the highest reward in an orange frame. None shows four red circles and five blue squares."
 fig, axes = plt.subplots(5, 5, figsize=(5.6, 6.4))
@@ -159,7 +162,8 @@ assert not shapes.exact(scene, pictures).any() and not shapes.exact(scene, tries
 # %% alt="The guess of the finished picture at five times. It shows shapes already at time 1, from pure noise; they change a little and get clear."
 shown = [0, 2, 4, 6, 9]
 views = torch.cat([prompt.decode(guesses[k][best : best + 1]) for k in shown])
-titles = [f"t = {times[k]:.1f}: {value:.1f}" for k, value in zip(shown, reward(views), strict=True)]
+values = reward(views).tolist()
+titles = [f"t = {times[k]:.1f}: {r:.1f}" for k, r in zip(shown, values, strict=True)]
 fig, axes = plt.subplots(1, 5, figsize=(9, 2.2))
 plots.strip(axes, views, titles)
 plt.show()
@@ -177,21 +181,25 @@ plt.show()
 # 4. Take the first child that is better than the best so far, and go on from there. If the step's share of the budget is spent before, take the best child.
 # 5. What a step did not spend rolls over to the next.
 #
-# Notebooks 04 to 08 build each part. Today we use the package's: `sde(vp_diffusion())` is the paper's random step, and `paper_vp(10)` its ten times. `RBF.few_step` sets the share of the first noises to a quarter of the budget. That is our choice for models of few steps, not the paper's; it was tuned on other prompts.
+# [Notebook 04](04_ode_to_sde.ipynb) and the four after it build each part. Today we use the package's: `sde(vp_diffusion())` is the paper's random step, and `paper_vp(10)` its ten times. `RBF.few_step` sets the share of the first noises to a quarter of the budget. That is our choice for models of few steps, not the paper's; it was tuned on other prompts.
 
 # %%
 from flowscale_lite import RBF, BestOfN, ode, paper_vp, sde, search, steps, vp_diffusion
 
 budget = 250
 by_steps = prompt.problem(reward, sde(vp_diffusion()), times=paper_vp(10))
-run = steps(by_steps, RBF.few_step(budget), max_nfe=budget, generator=torch.Generator().manual_seed(3))
+
+# %%
+generator = torch.Generator().manual_seed(3)
+run = steps(by_steps, RBF.few_step(budget), max_nfe=budget, generator=generator)
 film, when = [], []
 for step in run:  # one step of the search at a time
     film.append(run.particles.best().x0)  # the guess of the state that it kept
     when.append(step.t)
 result = run.result()
 film_trace = result.trace
-print(f"RBF: reward {result.reward:.2f}, {result.nfe} NFE, {result.reward_calls} pictures judged")
+print(f"RBF: reward {result.reward:.2f}, {result.nfe} NFE")
+print(f"guesses judged: {result.reward_calls}")
 
 # %% alt="Two pictures side by side. Left, the best of 25 tries, with a wrong count. Right, RBF's picture: four red circles and five blue squares."
 found = prompt.decode(result.best[None])[0]
@@ -225,7 +233,7 @@ plt.show()
 #
 # <details><summary>Answer</summary>
 #
-# Look at the lower line, the mean of the children drawn. After the first pick, which is the best of 62 noises, the children's mean is soon nearly as bad as that of fresh noises. The early steps add so much noise that a child has little of its parent. So step 0 takes the best of 62, and step 1 the best of some twenty: fewer tries, a worse best.
+# Look at the lower line, the mean of the children drawn. The first pick is the best of 62 noises. But by step 3 the mean of its descendants has fallen back nearly to that of fresh noises, the first point. The early steps add so much noise that a child keeps little of its parent. So step 0 takes the best of 62, and each later step the best of some twenty: fewer tries, a worse best.
 # Only in the last two or three steps do children resemble their parents, and what has been gained stays.
 #
 # </details>
@@ -237,7 +245,8 @@ plt.show()
 def show_step(step=0):
     """The guess that RBF kept at one step."""
     fig, ax = plt.subplots(figsize=(2.6, 2.9))
-    plots.picture(ax, film_pictures[step], f"t = {when[step]:.3f}: {film_rewards[step]:.1f}")
+    title = f"t = {when[step]:.3f}: {film_rewards[step]:.1f}"
+    plots.picture(ax, film_pictures[step], title)
     plt.show()
 
 
@@ -252,7 +261,7 @@ except ImportError:
 means = np.array([step.mean for step in result.trace[:-1]])
 kept = np.array([step.accepted for step in result.trace[:-1]])
 assert shapes.exact(scene, found[None])[0] and result.trace[0].nfe == 62 and kept[3] < kept[0]
-assert (means[2:8] < 0.5 * means[0]).all() and (means[8:] > 0.4 * means[0]).all()
+assert means[3] < 0.8 * means[0] and (means[8:] > 0.4 * means[0]).all()
 
 # %% [markdown]
 # ## Was it luck?
@@ -295,45 +304,55 @@ def verdicts(text, method, nfe, seed, **sampler):
     scene, prompt = shapes.parse(text), FlowModel.encode(pipe, text)
     problem = prompt.problem(shapes.CountReward(scene), **sampler)
     g = torch.Generator().manual_seed(seed)
-    picture = prompt.decode(search(problem, method, max_nfe=nfe, generator=g).best[None])
+    result = search(problem, method, max_nfe=nfe, generator=g)
+    picture = prompt.decode(result.best[None])
     return bool(shapes.exact(scene, picture)[0]), bool(judge.exact(scene, picture)[0])
 
 
 # %%
 noisy = {"kernel": sde(vp_diffusion()), "times": paper_vp(10)}
 flow = {"kernel": ode, "times": times}
-exact = {
-    "one picture": [verdicts(text, BestOfN(1), 10, k, **flow) for k, text in enumerate(texts)],
-    "best of 25": [verdicts(text, BestOfN(), budget, k, **flow) for k, text in enumerate(texts)],
-    "RBF": [verdicts(text, RBF.few_step(budget), budget, k, **noisy) for k, text in enumerate(texts)],
+settings = {
+    "one picture": (BestOfN(1), 10, flow),
+    "best of 25": (BestOfN(), budget, flow),
+    "RBF": (RBF.few_step(budget), budget, noisy),
 }
+exact = {}
+for name, (method, nfe, sampler) in settings.items():
+    found = [verdicts(text, method, nfe, k, **sampler) for k, text in enumerate(texts)]
+    exact[name] = np.array(found)  # (12 prompts, 2 judges)
 
 # %% tags=["plot"] alt="Bars with 95 percent intervals: share of twelve prompts drawn exactly right, by the counter and by the held-out judge. One picture lowest, best of 25 in the middle, RBF highest; the intervals are wide."
 from scipy.stats import binomtest
 
 fig, ax = plt.subplots(figsize=(6, 3.4))
-judges = (("counter", "0.8"), ("held-out judge", "0.45"))
-for column, (label, colour) in enumerate(judges):
-    right = np.array([np.sum(found, axis=0)[column] for found in exact.values()])
-    tests = [binomtest(int(n), 12).proportion_ci(0.95, "exact") for n in right]
-    bars = np.array([[n / 12 - ci.low, ci.high - n / 12] for n, ci in zip(right, tests, strict=True)])
-    place = np.arange(3) + 0.36 * column - 0.18
-    style = {"color": colour, "edgecolor": "black", "capsize": 4}
-    ax.bar(place, right / 12, 0.36, yerr=bars.T.clip(0), label=label, **style)
+for column, (label, colour) in enumerate((("counter", "0.8"), ("held-out judge", "0.45"))):
+    right = np.array([found[:, column].sum() for found in exact.values()])
+    spans = [binomtest(int(n), 12).proportion_ci(0.95, "exact") for n in right]
+    low, high = np.array([(span.low, span.high) for span in spans]).T
+    share, place = right / 12, np.arange(3) + 0.36 * column - 0.18
+    errors = np.clip([share - low, high - share], 0, None)
+    style = {"color": colour, "edgecolor": "black", "capsize": 4, "label": label}
+    ax.bar(place, share, 0.36, yerr=errors, **style)
 ax.set(xticks=range(3), xticklabels=exact, ylim=(0, 1), ylabel="share of 12 prompts exact")
 ax.legend(loc="upper left")
 plt.show()
 
 # %%
 for column, name in enumerate(("counter", "held-out judge")):
-    pairs = [(a[column], b[column]) for a, b in zip(exact["RBF"], exact["best of 25"], strict=True)]
-    print(f"{name}: only RBF is right on {pairs.count((True, False))} prompts,", end=" ")
-    print(f"only best of 25 on {pairs.count((False, True))}")
+    one, two = exact["RBF"][:, column], exact["best of 25"][:, column]
+    print(f"{name}: only RBF is right on {(one & ~two).sum()} prompts,", end=" ")
+    print(f"only best of 25 on {(two & ~one).sum()}")
+
+# %% tags=["check"]
+assert (exact["RBF"].sum(0) == (9, 8)).all() and (exact["best of 25"].sum(0) == 3).all()
+assert not (exact["best of 25"] & ~exact["RBF"]).any()
 
 # %% [markdown]
-# XXX
+# RBF is right on nine of the twelve prompts by the counter and on eight by the judge, best of 25 on three. On five or six prompts only RBF is right, on none only best of 25. If the two were equally good, six of six would point the same way once in 32 times, and five of five once in 16.
+# So twelve prompts are a good hint, and no more. [Deeper](#Deeper:-fifty-prompts) has fifty prompts.
 #
-# The bars are 95 % intervals of Clopper and Pearson, of twelve prompts with one run each. They are wide. [Notebook 10](10_scaling.ipynb) has fifty prompts, three seeds, more methods and more budgets.
+# The thin lines on the bars are 95 % intervals of Clopper and Pearson, of twelve prompts with one run each. They are wide.
 #
 # Equal NFE is not equal time. RBF decodes and judges 251 pictures, best-of-N only 25, and with so small a model that takes RBF about three times as long. With FLUX.1 the velocity is by far the larger part ([notebook 11](11_flux.ipynb)).
 #
@@ -344,13 +363,14 @@ for column, name in enumerate(("counter", "held-out judge")):
 
 # %% alt="Nine objects, as the prompt has in all, but not four red circles and five blue squares."
 def nine_things(pictures):
-    """Minus the squared error of the total number of objects, whatever their kind: (K,)."""
+    """Minus the squared error of the total, whatever the kinds: (K,)."""
     total = shapes.soft_count(shapes.detect(pictures)).sum(1)
     return -torch.from_numpy((total - 9) ** 2).float()
 
 
 problem = prompt.problem(nine_things, **noisy)
-result = search(problem, RBF.few_step(100), max_nfe=100, generator=torch.Generator().manual_seed(0))
+generator = torch.Generator().manual_seed(0)
+result = search(problem, RBF.few_step(100), max_nfe=100, generator=generator)
 fooled = prompt.decode(result.best[None])[0]
 fig, ax = plt.subplots(figsize=(2.8, 3.4))
 plots.picture(ax, fooled, f"reward {result.reward:.2f}\n" + seen(fooled))
@@ -375,20 +395,23 @@ problem = mine.problem(goal, sde(vp_diffusion()), times=paper_vp(10))
 g = torch.Generator().manual_seed(0)
 result = search(problem, RBF.few_step(250), max_nfe=250, generator=g)
 fig, ax = plt.subplots(figsize=(2.8, 3.1))
-plots.picture(ax, mine.decode(result.best[None])[0], f"{text}\nreward {result.reward:.2f}")
+picture = mine.decode(result.best[None])[0]
+plots.picture(ax, picture, f"{text}\nreward {result.reward:.2f}")
 ax.title.set_fontsize(8)
 plt.show()
 
 # %% [markdown]
 # Nothing in these lines is about shapes but the reward. With FLUX.1 and a reward of your own they stay the same; [notebook 11](11_flux.ipynb) runs them.
-#
+
+# %% [markdown]
 # ## Recap
 # - A flow model turns noise into a picture in a few steps. Each evaluation costs one NFE.
 # - Best-of-N spends a budget on whole pictures, and no try learns from another.
 # - At every step the model guesses the finished picture (0.3), and a reward can judge the guess for one NFE.
 # - RBF spends the budget step by step: it draws random children and goes on from a good one.
 # - A gain counts if prompts nobody tuned on show it and a judge that no search saw confirms it.
-#
+
+# %% [markdown]
 # ## Exercises
 #
 # ### Exercise 1: how many tries would do? (difficulty 2 of 5, 10 minutes)
@@ -404,7 +427,7 @@ plt.show()
 
 # %% tags=["exercise"]
 def tries_needed(p, sure):
-    """The smallest N with which at least one of N tries is right with probability >= sure."""
+    """The smallest N: at least one of N tries is right, with probability sure."""
     ### BEGIN SOLUTION
     return int(np.ceil(np.log(1 - sure) / np.log(1 - p) - 1e-9))
     ### END SOLUTION
@@ -412,10 +435,11 @@ def tries_needed(p, sure):
 
 # %% tags=["exercise-test"]
 assert tries_needed(0.5, 0.5) == 1, "with p = 1/2 one try is right half of the time"
-assert tries_needed(0.5, 0.9) == 4, "1 - (1/2)^4 is 0.94, and three tries give 0.875 only"
-assert tries_needed(0.9, 0.5) == 1, "at least one try is needed, and N is a whole number"
+assert tries_needed(0.5, 0.9) == 4, "four tries give 0.94, three only 0.875"
+assert tries_needed(0.9, 0.5) == 1, "at least one try is needed"
 needed = tries_needed(1 / 128, 0.9)
-assert (1 - 1 / 128) ** needed <= 0.1 < (1 - 1 / 128) ** (needed - 1), f"{needed} is not the smallest"
+assert 1 - (1 - 1 / 128) ** needed >= 0.9, f"{needed} tries are too few for p = 1/128"
+assert 1 - (1 - 1 / 128) ** (needed - 1) < 0.9, f"fewer than {needed} would do"
 print(f"Well done. That is {10 * needed} NFE for one picture.")
 
 
@@ -457,8 +481,9 @@ def tries_needed(p, sure):
 def balanced(pictures):
     """Pictures (K, 3, H, W) -> reward (K,), at most 0."""
     ### BEGIN SOLUTION
-    counts = shapes.soft_count(shapes.detect(pictures)).reshape(len(pictures), 4, 3).sum(1)
-    return -torch.from_numpy((counts[:, 0] - counts[:, 2]) ** 2 + counts[:, 1] ** 2).float()
+    counts = shapes.soft_count(shapes.detect(pictures)).reshape(-1, 4, 3).sum(1)
+    circles, squares, triangles = counts.T
+    return -torch.from_numpy((circles - triangles) ** 2 + squares**2).float()
     ### END SOLUTION
 
 
@@ -469,9 +494,20 @@ def drawn(*texts):
     return shapes.to_tensor(shapes.render(scenes, np.random.default_rng(0)))
 
 
-good = balanced(drawn("two red circles and two blue triangles", "three green circles and three green triangles"))
+good = balanced(
+    drawn(
+        "two red circles and two blue triangles",
+        "three green circles and three green triangles",
+    )
+)
 assert good.shape == (2,) and (good > -0.05).all(), "balanced pictures deserve 0"
-bad = balanced(drawn("two red circles and four blue triangles", "four blue triangles", "five red circles"))
+bad = balanced(
+    drawn(
+        "two red circles and four blue triangles",
+        "four blue triangles",
+        "five red circles",
+    )
+)
 assert (bad < -0.5).all(), "a surplus must cost, of circles or of triangles"
 bad = balanced(drawn("two red squares", "one blue square"))
 assert (bad < -0.5).all(), "a square must cost"
@@ -481,20 +517,22 @@ print("Well done.")
 # %% tags=["wrong-answers"]
 ### WRONG: allows squares
 def balanced(pictures):
-    counts = shapes.soft_count(shapes.detect(pictures)).reshape(len(pictures), 4, 3).sum(1)
+    counts = shapes.soft_count(shapes.detect(pictures)).reshape(-1, 4, 3).sum(1)
     return -torch.from_numpy((counts[:, 0] - counts[:, 2]) ** 2).float()
 
 
 ### WRONG: punishes one kind of surplus only
 def balanced(pictures):
-    counts = shapes.soft_count(shapes.detect(pictures)).reshape(len(pictures), 4, 3).sum(1)
-    return -torch.from_numpy((counts[:, 0] - counts[:, 2]).clip(0) ** 2 + counts[:, 1] ** 2).float()
+    counts = shapes.soft_count(shapes.detect(pictures)).reshape(-1, 4, 3).sum(1)
+    circles, squares, triangles = counts.T
+    return -torch.from_numpy((circles - triangles).clip(0) ** 2 + squares**2).float()
 
 
 ### WRONG: mixes up shapes and colours
 def balanced(pictures):
-    counts = shapes.soft_count(shapes.detect(pictures)).reshape(len(pictures), 3, 4).sum(1)
-    return -torch.from_numpy((counts[:, 0] - counts[:, 2]) ** 2 + counts[:, 1] ** 2).float()
+    counts = shapes.soft_count(shapes.detect(pictures)).reshape(-1, 3, 4).sum(1)
+    circles, squares, triangles = counts.T
+    return -torch.from_numpy((circles - triangles) ** 2 + squares**2).float()
 
 
 # %% [markdown]
@@ -516,7 +554,8 @@ account.round(3)
 # Those whose `drawn` is below 21. There `accepted` beats all that was accepted before. The rest goes to the next step, which may draw more than 21. The last paid step gets all that is left. The step to $t = 0$ is free: it goes to the guess of the state, which is known already.
 #
 # </details>
-#
+
+# %% [markdown]
 # ## Deeper: fifty prompts
 #
 # Stored runs with 250 NFE: fifty hard prompts, three seeds each. Best-of-N is also there with four steps a picture, enough for a few-step model, so that 250 NFE buy 62 pictures. The intervals are bootstrapped over prompts.
@@ -524,17 +563,18 @@ account.round(3)
 # %%
 from flowscale_lite.experiments import paired_difference, read, table
 
-rows = read(locate("results/search.jsonl"))
-rows = [r for r in rows if (r["model"], r["level"], r["budget"]) == ("schnell", "hard", budget)]
+wanted = {"model": "schnell", "level": "hard", "budget": budget}
+rows = [r for r in read(locate("results/search.jsonl")) if wanted.items() <= r.items()]
 names = ["best-of-n", "best-of-n, 4 steps", "rbf"]
 runs = {name: [row for row in rows if row["method"] == name] for name in names}
-chosen = [row for name in names for row in runs[name]]
+chosen = runs["best-of-n"] + runs["best-of-n, 4 steps"] + runs["rbf"]
 table(chosen, ["method"], ["exact", "held_out"])
 
 # %%
 for name in names[:2]:
-    gain = [paired_difference(runs["rbf"], runs[name], field) for field in ("exact", "held_out")]
-    print(f"RBF minus {name}: counter {gain[0]}, held-out judge {gain[1]}")
+    for judged in ("exact", "held_out"):
+        gain = paired_difference(runs["rbf"], runs[name], judged)
+        print(f"RBF minus {name}, {judged}: {gain}")
 
 # %% tags=["check"]
 for name in names[:2]:
@@ -543,7 +583,8 @@ for name in names[:2]:
 
 # %% [markdown]
 # RBF is ahead of both, by both judges.
-#
+
+# %% [markdown]
 # ## Not shown
 # Why noise may be added to a flow (04), why the path matters (05), how RBF decides (08), what other methods do with the same budget (10).
 #
