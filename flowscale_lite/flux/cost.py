@@ -3,9 +3,8 @@
     counts = cost.count_pipeline(hub.skeleton(cost.FLUX1), 1024, 1024)
     print(cost.estimate(counts, cost.GPUS["H100"], nfe=500).dollars)
 
-Floating-point operations are counted, not guessed: models are built without weights on PyTorch's meta device, where
-tensors have a shape and no contents, and are run there. How fast a GPU works the operations off is stated: its peak
-times a utilisation. Prices are assumptions, in round numbers: replace them by what your provider asks.
+Operations are counted: models run without weights on PyTorch's meta device, where tensors have a shape and no contents.
+How fast a GPU works them off is stated: its peak times a utilisation. Prices are assumed: put in your provider's.
 """
 
 from __future__ import annotations

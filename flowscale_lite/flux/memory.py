@@ -29,7 +29,7 @@ from torch import nn
 
 from . import families, hub
 from .cost import GIB, blank_prompt, count_operations
-from .prompt import encode_text, known_texts
+from .prompt import KNOWN, encode_text
 
 CHOICES: Mapping[str, tuple[Any, ...]] = {
     "dtype": ("bfloat16", "float16", "float32"),
@@ -137,13 +137,11 @@ class MemoryPlan:
     Attributes:
         model, sizes: its name, and the sizes of its parts.
         free, keep: GiB found, and GiB of them to be left free.
-        dtype: what the transformer computes in. With float16 the autoencoder, whose values may exceed the range, is
-            kept in float32, and text encoders in bfloat16.
-        weights: how the transformer is held: "full", as it is; "int8" or "fp8", in 8 bits by torchao; "nf4", in 4 bits
-            by bitsandbytes.
+        dtype: what the transformer computes in. With float16 the autoencoder is in float32, text encoders in bfloat16.
+        weights: how the transformer is held: as it is, in 8 bits by torchao, or in 4 bits by bitsandbytes ("nf4").
         text: where text encoders are: "resident", beside the transformer; "offloaded", in host memory, changing places
             with it for every new prompt; "dropped", nowhere, once the prompts given to `load_planned` are encoded.
-        text_weights: how text encoders are held, "full" or "nf4".
+        text_weights: how text encoders are held.
         group_offload: the transformer's weights wait in host memory and pass through the GPU layer by layer.
         tiling: pictures are decoded in tiles, with some change where they overlap.
         chunk, decode_chunk: rows to a forward pass, pictures to a decode.
@@ -338,13 +336,13 @@ def load_planned(
     if plan.text == "dropped":
         encoder = _fetch(model, plan, ["transformer", "vae"]).to(device)
         encode(encoder)
-        known = known_texts(encoder)
+        known = KNOWN[encoder]
         absent = [name for name in hub.index(model) if name.startswith(("text_encoder", "tokenizer"))]
         del encoder
         gc.collect()
         torch.cuda.empty_cache()
     pipe = _fetch(model, plan, absent)
-    known_texts(pipe).update(known)
+    KNOWN[pipe] = known
     _place(pipe, plan, torch.device(device))
     encode(pipe)
     return pipe

@@ -30,12 +30,8 @@ from ..schedules import Times
 from ..search import Problem, Result
 from . import families, hub
 
-_KNOWN: WeakKeyDictionary[Any, dict[tuple[str, str | None, int | None], families.Arguments]] = WeakKeyDictionary()
-
-
-def known_texts(pipe: Any) -> dict[tuple[str, str | None, int | None], families.Arguments]:
-    """The texts that a pipeline has encoded, by (text, negative text, token limit); forgotten with the pipeline."""
-    return _KNOWN.setdefault(pipe, {})
+KNOWN: WeakKeyDictionary[Any, dict[tuple[str, str | None, int | None], families.Arguments]] = WeakKeyDictionary()
+"""The texts that each pipeline has encoded, by (text, negative text, token limit); forgotten with the pipeline."""
 
 
 def encode_text(
@@ -45,7 +41,7 @@ def encode_text(
 
     `tokens` limits the text; None stands for what the model was made for. `config` is that of a transformer not loaded.
     """
-    known, key = known_texts(pipe), (text, negative, tokens)
+    known, key = KNOWN.setdefault(pipe, {}), (text, negative, tokens)
     if key not in known:
         if not families.text_encoders(pipe):
             raise ValueError(f"this pipeline was loaded without text encoders, and had not been given {text!r}")
@@ -187,12 +183,11 @@ class FlowModel:
     ) -> FlowModel:  # fmt: skip
         """Encode `text`, unless this pipeline has encoded it before.
 
-        Height and width are the model's own if None, the guidance is then that of its `__call__`. `negative` is the
-        text that guidance leads away from, where it takes a second forward pass. `max_tokens` of the text count; if
-        None, as many as the model was made for.
+        Sides and guidance are by default the model's own. `negative` is the text that guidance leads away from, where
+        it takes a second forward pass. `max_tokens` of the text count; if None, as many as the model was made for.
 
-        Raises ValueError if the pipeline is not supported, a side is no positive multiple of the latent patch, chunk
-        or max_tokens is below 1, guidance is not finite, or the text is new to a pipeline without text encoders.
+        Raises ValueError if the pipeline is not supported, a side is no positive multiple of the latent patch, another
+        number is out of range, or the text is new to a pipeline without text encoders.
         """
         family = families.family(pipe)
         height, width = (native_size(pipe) if side is None else side for side in (height, width))
@@ -233,9 +228,8 @@ class FlowModel:
     def multi_step(self) -> bool:
         """Whether the model needs many steps to draw a picture, as FLUX.1-dev does and FLUX.1-schnell does not.
 
-        Of FLUX.1 those with a guidance embedding need many. No config of another family says. The models made for few
-        steps (FLUX.2-klein, SD3.5-large-turbo, Z-Image-Turbo) run without guidance; so a model of these families is
-        taken to need many steps if guidance runs it twice. Give a turbo model `guidance=0`.
+        No config of another family says. Models made for few steps (FLUX.2-klein, SD3.5-large-turbo, Z-Image-Turbo) run
+        without guidance, so others are taken to be those that guidance runs twice. Give a turbo model `guidance=0`.
         """
         if type(self.pipe).__name__ == "FluxPipeline":
             return bool(self.pipe.transformer.config.guidance_embeds)
@@ -278,10 +272,9 @@ class FlowModel:
             return chunked(lambda rows: self._ask(rows, vae=vae)[0].float(), self.chunk if chunk is None else chunk)(x)
 
     def leaders(self, result: Result, reward: Reward, number: int = 4) -> tuple[Tensor, Tensor]:
-        """The best pictures of a search that judged previews, decoded in full and judged again.
+        """The best finished particles of a search that judged previews, decoded in full and judged again.
 
-        Of the finished particles the `number` with the highest rewards are decoded, or all if there are fewer. Returns
-        their pictures (number, 3, height, width) and new rewards (number,), best first.
+        Returns their pictures (number, 3, height, width) and new rewards (number,), best first.
         """
         p = result.particles
         pictures = self.decode(p.x[p.reward.argsort(descending=True)[:number]])
@@ -337,11 +330,8 @@ class FlowModel:
 
 
 def native_size(pipe: Any) -> int:
-    """The side, in pixels, of the pictures that a model was made for: the default of `__call__`.
-
-    For FLUX.1 it follows from the most tokens that its scheduler knows, so that a small FLUX draws small pictures.
-    """
-    if type(pipe).__name__ == "FluxPipeline":
+    """The side, in pixels, of the pictures that a model was made for: the default of `__call__`."""
+    if type(pipe).__name__ == "FluxPipeline":  # a small FLUX draws small pictures: its scheduler knows fewer tokens
         return math.isqrt(pipe.scheduler.config.max_image_seq_len) * 2 * pipe.vae_scale_factor
     sites = getattr(pipe, "default_sample_size", None) or getattr(pipe.transformer.config, "sample_size", None)
     return sites * pipe.vae_scale_factor if sites else 1024

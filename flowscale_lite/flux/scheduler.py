@@ -3,8 +3,7 @@
     pipe.scheduler = FlowSDEScheduler.from_config(pipe.scheduler.config, kernel="sde", interpolant="vp")
 
 diffusers' `stochastic_sampling` changes the law of the samples, and pipelines do not hand their `generator` to `step`.
-This scheduler takes every kernel of `kernels` and every grid of `schedules`, and its noise has a seed. Its noise level
-can be chosen, which arXiv 2503.19385 needs.
+This scheduler takes every grid of `schedules`, its noise has a seed, and its level can be chosen (arXiv 2503.19385).
 """
 
 from __future__ import annotations
