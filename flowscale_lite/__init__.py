@@ -6,6 +6,7 @@ the package needs torch only; `flowscale_lite.flux`, `judges`, `experiments` and
 """
 
 from . import look_ahead
+from .beyond import Cascade, Draft, Refine
 from .interpolants import COSINE, LINEAR, VP, Interpolant, Velocity, convert, vp
 from .kernels import Diffusion, Kernel, ddim, equivalent_sde, memoryless, ode, quadratic, renoise, sde, vp_diffusion
 from .look_ahead import LookAhead
@@ -20,7 +21,6 @@ from .methods import (
     Blockwise,
     FirstImprovement,
     Guide,
-    Refine,
     SearchOverPaths,
     ZeroOrder,
     log_z,

@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import __version__, kernels, schedules
-from .methods import RBF, SMC, SVDD, Beam, BestOfN, Blockwise, Refine, SearchOverPaths, ZeroOrder
+from . import __version__, kernels, look_ahead, schedules
+from .beyond import Cascade, Draft, Refine
+from .methods import RBF, SMC, SVDD, Beam, BestOfN, Blockwise, SearchOverPaths, ZeroOrder
 from .search import Method, Problem, Result, search, steps
 from .tiny import shapes
 from .tiny.data import locate
@@ -27,13 +28,16 @@ METHODS: dict[str, Callable[[], Method]] = {
     "rbf": RBF,
     "beam": Beam,
     "refine": Refine,
+    "draft": Draft,
+    "cascade": Cascade,
     "svdd": SVDD,
     "smc": SMC,
     "code": Blockwise,
     "search-over-paths": SearchOverPaths,
     "zero-order": ZeroOrder,
 }
-ON_THE_ODE = ("best-of-n", "refine", "search-over-paths", "zero-order")
+ON_THE_ODE = ("best-of-n", "refine", "draft", "cascade", "search-over-paths", "zero-order")
+DRAFTED = ("draft", "cascade")
 KERNELS: dict[str, Callable[[], kernels.Kernel]] = {
     "ode": lambda: kernels.ode,
     "sde": lambda: kernels.sde(kernels.quadratic()),
@@ -49,6 +53,7 @@ class Job:
     args: argparse.Namespace
     model: FlowModel
     problem: Problem
+    kernel: str
     name: str
     method: Method
     scene: shapes.Scene
@@ -57,7 +62,9 @@ class Job:
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="flowscale", description=__doc__)
     p.add_argument("prompt", help="what to draw, in plain English")
-    p.add_argument("--method", choices=METHODS, help="default: rbf; beam for models that need many steps")
+    p.add_argument(
+        "--method", choices=METHODS, help="default: rbf; beam for models that need many steps; draft with --draft"
+    )
     p.add_argument("--nfe", type=int, default=250, help="budget of velocity evaluations (default: %(default)s)")
     p.add_argument("--steps", type=int, default=10, help="steps of the time grid (default: %(default)s)")
     p.add_argument("--kernel", choices=KERNELS, help="transition (default: what suits method and model)")
@@ -65,6 +72,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--guidance", type=float, default=2.0, help=guidance)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--model", help="folder or hub id of a pipeline (default: the tiny-flux of this project)")
+    sibling = "folder or hub id of a few-step model of the same latents: it searches, the model finishes"
+    p.add_argument("--draft", metavar="MODEL", help=sibling)
     p.add_argument("--device", default="cpu")
     p.add_argument("--out", type=Path, default=Path("out.png"), help="picture; the account goes beside it as .json")
     p.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
@@ -72,7 +81,21 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command; bad input ends in one line on standard error and exit status 2, before anything is computed."""
+    """Run the command, `flowscale bench` or `flowscale replay`. Bad input ends in one line on standard error and exit
+    status 2, before anything is computed."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv[:1] == ["bench"]:
+        from .experiments import bench
+
+        return bench.main(argv[1:])
+    told_before = None
+    try:
+        if argv[:1] == ["replay"]:
+            told_before = read_account(argv[1:])
+            argv = told_before["command"]
+    except (ValueError, OSError) as error:
+        print(f"flowscale replay: {error}", file=sys.stderr)
+        sys.exit(2)
     args = parser().parse_args(argv)
     try:
         with warnings.catch_warnings():
@@ -82,8 +105,30 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         print(f"flowscale: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
-    print(table(run(job)))
+    account = run(job)
+    print(table(account))
     print(f"picture: {args.out}   account: {args.out.with_suffix('.json')}")
+    if told_before is not None:
+        different = [key for key in ("plain", "found", "trace") if known(account[key]) != known(told_before[key])]
+        print(f"replayed; differs in: {', '.join(different)}" if different else "replayed: the same numbers")
+        sys.exit(1 if different else 0)
+
+
+def read_account(argv: Sequence[str]) -> dict[str, Any]:
+    """The account to replay, its command set to write beside it. Raises ValueError or OSError: there is none."""
+    if len(argv) != 1:
+        raise ValueError("expected the account of a search: flowscale replay out.json")
+    path = Path(argv[0])
+    account = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(account, dict) or not {"command", "plain", "found", "trace"} <= set(account):
+        raise ValueError(f"{path} is not an account that flowscale wrote")
+    account["command"] += ["--out", str(path.with_suffix(".replay.png"))]
+    return account
+
+
+def known(part: Any) -> Any:
+    """A part of an account without its seconds."""
+    return {key: value for key, value in part.items() if key != "seconds"} if isinstance(part, dict) else part
 
 
 def prepare(args: argparse.Namespace) -> Job:
@@ -99,14 +144,19 @@ def prepare(args: argparse.Namespace) -> Job:
 
     pipe = flux.load(args.model or locate("tiny-flux/schnell"), args.device)
     model = flux.FlowModel.encode(pipe, args.prompt, guidance=args.guidance)
-    name = args.method or ("beam" if model.multi_step else "rbf")
+    name = args.method or ("draft" if args.draft else "beam" if model.multi_step else "rbf")
     method, kernel = suited_method(args, name, model), suited_kernel(args, name, model)
     times = suited_times(args, name, kernel, model)
     problem = model.problem(shapes.CountReward(scene), KERNELS[kernel](), times=times)
+    if args.draft:
+        sibling = flux.FlowModel.encode(flux.load(args.draft, args.device), args.prompt, guidance=args.guidance)
+        if sibling.shape != model.shape:
+            raise ValueError(f"--draft {args.draft} has latents of {sibling.shape}, the model of {model.shape}")
+        problem = replace(problem, look_ahead=look_ahead.sibling(sibling))
     method.check(problem, args.nfe)
     if name == "refine" and model.multi_step:
         print("flowscale: refine is made for few-step models; on this one beam finds more", file=sys.stderr)
-    return Job(args, model, problem, name, method, scene)
+    return Job(args, model, problem, kernel, name, method, scene)
 
 
 def check_numbers(args: argparse.Namespace) -> None:
@@ -115,8 +165,12 @@ def check_numbers(args: argparse.Namespace) -> None:
         raise ValueError(f"--nfe and --steps must be at least 1; got {args.nfe} and {args.steps}")
     if not -(2**63) <= args.seed < 2**64:
         raise ValueError(f"--seed must be an integer of 64 bits; got {args.seed}")
-    if args.method == "refine" and args.kernel:
-        raise ValueError(f"refine redraws noise itself and takes no --kernel; got {args.kernel}")
+    if args.method in ("refine", *DRAFTED) and args.kernel:
+        raise ValueError(f"{args.method} redraws noise itself and takes no --kernel; got {args.kernel}")
+    if args.method in DRAFTED and not args.draft:
+        raise ValueError(f"{args.method} needs --draft MODEL, a few-step model of the same latents")
+    if args.draft and args.method not in (None, *DRAFTED):
+        raise ValueError(f"--draft is for the methods {' and '.join(DRAFTED)}; got --method {args.method}")
 
 
 def check_output(out: Path) -> None:
@@ -134,6 +188,8 @@ def suited_method(args: argparse.Namespace, name: str, model: FlowModel) -> Meth
         return Beam.multi_step(args.nfe, args.steps, model.cost)
     if name == "refine":
         return Refine.few_step(args.nfe, model.cost)
+    if name in DRAFTED:
+        return (Draft if name == "draft" else Cascade).multi_step(args.nfe, model.cost)
     return METHODS[name]()
 
 
@@ -148,7 +204,7 @@ def suited_kernel(args: argparse.Namespace, name: str, model: FlowModel) -> str:
 
 def suited_times(args: argparse.Namespace, name: str, kernel: str, model: FlowModel) -> schedules.Times:
     """The time grid that suits method, kernel and model."""
-    if name == "refine":
+    if name in ("refine", "cascade"):
         return schedules.levels(args.steps)
     if kernel == "vp":
         return schedules.paper_vp(args.steps, finish=math.ceil(args.steps / 3) if model.multi_step else 1)
@@ -179,7 +235,8 @@ def run(job: Job) -> dict[str, Any]:
         "found": summary(result, after, job.scene) | {"seconds": round(seconds, 2)},
         "trace": [step._asdict() for step in result.trace],
     }
-    text = json.dumps(finite(account), indent=1, allow_nan=False) + "\n"
+    account = finite(account)
+    text = json.dumps(account, indent=1, allow_nan=False) + "\n"
     args.out.with_suffix(".json").write_text(text)  # first: the budget is spent, whatever drawing may meet
     figure = plots.before_after(before[0], after[0], result, title=args.prompt)
     figure.savefig(args.out, dpi=150)
@@ -204,11 +261,20 @@ def told(job: Job) -> dict[str, Any]:
         "model": str(job.args.model or "tiny-flux/schnell"),
         "steps": job.args.steps,
         "guidance": job.args.guidance,
-        "kernel": job.problem.kernel.name,
+        "kernel": job.kernel,
+        "times": list(job.problem.times),
+        "look_ahead": job.problem.look_ahead.name,
+        "command": command(job.args),
         "method": {"name": job.name, "settings": repr(job.method)},
         "budget": job.args.nfe,
         "version": __version__,
     }
+
+
+def command(args: argparse.Namespace) -> list[str]:
+    """The options that ask for the same search again, all but where it is written."""
+    named = {key: value for key, value in vars(args).items() if key not in ("prompt", "out") and value is not None}
+    return [args.prompt, *(word for key, value in named.items() for word in (f"--{key}", str(value)))]
 
 
 def plain_sample(problem: Problem, generator: Any) -> Result:

@@ -16,6 +16,7 @@ import torch
 from torch import Generator, Tensor
 
 from .kernels import Kernel
+from .look_ahead import LookAhead
 from .problem import Particles, Problem, Result, Step
 
 
@@ -111,19 +112,20 @@ class Run:
         v, x0 = self._velocity(p.x, p.t)
         return replace(p, v=v, x0=x0)
 
-    def score(self, p: Particles) -> Particles:
+    def score(self, p: Particles, look_ahead: LookAhead | None = None) -> Particles:
         """The particles with their look-ahead rewards r(x0); those that have theirs are not judged again.
 
-        Each row costs what the problem's look-ahead does, less the evaluation if it is evaluated already. Finished
-        samples are judged as they are. Raises ValueError: the reward's answer is not a finite tensor of shape (K,).
+        The look-ahead is the problem's unless another is given. Each row costs its price, less the evaluation if it is
+        evaluated already. Finished samples are judged as they are.
+        Raises ValueError: the reward's answer is not a finite tensor of shape (K,).
         """
         new = p.reward.isnan()
         missing = int(new.sum())
         if missing == 0:
             return p
         if missing < len(p):
-            return p.put(new, self.score(p[new]))
-        ahead = self.problem.look_ahead
+            return p.put(new, self.score(p[new], look_ahead))
+        ahead = look_ahead or self.problem.look_ahead
         if p.t > 0 and ahead.evaluates:
             p = self.evaluate(p)
         if p.t > 0 and ahead.estimate is not None:

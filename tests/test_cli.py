@@ -43,6 +43,48 @@ def test_same_seed_same_account_and_another_seed_another(capsys, tmp_path):
     assert account("c.png", "1")["found"]["reward"] != account("a.png", "0")["found"]["reward"]
 
 
+@pytest.mark.parametrize("method", ["draft", "cascade"])
+def test_a_sibling_drafts_and_the_account_replays(capsys, tmp_path, method):
+    dev, schnell, out = (str(p) for p in (locate("tiny-flux/dev"), locate("tiny-flux/schnell"), tmp_path / "out.png"))
+    flowscale(
+        capsys,
+        PROMPT,
+        "--model",
+        dev,
+        "--draft",
+        schnell,
+        "--method",
+        method,
+        "--nfe",
+        "60",
+        "--seed",
+        "-2",
+        "--out",
+        out,
+    )
+    account = json.loads((tmp_path / "out.json").read_text())
+    assert account["look_ahead"] == "sibling" and account["found"]["nfe"] > 50
+    with pytest.raises(SystemExit) as end:
+        flowscale(capsys, "replay", str(tmp_path / "out.json"))
+    assert end.value.code == 0 and "the same numbers" in capsys.readouterr().out
+    assert (tmp_path / "out.replay.png").exists()
+    account["found"]["reward"] += 0.1
+    (tmp_path / "out.json").write_text(json.dumps(account))
+    with pytest.raises(SystemExit) as end:
+        flowscale(capsys, "replay", str(tmp_path / "out.json"))
+    assert end.value.code == 1 and "differs in: found" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kernel", ["vp", "sde"])
+def test_accounts_of_two_kernels_of_one_kind_replay(capsys, tmp_path, kernel):
+    """Both are SDEs, which 0.1.0 told alike."""
+    flowscale(capsys, PROMPT, "--kernel", kernel, "--nfe", "30", "--out", str(tmp_path / "out.png"))
+    assert json.loads((tmp_path / "out.json").read_text())["kernel"] == kernel
+    with pytest.raises(SystemExit) as end:
+        flowscale(capsys, "replay", str(tmp_path / "out.json"))
+    assert end.value.code == 0
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -54,6 +96,11 @@ def test_same_seed_same_account_and_another_seed_another(capsys, tmp_path):
         ([PROMPT, "--nfe", "many"], "invalid int"),
         ([PROMPT, "--kernel", "ode"], "deterministic"),
         ([PROMPT, "--method", "refine", "--kernel", "vp"], "takes no --kernel"),
+        ([PROMPT, "--method", "cascade"], "cascade needs --draft MODEL"),
+        ([PROMPT, "--method", "rbf", "--draft", "x"], "--draft is for the methods draft and cascade"),
+        ([PROMPT, "--draft", "./nowhere"], "no model at"),
+        (["replay"], "expected the account"),
+        (["replay", "nowhere.json"], "No such file"),
         ([PROMPT, "--model", "./nowhere"], "no model at"),
         ([PROMPT, "--device", "cuda:7"], "no CUDA GPU"),
         ([PROMPT, "--device", "abacus"], "abacus"),
@@ -134,10 +181,11 @@ def test_words_are_checked_before_diffusers_is_imported():
 def test_every_method_runs_with_what_suits_the_model(capsys, tmp_path, method, model):
     folder = str(locate(f"tiny-flux/{model}"))
     args = ["--method", method, "--model", folder, "--nfe", "64", "--steps", "6", "--out", str(tmp_path / "out.png")]
+    args += ["--draft", str(locate("tiny-flux/schnell"))] if method in cli.DRAFTED else []
     _, err = flowscale(capsys, PROMPT, *args)
     assert ("made for few-step models" in err) == (method == "refine" and model == "dev")
     account = json.loads((tmp_path / "out.json").read_text())
-    expected = {"rbf": "sde" if model == "schnell" else "ddim(1)", "best-of-n": "ode"}
+    expected = {"rbf": "vp" if model == "schnell" else "ddim", "best-of-n": "ode"}
     assert account["kernel"] == expected.get(method, account["kernel"])
     assert account["found"]["nfe"] + account["found"]["left"] == 64 and account["found"]["nfe"] > 50
 

@@ -21,6 +21,8 @@ from flowscale_lite import (
     BestOfN,
     BestOfQuota,
     Blockwise,
+    Cascade,
+    Draft,
     FirstImprovement,
     Guide,
     Kernel,
@@ -30,6 +32,7 @@ from flowscale_lite import (
     Result,
     SearchOverPaths,
     ZeroOrder,
+    beyond,
     ddim,
     logit_normal,
     methods,
@@ -90,14 +93,14 @@ class Line:
         spare: (method, problem) -> evaluations, of which it leaves fewer; None if its fields say how much it spends.
         noise: its candidates come from the problem's kernel, so a deterministic one is refused.
         kernel: False if it moves particles in its own way, whatever the problem's kernel.
-        looks: False if it looks ahead by the posterior mean only.
+        looks: the look-aheads that it takes.
     """
 
     method: Method
     spare: Callable[[Method, Problem], int] | None = None
     noise: bool = False
     kernel: bool = True
-    looks: bool = True
+    looks: tuple[str, ...] = ("posterior mean", "ode", "sibling")
 
 
 def a_child_each(m: SVDD | RBF, setup: Problem) -> int:
@@ -119,10 +122,10 @@ METHODS = [
     Line(SVDD(2, 3), a_child_each, noise=True),
     Line(SVDD(1, copies=2), noise=True),
     Line(SVDD(2, guide=STRONG), a_child_each, noise=True),
-    Line(Blockwise(2, 2, 3), a_branch_each, noise=True, looks=False),
-    Line(Blockwise(1, copies=2), noise=True, looks=False),
-    Line(SearchOverPaths(2, up=1, down=2), a_copy_of_each_path, kernel=False, looks=False),
-    Line(SearchOverPaths(1, copies=3, init=2), kernel=False, looks=False),
+    Line(Blockwise(2, 2, 3), a_branch_each, noise=True, looks=("posterior mean",)),
+    Line(Blockwise(1, copies=2), noise=True, looks=("posterior mean",)),
+    Line(SearchOverPaths(2, up=1, down=2), a_copy_of_each_path, kernel=False, looks=("posterior mean",)),
+    Line(SearchOverPaths(1, copies=3, init=2), kernel=False, looks=("posterior mean",)),
     Line(SMC(), a_particle, noise=True),
     Line(SMC(5, init=2, threshold=0.9), noise=True),
     Line(SMC(threshold=0.0, tempering=1.0), a_particle),
@@ -131,6 +134,10 @@ METHODS = [
     Line(ZeroOrder(3, 1.0, init=3), lambda m, setup: 1 + setup.evaluations_ahead(), kernel=False),
     Line(Refine(), lambda m, setup: judging(setup), kernel=False),
     Line(Refine(3, 1.0, 1, 7), lambda m, setup: judging(setup), kernel=False),
+    Line(Draft(), kernel=False, looks=("sibling",)),
+    Line(Draft(3, 0.4, 1.0, batch=2), kernel=False, looks=("sibling",)),
+    Line(Cascade(), lambda m, setup: m.steps, kernel=False, looks=("sibling",)),
+    Line(Cascade(3, 0.7, level=0.5, steps=2, cells=1), lambda m, setup: m.steps, kernel=False, looks=("sibling",)),
     Line(Beam(3, 2), a_child_of_each_state, noise=True),
     Line(Beam(2, enough=3, select_below=0.6), a_child_of_each_state, noise=True),
     Line(Beam(5, narrow=True), a_child_of_each_state, noise=True),
@@ -148,12 +155,18 @@ each_line = pytest.mark.parametrize("line", METHODS, ids=lambda line: repr(line.
 BUDGET = 120
 
 
+def setup_of(line: Line, **changes) -> Problem:
+    """Of the first look-ahead that it takes."""
+    look = {"look_ahead": sibling(lambda x, t: MIXTURE(x, t) / 2)} if line.looks[0] == "sibling" else {}
+    return problem(6, **look | changes)
+
+
 def run(line: Line, seed: int = 0, budget: int = BUDGET, **changes) -> Result:
-    return search(problem(6, **changes), line.method, max_nfe=budget, generator=seeded(seed))
+    return search(setup_of(line, **changes), line.method, max_nfe=budget, generator=seeded(seed))
 
 
 def test_every_method_has_a_line():
-    public = [kind for kind in vars(methods).values() if isinstance(kind, type)]
+    public = [kind for room in (methods, beyond) for kind in vars(room).values() if isinstance(kind, type)]
     assert {type(line.method) for line in METHODS} == {kind for kind in public if hasattr(kind, "advance")}
 
 
@@ -202,7 +215,7 @@ class Books:
         assert torch.equal(found.seen, self.judge.asked[int(said.argmax())]) and found.seen_time in setup.times
 
 
-REASONS = "max_nfe >=|coincide|nothing to steer|over in one leg|no transition lands|posterior mean only"
+REASONS = "max_nfe >=|coincide|nothing to steer|over in one leg|no transition lands|posterior mean only|drafts need"
 
 
 @st.composite
@@ -228,7 +241,7 @@ def test_any_budget_is_spent_to_less_than_a_unit_or_refused_before_any_compute(l
         shape=st.sampled_from([(2, 3), (), (1,), (1, 1, 3)]),
         grid=st.sampled_from([uniform, paper_vp, logit_normal]),
         kernel=st.sampled_from([*2 * [ddim(), sde(lambda t: t)], ddim(0.0)]),
-        look=st.sampled_from(["posterior mean"] * (2 if line.looks else 9) + ["ode", "sibling"]),
+        look=st.sampled_from([*line.looks * 3, "posterior mean", "ode", "sibling"]),
         judge=st.sampled_from([lambda total: torch.sin(3 * total), torch.round, lambda total: 0 * total]),
     )
     def check(method, n, budget, prices, shape, grid, kernel, look, judge):
@@ -243,7 +256,7 @@ def test_any_budget_is_spent_to_less_than_a_unit_or_refused_before_any_compute(l
         else:
             books.check(found, budget)
             ran.append(method)
-            assert line.looks or look == "posterior mean"
+            assert look in line.looks
             if line.spare and setup.evaluations_ahead():
                 assert found.left < line.spare(method, setup) * setup.cost
             return
@@ -278,7 +291,7 @@ def test_twice_the_cost_is_twice_the_nfe_of_the_same_search(line):
     assert (two.nfe, two.left) == (2 * one.nfe, 2 * one.left + 1)
 
 
-@each_line
+@pytest.mark.parametrize("line", [x for x in METHODS if "ode" in x.looks], ids=lambda line: repr(line.method))
 def test_every_look_ahead_of_the_same_price_and_answer_gives_the_same_result(line):
     """One Euler step to t = 0 is the posterior mean, on the linear path."""
     a, b = run(line), run(line, look_ahead=ode_ahead(1))
@@ -324,7 +337,7 @@ def test_everything_is_of_the_problems_dtype(line, dtype):
 
 @each_line
 def test_step_by_step_it_is_the_same_search(line):
-    whole, found = run(line), steps(problem(6), line.method, max_nfe=BUDGET, generator=seeded())
+    whole, found = run(line), steps(setup_of(line), line.method, max_nfe=BUDGET, generator=seeded())
     kept = next(found).kept
     for step in found:
         p = found.particles
@@ -369,6 +382,7 @@ def test_methods_are_frozen(line):
 
 NOT_ZERO = [(SMC, "tau"), (Guide, "strength")]
 FRACTIONS = [(ZeroOrder, "radius"), (Refine, "share"), (Beam, "select_below"), (Guide, "below"), (Guide, "floor")]
+FRACTIONS += [(Draft, "drafts"), (Draft, "share"), (Cascade, "drafts"), (Cascade, "share"), (Cascade, "level")]
 EDGES = [(*field, 0.0) for field in NOT_ZERO + FRACTIONS]
 EDGES += [(*field, 1.1) for field in [*FRACTIONS, (SMC, "threshold")]]
 KINDS = sorted({type(line.method) for line in METHODS} | {BestOfEnough, Guide}, key=lambda kind: kind.__name__)

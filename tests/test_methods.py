@@ -30,7 +30,7 @@ from flowscale_lite import (
     steps,
     uniform,
 )
-from flowscale_lite.methods.refine import regions
+from flowscale_lite.beyond.refine import regions
 
 
 def at(x, t):

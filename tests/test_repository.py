@@ -17,7 +17,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 # A module may import those before it, never those after it.
 ORDER = (
     *("interpolants", "kernels", "schedules", "resampling", "rewards", "look_ahead", "problem", "search", "methods"),
-    *("tiny", "flux", "judges", "experiments", "plots", "cli"),
+    *("beyond", "tiny", "flux", "judges", "experiments", "plots", "cli"),
 )
 READERS = {"plots"}  # it reads results; nothing but the command line imports it
 HEAVY = {

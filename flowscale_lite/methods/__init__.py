@@ -5,7 +5,6 @@ from .best_of_n import BestOfN
 from .blockwise import Blockwise
 from .gradient import Guide
 from .rbf import RBF
-from .refine import Refine
 from .search_over_paths import SearchOverPaths
 from .smc import SMC, log_z
 from .stopping import BestOfEnough, BestOfQuota, FirstImprovement

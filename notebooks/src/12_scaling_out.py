@@ -312,6 +312,7 @@ assert np.isclose(first[49], lengths[-1] + lengths[40]), "someone does a run of 
 # A GPU has to load the model before its first run, and is paid for until the last run of all has ended. The efficiency is the share of
 # the paid time that went into pictures.
 
+
 # %%
 def fleet(pictures, each, gpus, startup):
     """Seconds until the last of so many pictures is done, and the share of the paid time that went into pictures."""
@@ -650,14 +651,10 @@ def gpus_needed(pictures, each, startup, deadline):
 # %% tags=["exercise-test"]
 for pictures_, deadline_ in ((100, 3600), (100, 1100), (7, 2000), (64, 20000)):
     g_ = gpus_needed(pictures_, 900.0, 120.0, deadline_)
-    assert (
-        g_ is not None
-        and fleet(pictures_, 900.0, g_, startup=120.0)[0] <= deadline_
-    ), f"{g_} GPUs do not finish {pictures_} pictures in {deadline_} s"
-    assert (
-        g_ == 1
-        or fleet(pictures_, 900.0, g_ - 1, startup=120.0)[0] > deadline_
-    ), f"fewer than {g_} would do"
+    assert g_ is not None and fleet(pictures_, 900.0, g_, startup=120.0)[0] <= deadline_, (
+        f"{g_} GPUs do not finish {pictures_} pictures in {deadline_} s"
+    )
+    assert g_ == 1 or fleet(pictures_, 900.0, g_ - 1, startup=120.0)[0] > deadline_, f"fewer than {g_} would do"
 assert gpus_needed(10, 900.0, 120.0, 1000) is None, "in 1,000 s no GPU finishes a single picture"
 print("Well done.")
 

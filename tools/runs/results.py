@@ -19,6 +19,7 @@ import pandas as pd
 import torch
 
 from flowscale_lite import experiments, kernels, schedules
+from flowscale_lite.beyond import Refine
 from flowscale_lite.flux import FlowModel, load
 from flowscale_lite.kernels import Kernel
 from flowscale_lite.methods import (
@@ -30,7 +31,6 @@ from flowscale_lite.methods import (
     BestOfN,
     BestOfQuota,
     Blockwise,
-    Refine,
     SearchOverPaths,
     ZeroOrder,
 )

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..methods._common import best_noises, require_budget, require_positive
 from ..search import Particles, Problem, Run
-from ._common import best_noises, require_budget, require_positive
 
 
 @dataclass(frozen=True)
@@ -63,17 +63,28 @@ class Refine:
             return run.place(p, p.x0, 0.0)
         level = made * len(levels) // tries
         until = math.ceil((level + 1) * tries / len(levels))  # the number of tries after which the next level begins
-        q = run.score(self._tries(p, run, min(self.batch, until - made), levels[level])).best()
+        q = run.score(redrawn(p, run, min(self.batch, until - made), levels[level], self.share, self.cells)).best()
         return q if q.reward > p.reward else p
 
-    def _tries(self, p: Particles, run: Run, n: int, s: float) -> Particles:
-        """n descendants at level s of the one particle p: its estimate, with the noise of some regions drawn afresh."""
-        path, device = run.problem.path, p.x.device
-        (a, sigma, _, _), (b, level, _, _) = path.at(p.t), path.at(s)
-        where = regions(n, run.problem.shape, self.share, self.cells, run.generator).to(device)
-        z = run.noise(n) / path.at(run.problem.times[0])[1]
-        noise = torch.where(where, z, (p.x - a * p.x0) / sigma)
-        return run.place(p[torch.zeros(n, dtype=torch.int64, device=device)], b * p.x0 + level * noise, s)
+
+def redrawn(p: Particles, run: Run, n: int, s: float, share: float, cells: int) -> Particles:
+    """n descendants at level s of the one particle p: its estimate, with the noise of some regions drawn afresh."""
+    start = run.problem.path.at(run.problem.times[0])[1]
+    where = regions(n, run.problem.shape, share, cells, run.generator).to(p.x.device)
+    return renoised(p, run, torch.where(where, run.noise(n) / start, noise_in(p, run)), s)
+
+
+def noise_in(p: Particles, run: Run) -> Tensor:
+    """The noise (K, *D) that the states hold beside their estimates."""
+    a, sigma, _, _ = run.problem.path.at(p.t)
+    return (p.x - a * p.x0) / sigma
+
+
+def renoised(p: Particles, run: Run, noise: Tensor, s: float) -> Particles:
+    """Descendants at level s of the one particle p: its estimate with each of the noises (n, *D)."""
+    a, sigma, _, _ = run.problem.path.at(s)
+    rows = torch.zeros(len(noise), dtype=torch.int64, device=noise.device)
+    return run.place(p[rows], a * p.x0 + sigma * noise, s)
 
 
 def regions(n: int, shape: tuple[int, ...], share: float, cells: int, generator: torch.Generator) -> Tensor:

@@ -1,0 +1,6 @@
+"""Search methods that are not in the paper: ours, a file each, in the manner of `methods`."""
+
+from .draft import Cascade, Draft
+from .refine import Refine
+
+__all__ = ["Cascade", "Draft", "Refine"]

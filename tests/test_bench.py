@@ -1,0 +1,89 @@
+"""The bench: a method from a file beside stored rows, twice the same; a failing one gets one line and no row."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from flowscale_lite import BestOfN, cli
+from flowscale_lite.experiments import bench, paper, read
+
+ROOT = Path(__file__).parents[1]
+TAUGHT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("```python\n", 2)[1].split("```")[0]
+
+
+@pytest.fixture
+def one_prompt(monkeypatch):
+    """The quick bench of a prompt, beside a stored row that no real one is better than."""
+    everything = bench.tasks
+    monkeypatch.setattr(bench, "tasks", lambda *args: everything(*args)[:2])
+    rows = [t | bench.run(t) for t in bench.tasks("few-step", ["best-of-n"], [100], 1, (0, 1))]
+    monkeypatch.setattr(bench, "read", lambda path: [row | {"exact": True} for row in rows])
+    return rows
+
+
+def of(tmp_path: Path, code: str) -> str:
+    (tmp_path / "mine.py").write_text(code)
+    return f"{tmp_path / 'mine.py'}:"
+
+
+def test_the_method_that_contributing_teaches_runs_twice_the_same(tmp_path, one_prompt, capsys):
+    name, found = of(tmp_path, TAUGHT) + "Halving", []
+    for out in ("a.jsonl", "b.jsonl"):
+        cli.main(["bench", "few-step", name, "--quick", "--out", str(tmp_path / out)])
+        assert "worse" in capsys.readouterr().out or read(tmp_path / out)[0]["exact"]
+        found.append([row | {"seconds": 0} for row in read(tmp_path / out)])
+    assert found[0] == found[1] and found[0][0]["nfe"] <= 100
+    cli.main(["bench", "few-step", name, "--quick", "--out", str(tmp_path / "a.jsonl")])  # all there: nothing is run
+    assert len(read(tmp_path / "a.jsonl")) == len(found[0])
+
+
+@pytest.mark.parametrize(
+    ("advance", "says"),
+    [
+        ("raise RuntimeError('no idea')", "RuntimeError: no idea"),
+        ("return run.propose(run.score(p), 1000)", "BudgetExceeded"),
+        ("return run.place(p, p.x * float('nan'), 0.0)", "finite"),
+    ],
+)
+def test_a_method_that_fails_gets_one_line_and_no_row(tmp_path, one_prompt, capsys, advance, says):
+    code = TAUGHT.replace("return run.propose(run.score(p).top(max(1, len(p) // 2)))", advance)
+    assert code != TAUGHT
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["bench", "few-step", of(tmp_path, code) + "Halving", "--quick", "--out", str(tmp_path / "out.jsonl")])
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("flowscale")]
+    assert stop.value.code == 1 and len(lines) == 1 and says in lines[0] and read(tmp_path / "out.jsonl") == []
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [("nothing.py:Mine", "existing file"), ("Mine", "existing file"), ("{}Nobody", "no method, class or function")],
+)
+def test_what_cannot_be_run_is_refused_in_a_line(tmp_path, capsys, name, says):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["bench", "few-step", name.format(of(tmp_path, TAUGHT)), "--out", str(tmp_path / "out.jsonl")])
+    assert stop.value.code == 2 and says in capsys.readouterr().err
+
+
+def test_a_function_of_the_budget_and_a_sampler_of_ones_own(tmp_path):
+    code = "from flowscale_lite import BestOfN\nfrom flowscale_lite.experiments.paper import SAMPLERS\n"
+    code += "SAMPLER = SAMPLERS['ODE']\ndef mine(nfe):\n    return BestOfN(nfe // 20)\n"
+    entry, digest = bench.imported(of(tmp_path, code) + "mine")
+    assert entry.method(100) == BestOfN(5) and entry.sampler == paper.SAMPLERS["ODE"] and len(digest) == 12
+
+
+def test_stored_rows_replay():
+    """The first of each track, to the digits that another processor keeps."""
+    rows = [json.loads(line) for line in (ROOT / "data/results/bench.jsonl").read_text().splitlines()]
+    assert {row["track"] for row in rows} <= set(bench.TRACKS)
+    first = {row["method"]: row for row in reversed(rows) if row["budget"] == 100}
+    for row in first.values():
+        again = bench.run({name: row[name] for name in ("track", "method", "budget", "prompt", "seed")})
+        assert (again["nfe"], again["reward_calls"]) == (row["nfe"], row["reward_calls"])
+        assert again["given"] == pytest.approx(row["given"], abs=0.05)
+
+
+def test_nothing_is_tuned_on_the_test_list():
+    """No tool but the one that fills the paper's table reads it; the bench is the other reader."""
+    readers = [p.name for p in sorted((ROOT / "tools").rglob("*.py")) if "prompts/test.txt" in p.read_text()]
+    assert readers == ["paper.py"]

@@ -1,0 +1,70 @@
+"""`python -m tools.runs.bench`: the stored runs of the bench, data/results/bench.jsonl. Resumable.
+
+Every method of every track at 50, 100, 250 and 500 NFE, on 50 prompts of the test list with three seeds. `--print` runs
+nothing and writes the tables of what has been run so far into BENCH.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from flowscale_lite import experiments
+from flowscale_lite.experiments import bench
+from flowscale_lite.tiny.data import locate
+
+from .tables import insert, markdown
+
+PATH = locate("results") / "bench.jsonl"
+FIRST = [  # the most telling come first, so that an unfinished sweep is of use
+    ("multi-step", ("best-of-n", "draft", "cascade"), (250, 100)),
+    ("multi-step", ("best-of-n",), (500,)),
+    ("multi-step", ("draft", "cascade"), (50,)),
+    ("few-step", ("best-of-n",), (500, 100, 50)),
+    ("few-step", ("refine", "rbf", "svdd"), (100, 50)),
+    ("few-step", ("refine", "rbf", "svdd", "best-of-n"), (250,)),
+    ("multi-step", ("beam",), (250, 100)),
+    ("differentiable", tuple(bench.TRACKS["differentiable"].entries), (100, 250)),
+]
+
+
+def tasks() -> list[experiments.Task]:
+    """Every run, those of FIRST first, each of its lines seed by seed."""
+    wanted = [
+        task
+        for track, methods, budgets in FIRST
+        for seed in bench.SEEDS
+        for task in bench.tasks(track, methods, budgets, bench.PROMPTS, (seed,))
+    ]
+    for name, track in bench.TRACKS.items():
+        wanted += bench.tasks(name, tuple(track.entries), bench.BUDGETS, bench.PROMPTS, bench.SEEDS)
+    return list({tuple(task.values()): task for task in wanted}.values())
+
+
+def table(rows: list[experiments.Row]) -> str:
+    """Markdown: a line for every track, budget and method; intervals are 95 %, clustered by prompt."""
+    titles = {"exact": "exact", "held_out": "held-out exact", "nfe": "NFE spent"}
+    titles |= {"reward_calls": "reward calls", "seconds": "CPU s"}
+    lines = experiments.table(rows, ["track", "budget", "method"], list(titles))
+    for field, digits in {"nfe": 0, "reward_calls": 0, "seconds": 2}.items():
+        lines[field] = [f"{cost.mean:.{digits}f}" for cost in lines[field]]
+    return markdown(lines.rename(columns=titles).reset_index())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--print", action="store_true", help="run nothing")
+    args = parser.parse_args()
+    rows = experiments.read(PATH)
+    if not args.print:
+        rows = experiments.sweep(tasks(), bench.run, PATH, workers=args.workers, title="runs")
+    tracks = [*bench.TRACKS]
+    names = {name: i for track in bench.TRACKS.values() for i, name in enumerate(track.entries)}
+    rows.sort(key=lambda r: (tracks.index(r["track"]), r["budget"], names[r["method"]]))
+    insert(Path("BENCH.md"), "bench", table(rows))
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
