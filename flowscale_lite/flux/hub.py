@@ -134,8 +134,8 @@ def preview(
 def weights(cls: Any, model: str | Path, **options: Any) -> Any:
     """A model of diffusers or transformers, frozen and set to inference, from safetensors in a folder or on the hub.
 
-    Raises OSError as `load` does, and ValueError if a file is damaged, or if not all layers of the config and all
-    weights beside it match, of which the libraries only warn. The heads of a transformers model may be left out.
+    Raises OSError as `load` does, and ValueError if a file is damaged, or if a layer of the config has no weights or
+    weights have no layer, of which the libraries only warn. The heads of a transformers model may be left out.
     """
     files = sorted(Path(model).glob("*.safetensors"))
     if Path(model).is_dir() and not files:

@@ -146,7 +146,7 @@ class MemoryPlan:
         tiling: pictures are decoded in tiles, with some change where they overlap.
         chunk, decode_chunk: rows to a forward pass, pictures to a decode.
 
-    Fields out of `CHOICES` and chunks that are no positive whole numbers raise ValueError.
+    A field that is not one of `CHOICES`, or a chunk that is no positive whole number, raises ValueError.
     """
 
     model: str
