@@ -42,10 +42,11 @@ from torch import nn
 
 from flowscale_lite import LINEAR, GaussianMixture, plots
 
-angle = torch.linspace(0, math.pi, 12)
+angle = torch.linspace(0, math.pi, 24)
 arc = torch.stack([angle.cos() - 0.5, angle.sin() - 0.1], 1)
-moons = GaussianMixture(1.6 * torch.cat([arc, -arc]), 0.13)  # 24 Gaussians, on two arcs
+moons = GaussianMixture(1.6 * torch.cat([arc, -arc]), 0.13)  # 48 Gaussians, on two arcs
 u = moons.velocity(LINEAR)
+square = {"xlim": (-3.2, 3.2), "ylim": (-3.2, 3.2), "aspect": "equal"}
 
 # %% alt="Five clouds of points. At time 1 a round cloud of noise; at times 0.7, 0.4 and 0.2 it takes shape; at time 0 two crescents, the two moons."
 generator = torch.Generator().manual_seed(0)
@@ -58,7 +59,7 @@ for t, s in pairwise(times):
 fig, axes = plt.subplots(1, 5, figsize=(10, 2.5), sharey=True)
 for ax, k in zip(axes, (0, 15, 30, 40, 50), strict=True):
     ax.scatter(*road[k].T, s=2, color="black")
-    ax.set(title=f"t = {times[k]:.1f}", xlim=(-3.2, 3.2), ylim=(-3.2, 3.2), aspect="equal")
+    ax.set(title=f"t = {times[k]:.1f}", **square)
 plt.show()
 
 # %% [markdown]
@@ -99,7 +100,7 @@ for ax, n in zip(axes, (1, 60), strict=True):
         ax.plot(*torch.stack([a, b]).T, color="0.6", linewidth=0.8, linestyle="-", zorder=1)
     ax.scatter(*eps[:n].T, s=14, color="black", label="noise")
     ax.scatter(*x0[:n].T, s=18, color="#D55E00", marker="s", label="data")
-    ax.set(xlim=(-3.2, 3.2), ylim=(-3.2, 3.2), aspect="equal")
+    ax.set(**square)
 dots = mix(x0[:1].expand(5, 2), eps[:1].expand(5, 2), torch.linspace(0.1, 0.9, 5))
 axes[0].scatter(*dots.T, s=30, facecolors="white", edgecolors="black", zorder=3)
 axes[0].set_title("one pair")
@@ -112,18 +113,18 @@ plt.show()
 #
 # **Guess: many pairs pass through the same place at the same time, each with its own velocity. What should the velocity there be?**
 #
-# Let us look at one crossing. We draw 400,000 pairs, take their states at $t = 0.6$, and keep those that are very near one place.
+# Let us look at one crossing. We draw a million pairs, take their states at $t = 0.6$, and keep those that are very near one place.
 
 # %%
-here, now = torch.tensor([0.3, 0.6]), 0.6
-x0_all, eps_all = draw_pairs(400_000, generator)
-states = mix(x0_all, eps_all, torch.full((400_000,), now))
+here, now = torch.tensor([1.2, 0.6]), 0.6
+x0_all, eps_all = draw_pairs(1_000_000, generator)
+states = mix(x0_all, eps_all, torch.full((1_000_000,), now))
 near = (states - here).norm(dim=1) < 0.08
 velocities = (eps_all - x0_all)[near]
 average = velocities.mean(0)
 exact = u(here[None], torch.tensor([now]))[0]
-print(f"{near.sum()} pairs pass by; their average velocity is ({average[0]:.2f}, {average[1]:.2f})")
-print(f"the arrow that the strip used is              ({exact[0]:.2f}, {exact[1]:.2f})")
+print(f"{near.sum()} pairs pass by; average velocity {average.numpy().round(2)}")
+print(f"the velocity that the strip used: {exact.numpy().round(2)}")
 
 # %% tags=["plot"] alt="Fifty thin lines from noise to both moons pass through one place. A thick arrow from that place, minus their average velocity, points between the directions of the lines and is short."
 starts, ends = eps_all[near][:50], x0_all[near][:50]
@@ -135,7 +136,7 @@ ax.scatter(*ends.T, s=14, color="#D55E00", marker="s", zorder=2)
 style = {"angles": "xy", "scale_units": "xy", "scale": 1, "width": 0.014, "zorder": 4}
 ax.quiver(*here, *(-average), color="#0072B2", **style)
 ax.scatter(*here, s=50, facecolors="white", edgecolors="black", zorder=5)
-ax.set(xlim=(-3.2, 3.2), ylim=(-3.2, 3.2), aspect="equal", title="pairs through one place at t = 0.6")
+ax.set(title="pairs through one place at t = 0.6", **square)
 plt.show()
 
 # %% tags=["check"]
@@ -186,7 +187,7 @@ for ax, paths, title in zip(axes, (lines, road[:, :60]), ("pairs: straight", "th
     ax.plot(*paths.permute(2, 0, 1), color="0.6", linewidth=0.8, linestyle="-", zorder=1)
     ax.scatter(*paths[0].T, s=14, color="black", zorder=2)
     ax.scatter(*paths[-1].T, s=18, color="#D55E00", marker="s", zorder=2)
-    ax.set(xlim=(-3.2, 3.2), ylim=(-3.2, 3.2), aspect="equal", title=title)
+    ax.set(title=title, **square)
 plt.show()
 
 # %% [markdown]
@@ -204,34 +205,26 @@ plt.show()
 
 
 # %%
-class Net(nn.Module):
-    """A small network from what `look` makes of place and time to an arrow (n, 2)."""
-
-    def __init__(self, look, inputs, generator, width=128):
-        super().__init__()
-        self.look = look
-        sizes = (inputs, width, width, width, 2)
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
-        for layer in self.layers:
-            nn.init.xavier_uniform_(layer.weight, generator=generator)
-
-    def forward(self, x, t):
-        h = self.look(x, t)
-        for layer in self.layers[:-1]:
-            h = nn.functional.silu(layer(h))
-        return self.layers[-1](h)
+def network(inputs, generator, width=128):
+    """A small network from `inputs` numbers to an arrow."""
+    layers = []
+    for a, b in pairwise((inputs, width, width, width, 2)):
+        linear = nn.Linear(a, b)
+        nn.init.xavier_uniform_(linear.weight, generator=generator)
+        nn.init.zeros_(linear.bias)
+        layers += [linear, nn.SiLU()]
+    return nn.Sequential(*layers[:-1])
 
 
 # %%
-def train(net, generator, steps=2000, batch=512):
+def train(velocity, weights, generator, steps=2000, batch=512):
     """Minimise (1.6) on fresh pairs; returns the losses."""
-    optimizer = torch.optim.Adam(net.parameters(), lr=5e-3)
+    optimizer, losses = torch.optim.Adam(weights, lr=5e-3), []
     slower = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    losses = []
     for _ in range(steps):
         x0, eps = draw_pairs(batch, generator)
         t = torch.rand(batch, generator=generator)
-        loss = (net(mix(x0, eps, t), t) - (eps - x0)).square().sum(1).mean()
+        loss = (velocity(mix(x0, eps, t), t) - (eps - x0)).square().sum(1).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -241,14 +234,16 @@ def train(net, generator, steps=2000, batch=512):
 
 
 # %%
-def place_only(x, t):
-    """The network sees where it is."""
-    return x
+net = network(2, torch.Generator().manual_seed(0))
 
 
-first = Net(place_only, 2, torch.Generator().manual_seed(0))
-first_losses = train(first, torch.Generator().manual_seed(1))
-first.requires_grad_(False)
+def first(x, t):
+    """The arrow of the first network, which sees where it is."""
+    return net(x)
+
+
+first_losses = train(first, net.parameters(), torch.Generator().manual_seed(1))
+net.requires_grad_(False)
 first_samples = euler(first, noise, times)[-1]
 
 # %% tags=["plot"] alt="Left, fresh data: two thin moons. Right, samples of the first network: a smeared shape with the outline of the moons and most points between them."
@@ -256,7 +251,7 @@ fresh = moons.sample(1000, generator)
 fig, axes = plt.subplots(1, 2, figsize=(6.4, 3.3), sharey=True)
 for ax, points, title in zip(axes, (fresh, first_samples), ("data", "first network"), strict=True):
     ax.scatter(*points.T, s=3, color="black")
-    ax.set(title=title, xlim=(-3.4, 3.4), ylim=(-3.2, 3.2), aspect="equal")
+    ax.set(title=title, **square)
 plt.show()
 
 # %% [markdown]
@@ -272,29 +267,32 @@ plt.show()
 
 
 # %%
-def place_and_time(x, t):
-    """The network sees where it is, and when."""
+with_time = network(7, torch.Generator().manual_seed(0))
+
+
+def second(x, t):
+    """The arrow of the second network, which sees where it is, and when."""
     phase = math.pi * t[:, None] * torch.tensor([1.0, 2.0])
-    return torch.cat([x, t[:, None], phase.sin(), phase.cos()], 1)
+    return with_time(torch.cat([x, t[:, None], phase.sin(), phase.cos()], 1))
 
 
-second = Net(place_and_time, 7, torch.Generator().manual_seed(0))
-second_losses = train(second, torch.Generator().manual_seed(1))
-second.requires_grad_(False)
+second_losses = train(second, with_time.parameters(), torch.Generator().manual_seed(1))
+with_time.requires_grad_(False)
 second_samples = euler(second, noise, times)[-1]
 
 # %%
-x0, eps = draw_pairs(50_000, generator)
-t = torch.rand(50_000, generator=generator)
+x0, eps = draw_pairs(100_000, generator)
+t = torch.rand(100_000, generator=generator)
 x = mix(x0, eps, t)
 floor = (u(x, t) - (eps - x0)).square().sum(1).mean()
-print(f"last 200 steps: first network {first_losses[-200:].mean():.2f}, second {second_losses[-200:].mean():.2f}")
-print(f"loss of the exact velocity: {floor:.2f}")
+for name, losses in (("first", first_losses), ("second", second_losses)):
+    print(f"{name} network, last 200 steps: {losses[-200:].mean():.2f}")
+print(f"exact velocity: {floor:.2f}")
 
 # %% tags=["plot"] alt="Left, samples of the second network: two moons, with a few strays. Right, losses against steps: the first network's stays high; the second's falls within some hundred steps near a dashed line far above zero, the loss of the exact velocity."
 fig, axes = plt.subplots(1, 2, figsize=(8, 3.3))
 axes[0].scatter(*second_samples.T, s=3, color="black")
-axes[0].set(title="second network", xlim=(-3.4, 3.4), ylim=(-3.2, 3.2), aspect="equal")
+axes[0].set(title="second network", **square)
 for losses, name in ((first_losses, "without time"), (second_losses, "with time")):
     axes[1].plot(torch.arange(0, 2000, 25), losses.view(-1, 25).mean(1), label=name)
 axes[1].axhline(float(floor), color="#009E73", linestyle="--", label="exact velocity")
@@ -305,8 +303,9 @@ plt.show()
 # %% tags=["check"]
 final = second_losses[-200:].mean()
 assert abs(final / floor - 1) < 0.03 and first_losses[-200:].mean() > 1.2 * floor and 3.1 < floor < 3.5
-apart = [(fresh[:, None] - samples).norm(dim=2).min(0).values for samples in (first_samples, second_samples)]
-assert (apart[0] > 0.3).float().mean() > 0.2 > 0.1 > (apart[1] > 0.3).float().mean()
+distances = (torch.cdist(fresh, samples).min(0).values for samples in (first_samples, second_samples))
+strays = [float((distance > 0.25).float().mean()) for distance in distances]
+assert strays[0] > 2 * strays[1], strays
 
 # %% [markdown]
 # The moons. Now look at the loss. **Why does it stop near 3.3, and not at zero? Could a larger network reach zero?**
@@ -327,7 +326,7 @@ for ax, n in zip(axes, (1, 2, 4, 16), strict=True):
     end = euler(u, noise, torch.linspace(1, 0, n + 1).tolist())[-1]
     ax.scatter(*end.T, s=30 if n == 1 else 2, color="black", zorder=2)
     ax.plot(*moons.mean(), "+", color="#D55E00", markersize=20, zorder=1)
-    ax.set(title=f"{n} step" + "s" * (n > 1), xlim=(-3.2, 3.2), ylim=(-3.2, 3.2), aspect="equal")
+    ax.set(title=f"{n} step" + "s" * (n > 1), **square)
 plt.show()
 
 # %% [markdown]
@@ -367,9 +366,8 @@ guesses = [guess(second, road[k], times[k]) for k in moments]
 fig, axes = plt.subplots(2, 4, figsize=(9, 4.8), sharex=True, sharey=True)
 for column, k in zip(axes.T, moments, strict=True):
     for ax, points in zip(column, (road[k], guesses[moments.index(k)]), strict=True):
-        ax.scatter(*fresh[:300].T, s=2, color="#E69F00")
-        ax.scatter(*points.T, s=2, color="black")
-        ax.set(xlim=(-3.2, 3.2), ylim=(-3.2, 3.2), aspect="equal")
+        plots.contours(ax, moons.log_prob, limit=3.2)
+        ax.scatter(*points.T, s=2, color="#D55E00")
     column[0].set_title(f"t = {times[k]:.1f}")
 axes[0, 0].set_ylabel("state")
 axes[1, 0].set_ylabel("posterior mean")
@@ -380,17 +378,19 @@ assert guesses[0].std() < 0.4 and abs(float(moons.mean().norm())) < 0.1
 assert torch.allclose(guess(u, noise, 1.0), moons.mean().float().expand(1000, 2), atol=1e-4)
 
 # %% [markdown]
-# Orange is data. At $t = 1$ the posterior mean is one point, for all noises nearly the same, and no data lies there. It then opens like a fan. Only near $t = 0$ does it lie on the moons.
+# Grey is the density of the data. At $t = 1$ the posterior mean is one point, for all noises nearly the same, and no data lies there. It then opens like a fan. Only near $t = 0$ does it lie on the moons.
 #
 # So the posterior mean is not a likely data point. It is an average, and an average of two moons is no moon. The less the state has decided, the more wrong it is to take the average for the sample. For pictures: an average of many pictures is a blur. This is the weak spot of every search that judges $x_{0|t}$. Remember it when a search fails on a multi-step model.
-#
+
+# %% [markdown]
 # ## Recap
 # - A pair of data and noise moves on a straight line (1.1), with velocity $\varepsilon - x_0$ (1.2).
 # - Where many pairs cross, the flow's velocity is their average (1.3). Points that follow it have the right density at every time.
 # - Least squares on single pairs learns the average (1.6). The loss does not go to zero.
 # - The flow bends, so it takes several steps; one step gives the mean of the data.
 # - From the velocity we read the posterior mean (1.8): an average over what may still come.
-#
+
+# %% [markdown]
 # ## Exercises
 #
 # ### Exercise 1: diagnose (difficulty 2 of 5, 10 minutes)
@@ -418,13 +418,13 @@ _g = torch.Generator().manual_seed(0)
 for _shape in ((64, 64), (5, 2), (3, 8, 3, 3), (4,)):
     _x0, _eps = torch.randn(2, *_shape, generator=_g)
     _t = torch.rand(_shape[0], generator=_g)
-    _rows = torch.stack([(1 - _t[k]) * _x0[k] + _t[k] * _eps[k] for k in range(_shape[0])])
-    try:
-        _got = mix_any(_x0, _eps, _t)
-    except RuntimeError as _error:
-        raise AssertionError(f"fails for data of shape {_shape}: {_error}") from None
-    assert _got.shape == _rows.shape, f"shape {tuple(_got.shape)} for data of shape {_shape}"
-    assert torch.allclose(_got, _rows), f"row k should be at time t[k]; it is not, for data of shape {_shape}"
+    _rows = [torch.lerp(a, b, c) for a, b, c in zip(_x0, _eps, _t, strict=True)]
+    _rows = torch.stack(_rows)
+    _got = mix_any(_x0, _eps, _t)
+    assert _got.shape == _rows.shape, f"shape {tuple(_got.shape)} for data {_shape}"
+    assert torch.allclose(_got, _rows, atol=1e-6), (
+        f"row k should be at time t[k]; it is not, for data of shape {_shape}"
+    )
 print("Well done.")
 
 
@@ -460,20 +460,27 @@ def mix_any(x0, eps, t):
 def two_point_velocity(x, t):
     """Places x (n,) and times t (n,), 0 < t <= 1 -> the velocity (n,)."""
     ### BEGIN SOLUTION
-    up, down = (x - (1 - t)) / t, (x + (1 - t)) / t  # the noise, for data at 1 and at -1
+    up, down = (
+        (x - (1 - t)) / t,
+        (x + (1 - t)) / t,
+    )  # the noise, for data at 1 and at -1
     weight = torch.sigmoid((down**2 - up**2) / 2)  # of data at 1
     return weight * (up - 1) + (1 - weight) * (down + 1)
     ### END SOLUTION
 
 
 # %% tags=["exercise-test"]
-_x, _t = torch.linspace(-2, 2, 41).repeat(3), torch.tensor([0.9, 0.5, 0.1]).repeat_interleave(41)
+_x, _t = (
+    torch.linspace(-2, 2, 41).repeat(3),
+    torch.tensor([0.9, 0.5, 0.1]).repeat_interleave(41),
+)
 _true = GaussianMixture([[-1.0], [1.0]], 0.0).velocity(LINEAR)(_x[:, None], _t)[:, 0]
 _got = two_point_velocity(_x, _t)
 assert _got.shape == _x.shape, "one number for each place"
-assert torch.allclose(_got[_x == 0], torch.zeros(3), atol=1e-4), "in the middle both pull alike"
-assert torch.allclose(_got[_t == 0.9], _true[_t == 0.9], atol=1e-3), "not right at t = 0.9"
-assert torch.allclose(_got, _true, atol=1e-3), "right at t = 0.9, but not later"
+_off = (_got - _true).abs()
+assert _off[_x.abs() < 0.01].max() < 1e-3, "in the middle both data points pull alike"
+assert _off[_t == 0.9].max() < 1e-3, "not right at t = 0.9"
+assert _off.max() < 1e-3, "right at t = 0.9, but not later"
 print("Well done.")
 
 
@@ -500,7 +507,7 @@ def two_point_velocity(x, t):
 # %% [markdown]
 # ### Exercise 3: a better step (difficulty 3 of 5, 15 minutes)
 #
-# Euler's error falls like one over the number of steps. Heun's method tries an Euler step, evaluates the velocity at the trial point too, and goes again from the start with the *mean* of the two. First guess: with equal NFE, which of the two wins at 4 NFE, and which at 64? Then write it.
+# Euler's error falls like one over the number of steps. Heun's method tries an Euler step, evaluates the velocity at the trial point too, and goes again from the start with the *mean* of the two. First guess: with equal NFE, which of the two wins at 4 NFE, and which at 64? Then write it; the test prints the answer.
 #
 # <details><summary>Hint</summary>
 #
@@ -511,7 +518,7 @@ def two_point_velocity(x, t):
 
 # %% tags=["exercise"]
 def heun(velocity, x, times):
-    """Heun's method along decreasing times from x (n, 2); returns the final state (n, 2)."""
+    """Heun's method along decreasing times from x (n, 2); returns the last state."""
     for t, s in pairwise(times):
         v = velocity(x, torch.full((len(x),), t, dtype=x.dtype))
         ### BEGIN SOLUTION
@@ -525,15 +532,26 @@ def heun(velocity, x, times):
 # %% tags=["exercise-test"]
 # Of one Gaussian the flow is known: it moves eps to mean + scale * eps.
 _flow = GaussianMixture([[1.0, -0.5]], 0.3).velocity(LINEAR)
-_start = torch.randn(200, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+_start = torch.randn(200, 2, generator=torch.Generator().manual_seed(0)).double()
 _true = torch.tensor([1.0, -0.5], dtype=torch.float64) + 0.3 * _start
 _errors, _nfe = [], []
 for _n in (16, 64):
-    _counted = lambda x, t: _nfe.append(1) or _flow(x, t)
-    _end = heun(_counted, _start, torch.linspace(1, 0, _n + 1, dtype=torch.float64).tolist())
+
+    def _counted(x, t):
+        _nfe.append(1)
+        return _flow(x, t)
+
+    _end = heun(_counted, _start, [1 - k / _n for k in range(_n + 1)])
     _errors.append(float((_end - _true).square().sum(1).mean().sqrt()))
 assert len(_nfe) == 2 * (16 + 64), "a step takes two velocities"
-assert _errors[1] < _errors[0] / 10, "four times the steps should divide the error by about sixteen"
+assert _errors[1] < _errors[0] / 10, "four times the steps, a sixteenth of the error"
+for _n in (4, 64):
+    _ends = (
+        euler(_flow, _start, [1 - k / _n for k in range(_n + 1)])[-1],
+        heun(_flow, _start, [1 - 2 * k / _n for k in range(_n // 2 + 1)]),
+    )
+    _off = [float((_end - _true).norm(dim=1).mean()) for _end in _ends]
+    print(f"{_n} NFE: Euler is off by {_off[0]:.3f}, Heun by {_off[1]:.3f}")
 print("Well done.")
 
 
@@ -583,7 +601,7 @@ def frame(points, t):
     """One picture of the film."""
     fig, ax = plt.subplots(figsize=(3, 3.2), dpi=80)
     ax.scatter(*points.T, s=2, color="black")
-    ax.set(title=f"t = {t:.2f}", xlim=(-3.2, 3.2), ylim=(-3.2, 3.2), aspect="equal")
+    ax.set(title=f"t = {t:.2f}", **square)
     fig.canvas.draw()
     image = Image.fromarray(np.asarray(fig.canvas.buffer_rgba())[..., :3]).quantize(8)
     plt.close(fig)
@@ -622,7 +640,8 @@ HTML(f'<img alt="{text}" src="data:image/gif;base64,{code}">')
 # | $K$; $N$ | | particles or rows of a batch; samples, as in best-of-$N$ |
 # | $D$; $M$ | | dimension; components of a mixture |
 # | NFE | `nfe` | number of velocity evaluations, one a row: the currency of the series |
-#
+
+# %% [markdown]
 # ## Deeper: why the average is enough
 #
 # *In words*: follow the mean of any quantity $f$ over the pairs. It changes at a rate that depends on the pairs' velocities only through their average at each place.
@@ -642,8 +661,9 @@ HTML(f'<img alt="{text}" src="data:image/gif;base64,{code}">')
 # $$\partial_t p_t + \nabla\!\cdot (u_t\, p_t) = 0. \tag{1.9}$$
 #
 # This *continuity equation* says that density changes only by flowing. Points that start with density $p_1$ and obey (1.4) satisfy the same equation with the same $u_t$: repeat the four lines with $u_t(x)$ in place of the pair's velocity. If $u_t$ is smooth enough (Lipschitz in $x$), (1.9) has only one solution with a given start.
-# So these points have density $p_t$ at *every* time, and at $t = 0$ they are data. Nothing here used that noise and data are independent, nor that the line is straight. Notebook 02 needs the first fact, notebook 05 the second.
-#
+# So these points have density $p_t$ at *every* time, and at $t = 0$ they are data. Nothing here used that noise and data are independent, nor that the line is straight. [Notebook 02](02_tiny_flux.ipynb) needs the first fact, [notebook 05](05_interpolant_conversion.ipynb) the second.
+
+# %% [markdown]
 # ## Deeper: two losses
 #
 # Write $u_c = \varepsilon - x_0$ for the velocity of a pair, and $u$, $u^\theta$ for the two functions at $(x_t, t)$. Add and subtract $u$:
@@ -651,20 +671,24 @@ HTML(f'<img alt="{text}" src="data:image/gif;base64,{code}">')
 # $$\underbrace{E\,|u^\theta - u_c|^2}_{\text{loss on pairs}}
 #   = \underbrace{E\,|u^\theta - u|^2}_{\text{loss on the truth}} + \underbrace{E\,|u - u_c|^2}_{\text{the floor}} + 2\,E\big[(u^\theta - u)\cdot(u - u_c)\big]. \tag{1.10}$$
 #
-# Given $x_t$, the functions $u^\theta$ and $u$ are fixed, and $E[u - u_c \mid x_t] = 0$ by (1.3). So the last term is zero. The first two losses differ by a constant, and have the same gradients and the same minimiser. We compute all for the two networks, with the 50,000 pairs from above.
+# Given $x_t$, the functions $u^\theta$ and $u$ are fixed, and $E[u - u_c \mid x_t] = 0$ by (1.3). So the last term is zero. The first two losses differ by a constant, and have the same gradients and the same minimiser. We compute all for the two networks, with the 100,000 pairs from above.
 
 # %%
-for name, net in (("first", first), ("second", second)):
-    arrows = net(x, t)
+for name, velocity in (("first", first), ("second", second)):
+    arrows = velocity(x, t)
     on_pairs = (arrows - (eps - x0)).square().sum(1).mean()
     on_truth = (arrows - u(x, t)).square().sum(1).mean()
-    print(f"{name:6} network: {on_pairs:.3f} on pairs, {on_truth:.3f} on the truth,", end=" ")
+    print(
+        f"{name:6} network: {on_pairs:.3f} on pairs, {on_truth:.3f} on the truth,",
+        end=" ",
+    )
     print(f"difference {on_pairs - on_truth:.3f}")
 print(f"the floor: {floor:.3f}")
 
 # %% [markdown]
-# The differences equal the floor, up to the noise of 50,000 pairs.
-#
+# The differences equal the floor, up to the noise of 100,000 pairs.
+
+# %% [markdown]
 # ## Deeper: other paths
 #
 # The straight line is one way to mix. In general a *path*, or *interpolant*, is
@@ -710,7 +734,7 @@ plt.show()
 
 # %%
 def endpoints(path, x, v, t):
-    """(1.14): states x and velocities v (n, D) at times t (n,) -> both posterior means."""
+    """(1.14): states x and velocities v (n, D), times t (n,) -> posterior means."""
     levels = (path.alpha, path.sigma, path.d_alpha, path.d_sigma)
     a, s, da, ds = (level(t)[:, None] for level in levels)
     d = a * ds - da * s
@@ -719,12 +743,16 @@ def endpoints(path, x, v, t):
 
 for path in (LINEAR, COSINE, VP):
     v = moons.velocity(path)(x[:500], t[:500])
-    ours, theirs = endpoints(path, x[:500], v, t[:500]), path.endpoints(x[:500], v, t[:500])
+    ours, theirs = (
+        endpoints(path, x[:500], v, t[:500]),
+        path.endpoints(x[:500], v, t[:500]),
+    )
     assert torch.allclose(ours[0], theirs[0]) and torch.allclose(ours[1], theirs[1])
 
 # %% [markdown]
 # These are the package's `Interpolant.endpoints`.
-#
+
+# %% [markdown]
 # ## Deeper: mixtures of Gaussians, exactly
 #
 # Where did the arrows of the first strip come from? Begin with **one Gaussian**, $x_0 \sim \mathcal N(m, c^2 I)$. By Bayes' rule the log posterior of $x_0$ given $x_t = x$ is, up to a constant,
@@ -767,7 +795,8 @@ assert torch.allclose(exact_velocity(places, moment), u(places, moment))
 # $$\nabla \log p_t(x) = E\big[\nabla \log p_t(x \mid x_0) \,\big|\, x_t = x\big] = E\Big[-\frac{x - \alpha_t x_0}{\sigma_t^2} \,\Big|\, x_t = x\Big] = -\frac{\varepsilon_{\mid t}}{\sigma_t}. \tag{1.17}$$
 #
 # (The first equality is $\nabla \log p = \nabla p / p$ under the integral over $x_0$, and Bayes' rule.) [Notebook 04](04_ode_to_sde.ipynb) lives on it.
-#
+
+# %% [markdown]
 # ## Deeper: a perfect fit only gives the data back
 #
 # Thirty training points are a mixture too, of thirty Gaussians of scale 0. So (1.16) is the exact minimiser of the loss on these thirty, and no network could do better. Here is what it draws.
@@ -778,9 +807,10 @@ memory = GaussianMixture(points, 0.0).velocity(LINEAR)
 recalled = euler(memory, noise[:400].double(), torch.linspace(1, 0, 101).tolist())[-1]
 fig, ax = plt.subplots(figsize=(4.4, 4))
 ax.scatter(*fresh.T, s=3, color="0.75", label="fresh data")
-ax.scatter(*recalled.T, s=70, facecolors="none", edgecolors="#D55E00", label="400 samples")
+circles = {"s": 70, "facecolors": "none", "edgecolors": "#D55E00"}
+ax.scatter(*recalled.T, label="400 samples", **circles)
 ax.scatter(*points.T, s=8, color="black", label="30 training points")
-ax.set(xlim=(-3.2, 3.2), ylim=(-3.2, 3.2), aspect="equal")
+ax.set(**square)
 ax.legend(fontsize=9, loc="upper right")
 plt.show()
 
@@ -789,7 +819,8 @@ assert torch.cdist(recalled, points.double()).min(1).values.median() < 1e-3
 
 # %% [markdown]
 # Every sample is a training point. A flow model is more than a copying machine because a network does *not* fit perfectly: it is smooth where the exact answer is not.
-#
+
+# %% [markdown]
 # ## Not shown
 # Text conditions, latents and guidance (02). Sampling with noise (04). Why paths can be exchanged after training (05). Likelihoods, and noise and data that are not drawn independently.
 #
