@@ -82,11 +82,17 @@ plt.show()
 # The flow has no choice, and draws one picture six times. With noise the six pictures differ. A search could draw many and keep the best.
 #
 # **Is that allowed?** The model was trained for the flow, without noise on the way. Do the lower pictures still come from the model's distribution, or from a spoiled one?
-# Write down your guess. This notebook answers for a toy exactly, and for pictures by counting.
+# Write down your guess.
+#
+# <details><summary>Answer, in short</summary>
+#
+# It is allowed, if the right pull comes with the noise, and if the model was trained by flow matching. This notebook shows the first for a toy, exactly, and the second for pictures, by counting.
+#
+# </details>
 #
 # ## Noise blurs, the score pulls back
 #
-# Our toy is a mixture of three Gaussians on a line. We know its velocity and all its marginals $p_t$ exactly (notebook 01).
+# Our toy is a mixture of three Gaussians on a line. We know its velocity and all its marginals $p_t$ exactly ([notebook 01](01_flow_matching.ipynb)).
 
 # %%
 import math
@@ -198,7 +204,7 @@ plt.show()
 #
 # $$\nabla \log p_t(x) = -\frac{\varepsilon_{|t}}{t}, \tag{4.7}$$
 #
-# and the average noise $\varepsilon_{|t} = E[\varepsilon \mid x_t = x]$ follows from the velocity (notebook 01: two equations, two unknowns):
+# and the average noise $\varepsilon_{|t} = E[\varepsilon \mid x_t = x]$ follows from the velocity ([notebook 01](01_flow_matching.ipynb): two equations, two unknowns):
 #
 # $$\varepsilon_{|t} = x + (1 - t)\, u_t(x). \tag{4.8}$$
 #
@@ -518,6 +524,12 @@ axes[0].legend(fontsize=9)
 plt.show()
 
 # %% [markdown]
+# <details><summary>Answer</summary>
+#
+# For the second and the third, each for a reason of its own. Below the table we say which, and where it shows.
+#
+# </details>
+#
 # Some prompts are harder than others, so the fair comparison is within each prompt: the verdict on the noisy picture minus the verdict on the ODE's, with a 95 % interval. *Held out* is the verdict of a network that shares nothing with the counter.
 
 # %%
@@ -953,6 +965,7 @@ def inner_mean(field, x, t, y, factor, std):
     return state - time * field(state, state.new_full((len(state),), time))
 
 
+# %%
 def glass(field, x, t, s, z, inner):
     """The DDPM transition with an x0 that is drawn, in `inner` evaluations."""
     rho = s * (1 - t) / ((1 - s) * t)
