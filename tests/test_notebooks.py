@@ -236,6 +236,61 @@ def test_broken_source_is_found(write, old, new, message):
     assert any(message in problem for problem in problems), problems
 
 
+RECAP = "".join(f"# - {number}\n" for number in ("one", "two", "three", "four", "five"))
+SECOND = (
+    ("# <!-- measured -->", "# **Time.** Core: about 5 minutes. Deeper: about 1 minute.\n#\n# <!-- measured -->"),
+    ("# ## Recap\n", "# ## Deeper: more\n# Less.\n\n# %% [markdown]\n"),
+    (f"{RECAP}#\n", ""),
+    (
+        "# %% [markdown]\n# ### Exercise 1",
+        f"# %% [markdown]\n# ## Recap\n{RECAP}\n# %% [markdown]\n# ## Exercises\n\n# %% [markdown]\n# ### Exercise 1",
+    ),
+)
+UNREADABLE = {
+    "order": ("# ## Exercises", "# ## Tasks", "order: cells begin"),
+    "recap": ("# - five\n", "", "recap: five"),
+    "failure case": ("What goes wrong", "What is well", "no failure case"),
+    "links": ("(https://example.org/home/page)", "", "no link"),
+    "long core": ("What goes wrong", "What goes wrong" + " word" * 1700, "the core has"),
+    "late figure": ("# $$a = b", "# " + "word " * 160 + "\n# $$a = b", "come before the first figure"),
+    "asserts": ("limit = 3.14159", "limit = 3.14159\n" + "assert limit\n" * 4, "4 asserts"),
+    "long cell": ("limit = 3.14159", "\n".join(f"x{i} = {i}" for i in range(16)), "more than 15"),
+    "wide cell": ("limit = 3.14159", f"limit = {'1' * 90}", "more than 88"),
+    "question": ("What goes wrong", "What goes wrong\n# **Why is that?**", "has no answer"),
+    "mention": ("What goes wrong", "What goes wrong\n# See notebook 04.", "is a link"),
+}
+
+
+def test_the_second_editions_sample_is_good(write):
+    assert rules.source_problems(write(*SECOND)) == []
+
+
+@pytest.mark.parametrize("old, new, message", UNREADABLE.values(), ids=UNREADABLE.keys())
+def test_what_a_reader_would_stumble_on_is_found(write, old, new, message):
+    problems = rules.source_problems(write(*SECOND, (old, new)))
+    assert any(message in problem for problem in problems), problems
+
+
+@pytest.mark.parametrize("tag", ["check", "plot"])
+def test_guards_and_drawing_are_folded(write, tag):
+    """They may be longer, and hold as many asserts as they like."""
+    long = "\n".join(["assert True"] * 20)
+    source = write(*SECOND, ("# %%\nlimit", f'# %% tags=["{tag}"]\n{long}\n# %%\nlimit'))
+    assert rules.source_problems(source) == []
+    (cell,) = [cell for cell in notebooks.assemble(source).cells if tag in notebooks.tags(cell)]
+    assert cell.metadata["jupyter"]["source_hidden"] and notebooks.HIDDEN[tag] in notebooks.tags(cell)
+
+
+def test_an_answer_below_is_found(write):
+    fold = "<details><summary>Answer</summary>\n#\n# So.\n#\n# </details>"
+    assert rules.source_problems(write(*SECOND, ("What goes wrong", f"What goes wrong\n# **Why?**\n# {fold}"))) == []
+
+
+def test_no_equation_number_is_used_twice_in_the_series():
+    numbers = re.findall(r"\\tag\{(.+?)\}", "".join(source.read_text(encoding="utf-8") for source in SOURCES))
+    assert len(numbers) == len(set(numbers))
+
+
 def test_broken_output_is_found(write):
     """Five cells with faults, and a good one before each: messages for each fault, none for the others."""
     faults = {
@@ -288,26 +343,25 @@ FAULTS = {
             ("limit = 3.14159", "limit = 2.71828"),
             ("assert double(3) == 6", "assert double(2) == 4"),
             ("forgets to\ndef double(x):\n    return x", "raises\ndef double(x):\n    raise ValueError(x + 1)"),
-            ('print("Well done.")', 'print("Right.")'),
             ("assert halve(4) == 2", "if halve(0):\n    assert halve(4) == 2"),
         ],
         [
             "cell 5: says 'the limit is 2.718', was 'the limit is 3.142'",
-            "cell 9: test of wrong answer 1 (squares): the test accepts it",
-            "cell 9: test of wrong answer 2 (raises): the test must raise AssertionError, it raises ValueError: 3",
-            "cell 9: says 'Right.', was 'Well done.'",
-            "cell 13: test of the stub: the test accepts it",
-            "cell 13: test of wrong answer 1 (doubles): the test accepts it",
-            "cell 13: test of wrong answer 2 (rounds away): the test accepts it",
+            "cell 8: test of wrong answer 1 (squares): the test accepts it",
+            "cell 8: test of wrong answer 2 (raises): the test must raise AssertionError, it raises ValueError: 3",
+            "cell 12: test of the stub: the test accepts it",
+            "cell 12: test of wrong answer 1 (doubles): the test accepts it",
+            "cell 12: test of wrong answer 2 (rounds away): the test accepts it",
+            "cell 12: says '', was 'Not done yet.'",
         ],
     ),
     "unsolved": (
         [("    return x + x", "    return x")],
-        ["cell 9: AssertionError: "],
+        ["cell 8: test of the solution: AssertionError: "],
     ),
     "in need of a solution": (
         [("assert halve(4) == 2", "assert halve(4) == 2\ndouble(2)")],
-        ["cell 13: NotImplementedError: "],
+        ["cell 12: test of the solution: NotImplementedError: "],
     ),
 }
 
@@ -333,14 +387,33 @@ def test_student_copy_has_stubs_and_no_solution(built):
     assert text.count("# YOUR CODE HERE\n") == text.count("raise NotImplementedError") == 2
     assert "x + x" not in text and "WRONG" not in text and "SOLUTION" not in text
     assert not any(cell.get("outputs") for cell in student.cells)
-    full = nbformat.read(built / "99_sample.ipynb", as_version=4)
-    folded = [cell for cell in full.cells if cell.metadata.get("jupyter", {}).get("source_hidden")]
-    assert [("return x + x" in folded[0].source), ("return x / 2" in folded[1].source)] == [True, True]
+    assert (
+        "notebooks/student/99_sample.ipynb) [With outputs and solutions](../99_sample.ipynb)" in student.cells[0].source
+    )
+
+
+def test_readers_copy_has_stubs_too_and_solutions_as_text(built):
+    """So that Run All passes judgement on the reader's answer, not on ours."""
+    cells = nbformat.read(built / "99_sample.ipynb", as_version=4).cells
+    code = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
+    assert code.count("raise NotImplementedError") == 2 and "x + x" not in code and "x / 2" not in code
+    tests = [cell for cell in cells if "exercise-test" in notebooks.tags(cell)]
+    assert [cell.outputs[0].text for cell in tests] == ["Not done yet.\n"] * 2
+    texts = [cell.source for cell in cells if "solution" in notebooks.tags(cell)]
+    assert all(text.startswith("<details><summary>A solution</summary>\n\n```python\ndef ") for text in texts)
+    assert "return x + x" in texts[0] and "return x / 2" in texts[1]
+    assert "[Without outputs](student/99_sample.ipynb)" in cells[0].source
+
+
+def test_a_test_with_a_string_over_lines_is_not_indented(write):
+    source = write(("assert halve(4) == 2", 'assert halve(4) == 2, """\nno"""'))
+    with pytest.raises(ValueError, match="strings over several lines"):
+        notebooks.assemble(source)
 
 
 @pytest.mark.slow
 def test_plain_nbval_goes_through_a_students_copy(built):
-    """With no option or plugin of ours: the test of a stub may raise, nothing else."""
+    """With no option or plugin of ours, and nothing that raises."""
     command = [sys.executable, "-m", "pytest", "-q", "-c", "/dev/null", "--nbval-lax", str(built / "student")]
     report = subprocess.run(command, capture_output=True, text=True)
     assert report.returncode == 0 and "7 passed" in report.stdout, report.stdout

@@ -86,7 +86,7 @@ plt.show()
 #
 # ## Noise blurs, the score pulls back
 #
-# Our toy is a mixture of three Gaussians on a line. We know its velocity and all its marginals $p_t$ exactly (notebook 01).
+# Our toy is a mixture of three Gaussians on a line. We know its velocity and all its marginals $p_t$ exactly ([notebook 01](01_flow_matching.ipynb)).
 
 # %%
 import math
@@ -198,7 +198,7 @@ plt.show()
 #
 # $$\nabla \log p_t(x) = -\frac{\varepsilon_{|t}}{t}, \tag{4.7}$$
 #
-# and the average noise $\varepsilon_{|t} = E[\varepsilon \mid x_t = x]$ follows from the velocity (notebook 01: two equations, two unknowns):
+# and the average noise $\varepsilon_{|t} = E[\varepsilon \mid x_t = x]$ follows from the velocity ([notebook 01](01_flow_matching.ipynb): two equations, two unknowns):
 #
 # $$\varepsilon_{|t} = x + (1 - t)\, u_t(x). \tag{4.8}$$
 #
@@ -953,6 +953,7 @@ def inner_mean(field, x, t, y, factor, std):
     return state - time * field(state, state.new_full((len(state),), time))
 
 
+# %%
 def glass(field, x, t, s, z, inner):
     """The DDPM transition with an x0 that is drawn, in `inner` evaluations."""
     rho = s * (1 - t) / ((1 - s) * t)

@@ -8,6 +8,7 @@ A source is a Jupytext percent script. CONTRIBUTING.md tells the conventions.
 """
 
 import argparse
+import ast
 import asyncio
 import base64
 import contextlib
@@ -20,6 +21,7 @@ import json
 import os
 import re
 import sys
+import textwrap
 import tomllib
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass
@@ -30,7 +32,7 @@ import nbformat
 from jupyter_core.utils import ensure_async
 from nbclient import NotebookClient
 from nbformat import NotebookNode
-from nbformat.v4 import new_code_cell, new_notebook
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,11 +41,19 @@ MEASURED_LINE = re.compile(rf"^{MEASURED}.*$", re.M)
 SOLUTION = re.compile(r"^([ \t]*)### BEGIN SOLUTION\n.*?^[ \t]*### END SOLUTION$", re.M | re.S)
 MARKERS = re.compile(r"^[ \t]*### (BEGIN|END) SOLUTION\n", re.M)
 PROGRESS = re.compile(r"\d+%\|")
+NOT_DONE = "Not done yet."
+HIDDEN = {"check": "remove-cell", "plot": "hide-input"}  # a tag, and what jupyter-book is to do with its cells
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # repeatable, and what the notebooks' heads say
 VIEW = "application/vnd.jupyter.widget-view+json"
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
-    "language_info": {"name": "python"},
+    "language_info": {
+        "name": "python",
+        "file_extension": ".py",
+        "mimetype": "text/x-python",
+        "pygments_lexer": "ipython3",
+        "codemirror_mode": {"name": "ipython", "version": 3},
+    },
 }
 SETUP = """\
 # Set-up, the same in every notebook: does nothing where flowscale_lite is installed.
@@ -99,11 +109,14 @@ def project(root: Path = ROOT) -> dict[str, str]:
     return {"repository": repository, "folder": repository.rsplit("/", 1)[-1], "version": meta["version"]}
 
 
-def badge(name: str) -> str:
+def badge(name: str, student: bool = False) -> str:
+    """A Colab badge that opens this copy, and a link to the other one."""
     about = project()
     where = about["repository"].replace("https://github.com/", "https://colab.research.google.com/github/")
     image = "https://colab.research.google.com/assets/colab-badge.svg"
-    return f"[![Open in Colab]({image})]({where}/blob/v{about['version']}/notebooks/{name}.ipynb)"
+    folder = "notebooks/student" if student else "notebooks"
+    other = f"[With outputs and solutions](../{name}.ipynb)" if student else f"[Without outputs](student/{name}.ipynb)"
+    return f"[![Open in Colab]({image})]({where}/blob/v{about['version']}/{folder}/{name}.ipynb) {other}"
 
 
 def stub(code: str) -> str:
@@ -116,9 +129,30 @@ def solution(code: str) -> str:
     return MARKERS.sub("", code + "\n").rstrip("\n")
 
 
+def patient(test: str) -> str:
+    """An exercise's test that says so, and lets the run go on, where the exercise is not done.
+
+    Raises:
+        ValueError: the test holds a string over several lines, which an indent would change.
+    """
+    for node in ast.walk(ast.parse(test)):
+        if isinstance(node, ast.Constant | ast.JoinedStr) and node.lineno != node.end_lineno:
+            raise ValueError(f"a test must not hold strings over several lines: {ast.unparse(node)[:60]}")
+    return f'try:\n{textwrap.indent(test, "    ")}\nexcept NotImplementedError:\n    print("{NOT_DONE}")'
+
+
+def folded(code: str) -> NotebookNode:
+    """A solution as text: to be read, never run in the reader's place."""
+    return new_markdown_cell(
+        f"<details><summary>A solution</summary>\n\n```python\n{code}\n```\n\n</details>",
+        metadata={"tags": ["solution"]},
+    )
+
+
 def assemble(source: Path, student: bool = False) -> NotebookNode:
     """The notebook a source stands for, not yet executed. Its cells' names depend on what they say only."""
     cells: list[NotebookNode] = []
+    solved = ""
     for cell in read(source).cells:
         kind = tags(cell)
         if "wrong-answers" in kind:
@@ -128,17 +162,17 @@ def assemble(source: Path, student: bool = False) -> NotebookNode:
         if "setup" in kind:
             cell.source = SETUP.format(**project())
         if not cells:
-            cell.source = cell.source.replace(BADGE, badge(source.stem))
-        answer = copy.deepcopy(cell)
+            cell.source = cell.source.replace(BADGE, badge(source.stem, student))
+        for tag in kind & HIDDEN.keys():
+            cell.metadata |= {"jupyter": {"source_hidden": True}, "tags": [*cell.metadata["tags"], HIDDEN[tag]]}
         if "exercise" in kind:
+            solved = solution(cell.source)
             cell.source = stub(cell.source)
-        if "exercise-test" in kind and student:
-            cell.metadata["tags"] = [*cell.metadata["tags"], "raises-exception"]  # running all cells goes on after it
+        if "exercise-test" in kind:
+            cell.source = patient(cell.source)
         cells.append(cell)
-        if "exercise" in kind and not student:
-            answer.source = "# A solution: skip this cell to test your own.\n" + solution(answer.source)
-            answer.metadata = {"jupyter": {"source_hidden": True}, "tags": ["solution"]}
-            cells.append(answer)
+        if "exercise-test" in kind and not student:
+            cells.append(folded(solved))
     seen: dict[str, int] = {}
     for cell in cells:
         digest = hashlib.sha256(f"{cell.cell_type} {cell.source}".encode()).hexdigest()[:12]

@@ -3,7 +3,7 @@
     python -m tools.course.rehearsal [--jobs 2] [00 05 ...]
 
 At an exercise the test must stop at the stub, reject every planted wrong answer and accept the solution. Then the stub
-is put back, so that a later cell which needs the solution, and would fail in the student's copy, fails here.
+is put back, as both copies have it, so that a later cell which needs the solution fails here.
 """
 
 import argparse
@@ -38,31 +38,34 @@ def steps(source: Path, built: Path | None = None) -> Iterator[Step]:
         ValueError: the built copy has another number of cells.
     """
     stored = nbformat.read(built or notebooks.targets(source)[False], as_version=4).cells
-    planted = iter([cell.source for cell in notebooks.read(source).cells if "wrong-answers" in notebooks.tags(cell)])
-    stub, solution = "", ""
+    sources = {tag: iter(tagged(source, tag)) for tag in ("exercise", "exercise-test", "wrong-answers")}
+    stub = ""
     for index, (cell, before) in enumerate(zip(notebooks.assemble(source).cells, stored, strict=True)):
         kind, name = notebooks.tags(cell), f"cell {index}"
         if "exercise" in kind:
             stub = cell.source
-        elif "solution" in kind:
-            solution = cell.source
         elif "exercise-test" in kind:
-            yield from _trials(index, cell.source, stub, next(planted, ""))
-            yield Step(f"cell {index - 1}", solution)
+            solved = notebooks.solution(next(sources["exercise"]))
+            yield from _trials(index, next(sources["exercise-test"]), stub, solved, next(sources["wrong-answers"], ""))
+            yield Step(f"cell {index - 1}, put back", stub)
             yield Step(name, cell.source, built=before)
-            yield Step(f"cell {index - 2}, put back", stub)
         elif cell.cell_type == "code":
             yield Step(name, cell.source, built=before)
 
 
-def _trials(index: int, test: str, stub: str, planted: str) -> Iterator[Step]:
-    """The stub and every wrong answer, each followed by the test that must not accept it."""
+def tagged(source: Path, tag: str) -> list[str]:
+    """The cells of a source that have a tag."""
+    return [cell.source for cell in notebooks.read(source).cells if tag in notebooks.tags(cell)]
+
+
+def _trials(index: int, test: str, stub: str, solved: str, planted: str) -> Iterator[Step]:
+    """The stub and every wrong answer, each followed by the test that must not accept it; then the solution."""
     _, *parts = rules.WRONG.split(planted)
     answers = [("the stub", stub, "NotImplementedError")]
     for number, (what, code) in enumerate(zip(parts[::2], parts[1::2], strict=True), 1):
         answers.append((f"wrong answer {number} ({what})", code, "AssertionError"))
-    for who, code, error in answers:
-        yield Step(f"cell {index - 2}: {who}", code)
+    for who, code, error in [*answers, ("the solution", solved, "")]:
+        yield Step(f"cell {index - 1}: {who}", code)
         yield Step(f"cell {index}: test of {who}", test, error)
 
 

@@ -15,7 +15,12 @@ from tools.course import build as notebooks
 
 CELL_LINES, FUNCTION_LINES, WIDTH, ALT_LETTERS = 25, 20, 120, 20
 SECONDS, MEGABYTES = 300, 5
-TAGS = {"setup", "exercise", "exercise-test", "wrong-answers", "network", "nbval-ignore-output"}
+# Of the second edition, for cells that the reader sees and for the part before the recap:
+SEEN_LINES, SEEN_WIDTH, SEEN_ASSERTS, CORE_WORDS, FIRST_WORDS, FIRST_CELLS = 15, 88, 3, 1700, 150, 3
+LATE_FIGURES = ("11", "12")  # their first figure may come after 300 words
+TAGS = {"setup", "exercise", "exercise-test", "wrong-answers", "network", "nbval-ignore-output", "check", "plot"}
+UNSEEN = {"setup", "wrong-answers", "check", "plot"}
+QUESTION = re.compile(r"\*\*[^*]*\?\*\*")
 WRONG = re.compile(r"^### WRONG: *(.+)$", re.M)
 MACHINE = re.compile(r"(?<![\w.:/])(/(work|root|tmp|home|Users|opt|mnt|content|private|var)/[\w.]|[A-Z]:\\\\?Users)")
 EXERCISE = re.compile(r"^### Exercise (\d+): .+ \(difficulty [1-5] of 5, \d+ minutes\)$", re.M)
@@ -36,13 +41,90 @@ def source_problems(source: Path) -> list[str]:
     """Rules that need nothing run."""
     cells = notebooks.read(source).cells
     text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
-    found = [*_head(cells), *_tail(cells, text), *_equations(text), *_exercises(cells), *_widgets(cells)]
+    found = [*_head(cells), *_equations(text), *_exercises(cells), *_widgets(cells)]
+    found += [*_second(cells, source.stem)] if second_edition(cells) else [*_tail(cells, text)]
     for index, cell in enumerate(cells):
         rules = [_paths(cell), _tags(cell)]
         if cell.cell_type == "code" and "setup" not in notebooks.tags(cell):
             rules += [_alt(cell), _code(cell)]
         found += [f"cell {index}: {problem}" for problem in itertools.chain(*rules)]
     return found
+
+
+def second_edition(cells: list[NotebookNode]) -> bool:
+    """Whether a source has been written anew; the others keep to the older rules until they are."""
+    return "**Time.**" in cells[0].source
+
+
+def core(cells: list[NotebookNode]) -> list[NotebookNode]:
+    """The cells before the recap."""
+    end = next((i for i, cell in enumerate(cells) if cell.source.startswith("## Recap")), len(cells))
+    return cells[:end]
+
+
+def prose(cells: Iterable[NotebookNode]) -> int:
+    """Words of text, without formulas, code, folds and comments."""
+    text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    text = re.sub(r"<details>.*?</details>|```.*?```|<!--.*?-->|\$\$.*?\$\$|\$[^$]*\$", " ", text, flags=re.S)
+    return len(re.findall(r"[^\W\d_][\w'-]*", text))
+
+
+def seen(cells: Iterable[NotebookNode]) -> list[NotebookNode]:
+    """The code cells that a reader sees unfolded."""
+    return [cell for cell in cells if cell.cell_type == "code" and not notebooks.tags(cell) & UNSEEN]
+
+
+def before_figure(cells: list[NotebookNode]) -> list[NotebookNode]:
+    """The cells before the first figure; of the head, title and question only."""
+    first = next((i for i, cell in enumerate(cells) if notebooks.alts(cell)), len(cells))
+    head = NotebookNode({**cells[0], "source": re.split(r"<!-- badge|\*\*Goals", cells[0].source)[0]})
+    return [head, *cells[1:first]]
+
+
+def _second(cells: list[NotebookNode], name: str) -> Iterator[str]:
+    """Rules of the second edition."""
+    starts = ["## Recap", "## Exercises", "## Deeper"]
+    at = [next((i for i, c in enumerate(cells) if c.source.startswith(start)), None) for start in starts]
+    places = [i for i in at if i is not None]
+    if at[0] is None or at[1] is None or "## Not shown" not in cells[-1].source or places != sorted(places):
+        yield "order: cells begin with ## Recap, ## Exercises, ## Deeper: ..., and the last has ## Not shown"
+    if at[0] is not None and len(re.findall(r"^- ", cells[at[0]].source, re.M)) != 5:
+        yield "recap: five lines, each beginning with a dash"
+    if "](http" not in cells[-1].source.partition("## Further reading")[2]:
+        yield "tail: ## Further reading is missing, or has no link"
+    if not any(re.search(r"^#+ .*goes? wrong", c.source, re.M) for c in cells if c.cell_type == "markdown"):
+        yield "no failure case: show one under a heading with the words 'goes wrong'"
+    words, first = prose(core(cells)), before_figure(cells)
+    if words > CORE_WORDS:
+        yield f"the core has {words} words, more than {CORE_WORDS}"
+    most = 2 * FIRST_WORDS if name.startswith(LATE_FIGURES) else FIRST_WORDS
+    if prose(first) > most or len(seen(first)) > FIRST_CELLS:
+        before = f"{prose(first)} words and {len(seen(first))} cells"
+        yield f"{before} come before the first figure, more than {most} and {FIRST_CELLS}"
+    asserts = sum(len(re.findall(r"^\s*assert\b", cell.source, re.M)) for cell in seen(cells) if not _tested(cell))
+    if asserts > SEEN_ASSERTS:
+        yield f"{asserts} asserts in cells that the reader sees, more than {SEEN_ASSERTS}: tag cells `check`"
+    for index, cell in enumerate(cells):
+        yield from (f"cell {index}: {problem}" for problem in _read(cell, cells[index + 1 : index + 6], index))
+
+
+def _tested(cell: NotebookNode) -> bool:
+    return bool(notebooks.tags(cell) & {"exercise", "exercise-test"})
+
+
+def _read(cell: NotebookNode, later: list[NotebookNode], index: int) -> Iterator[str]:
+    """What a reader of the second edition would stumble on in a cell; `later` are those after it."""
+    lines = cell.source.splitlines()
+    if cell in seen([cell]) and not _tested(cell) and len(lines) > SEEN_LINES:
+        yield f"has {len(lines)} lines, more than {SEEN_LINES}"
+    if cell in seen([cell]) and max(map(len, lines), default=0) > SEEN_WIDTH:
+        yield f"has a line of more than {SEEN_WIDTH} characters"
+    if cell.cell_type == "markdown" and index and "### Exercise" not in cell.source:
+        asked = QUESTION.findall(re.sub(r"<details>.*?</details>", "", cell.source, flags=re.S))
+        if asked and "<details>" not in "".join(c.source for c in [cell, *later] if c.cell_type == "markdown"):
+            yield f"the question {asked[0]} has no answer in a fold below it"
+        if re.search(r"(?<!\[)\b[Nn]otebook \d\d\b", cell.source):
+            yield "a mention of another notebook is a link: [notebook 04](04_ode_to_sde.ipynb)"
 
 
 def _head(cells: list[NotebookNode]) -> Iterator[str]:
