@@ -41,45 +41,44 @@ import numpy as np
 import pandas as pd
 import torch
 
-from flowscale_lite import Problem, experiments, kernels, plots, schedules, search, steps
+from flowscale_lite import LINEAR, RBF, Problem, experiments, kernels, plots, schedules
 from flowscale_lite.experiments import clustered_mean, paired_difference, paper
 from flowscale_lite.flux import FlowModel, load
-from flowscale_lite.interpolants import LINEAR
-from flowscale_lite.methods import RBF, BestOfEnough, BestOfQuota, FirstImprovement
-from flowscale_lite.search import Particles, Run
+from flowscale_lite.methods import BestOfEnough, BestOfQuota, FirstImprovement
+from flowscale_lite.search import Particles, Run, search, steps
 from flowscale_lite.tiny import shapes
 from flowscale_lite.tiny.data import locate
 from flowscale_lite.tiny.toys import GaussianMixture, QuadraticReward
 
+
 # %%
-TEXT = "four yellow squares left of five blue squares"
-prompt = FlowModel.encode(load(locate("tiny-flux/schnell")), TEXT, guidance=2.0)
-reward = shapes.CountReward(shapes.parse(TEXT))
-picture = paper.SAMPLERS["VP-SDE"].of(prompt.problem(reward, kernels.ode))
-
-
-def families(problem, seed, most=64):
-    """Follows one search: `most` children of every state, and the best look-ahead reward before them."""
-    run = Run(problem, max_nfe=1000, generator=torch.Generator().manual_seed(seed))
+def families(problem, generator, most=64):
+    """One search: `most` children at each step, the best so far, the draws it took."""
+    run = Run(problem, max_nfe=1000, generator=generator)
     p = run.score(run.start(25)).best()
     best, found = float(p.reward), []
     while run.next_time(p.t) > 0:
         children = run.score(run.propose(p, most))
         better = (children.reward > best).nonzero().flatten()
-        found.append((children, best, int(better[0]) + 1 if len(better) else most))
+        need = int(better[0]) + 1 if len(better) else most
+        found.append((children, best, need))
         p = children[better[:1]] if len(better) else children.best()
         best = max(best, float(p.reward))
     return found
 
 
 # %% alt="Nine bars, the draws that each step of one search needs until one beats the best so far: some bars are short, others reach the ceiling of 64. A dashed line marks an equal share of 25."
-found = families(picture, seed=0)
+text = "four yellow squares left of five blue squares"
+prompt = FlowModel.encode(load(locate("tiny-flux/schnell")), text, guidance=2.0)
+counter = shapes.CountReward(shapes.parse(text))
+picture = paper.SAMPLERS["VP-SDE"].of(prompt.problem(counter, kernels.ode))
+found = families(picture, torch.Generator().manual_seed(0))
 needs = [need for *_, need in found]
 fig, ax = plt.subplots(figsize=(7, 3.2))
 stuck = [need == 64 for need in needs]
 ax.bar(range(1, 10), needs, color=np.where(stuck, "0.8", "#0072B2"), edgecolor="black")
 ax.axhline(25, color="black", linestyle="--", label="an equal share: 25 draws")
-ax.set(xlabel="step", ylabel="draws until the best so far is beaten", xticks=range(1, 10))
+ax.set(xlabel="step", ylabel="draws until the best is beaten", xticks=range(1, 10))
 ax.set_title("grey: not beaten in 64 draws", fontsize=10)
 ax.legend()
 plt.show()
@@ -91,8 +90,6 @@ assert min(needs) <= 8 and max(needs) >= 50, "some steps need few draws, some ma
 # One picture, ten steps of the VP-SDE. At each step we draw candidates for the next state, one after the other. The search keeps the **best so far**: the highest look-ahead reward of a state that it has accepted. A bar counts the draws until a candidate beats it.
 #
 # Some steps succeed at once. Others need more than twice an equal share. Nobody can tell in advance which: with another seed the bars stand elsewhere.
-#
-# **Guess: give every step 25 draws, and stop a step when it succeeds. How many of the nine steps fail, and how many draws are left over?** The ledger below will answer.
 #
 # ## One state and its children
 #
@@ -118,7 +115,9 @@ plt.show()
 #
 # ## The ledger
 #
-# Give each of the nine steps a **quota** of 25 draws. A step that needs fewer passes the rest on. The next step may spend its own quota and all that was passed on: that is **rollover**. A step that has spent everything without success takes the best candidate it has drawn: that is the **fallback**. Take the nine needs of the first figure:
+# Give each of the nine steps a **quota** of 25 draws. A step that needs fewer passes the rest on. The next step may spend its own quota and all that was passed on: that is **rollover**. A step that has spent everything without success takes the best candidate it has drawn: that is the **fallback**.
+#
+# **Guess: give every step of the first figure 25 draws, and stop a step when it succeeds. How many of the nine steps fail, and how many draws are left over? What does rollover change?**
 
 # %%
 quota, saved, ledger = 25, 0, []
@@ -126,8 +125,9 @@ for need in needs:
     may_spend = quota + saved
     spent = min(need, may_spend)
     saved = may_spend - spent
-    ledger.append({"needs": need, "may spend": may_spend, "spends": spent, "passes on": saved})
-ledger = pd.DataFrame(ledger, index=pd.RangeIndex(1, 10, name="step"))
+    ledger.append((need, may_spend, spent, saved))
+columns = ["needs", "may spend", "spends", "passes on"]
+ledger = pd.DataFrame(ledger, pd.RangeIndex(1, 10, name="step"), columns)
 ledger
 
 # %% tags=["plot"] alt="The ledger as bars: for each step what it spends of its own quota, what it spends of the draws passed on by earlier steps, and, hatched, what it passes on. Dots mark what the step needs; steps whose dot lies above the bar fall back on their best candidate."
@@ -221,7 +221,7 @@ plt.show()
 # | setting | the paper, on FLUX.1-schnell | here, on tiny-flux schnell |
 # |---|---|---|
 # | budget | 500 NFE, 10 steps | the same |
-# | sampler | $g_t = 3t^2$ on the converted, variance-preserving path | the same SDE, written on the linear path (notebook 05) |
+# | sampler | $g_t = 3t^2$ on the converted, variance-preserving path | the same SDE, written on the linear path ([notebook 05](05_interpolant_conversion.ipynb)) |
 # | chains | 2, the better one is returned | the same |
 # | first noises | 25 a chain | the same |
 # | draws at a time | one | the same |
@@ -291,7 +291,7 @@ def advance(method, p, run):
     moved = []
     for chain in (p[i : i + 1] for i in range(len(p))):
         quota = quota_of(chain, run, method.rollover)
-        top, drawn = draw_until_better(chain, run, quota, method.finish and ahead == 1)
+        top, drawn = method.draw(chain, run, quota, method.finish and ahead == 1)
         best = torch.maximum(top.reward, chain.carry["best"])
         left = chain.carry["left"] - drawn
         moved.append(replace(top, carry=chain.carry | {"best": best, "left": left}))
@@ -312,25 +312,31 @@ class Forcing:
     rollover: bool = True
     finish: bool = True
     check, start, advance = check, start, advance
+    draw = staticmethod(draw_until_better)
+
+
+# %%
+def find(problem, method, max_nfe, seed):
+    """One search."""
+    generator = torch.Generator().manual_seed(seed)
+    return search(problem, method, max_nfe=max_nfe, generator=generator)
 
 
 ring = GaussianMixture.ring()
 peak = QuadraticReward((2.4, 0.0), curvature=10.0)
-linear_sde = kernels.sde(kernels.quadratic())
-toy = Problem(ring.velocity(LINEAR), peak, LINEAR, linear_sde, schedules.uniform(10), (2,))
+sde, ten = kernels.sde(kernels.quadratic()), schedules.uniform(10)
+toy = Problem(ring.velocity(LINEAR), peak, LINEAR, sde, ten, shape=(2,))
 
 # %% [markdown]
 # It runs on any `Problem`. The package's own is `RBF.published()`. A test of the package compares it with a loop by hand; here we compare it with ours, draw for draw.
 
 # %%
 for seed in range(3):
-    ours, theirs = (
-        search(toy, method, max_nfe=200, generator=torch.Generator().manual_seed(seed))
-        for method in (Forcing(), RBF.published())
-    )
+    ours = find(toy, Forcing(), 200, seed)
+    theirs = find(toy, RBF.published(), 200, seed)
     assert torch.equal(ours.best, theirs.best), "another sample"
-    assert ours.trace == theirs.trace, "another account: draws, rewards, NFE of some step"
-print("Forcing() and RBF.published(): the same draws, the same samples, the same account")
+    assert ours.trace == theirs.trace, "another account of some step"
+print("Forcing() and RBF.published(): the same draws, samples and accounts")
 
 # %% [markdown]
 # ## A picture, put right
@@ -338,15 +344,15 @@ print("Forcing() and RBF.published(): the same draws, the same samples, the same
 # Now the paper's setting on tiny-flux: 500 NFE, VP-SDE, two chains. We follow the search step by step and keep the look-ahead of the better chain.
 
 # %%
-film, spent, before = [], [], None
-run = steps(picture, Forcing(), max_nfe=500, generator=torch.Generator().manual_seed(0))
+film, spent = [], []
+generator = torch.Generator().manual_seed(0)
+run = steps(picture, Forcing(), max_nfe=500, generator=generator)
 for step in run:
     p = run.particles
     film.append((step.t, float(p.reward.max()), p.best().x0))
-    spent.append([25, 25] if before is None else (before - p.carry["left"]).tolist())
-    before = p.carry["left"]
+    spent.append(p.carry["left"])
 result = run.result()
-print(f"{result.nfe} NFE, {result.reward_calls} reward calls, reward {result.reward:.3f}")
+print(f"{result.nfe} NFE, {result.reward_calls} reward calls; {result.reward:.3f}")
 
 # %% tags=["plot"] alt="Above, the look-ahead of the better chain after each step, with its time and reward. Below, the draws of each chain in each step, as bars: they differ much from step to step and between the chains; the last paid step spends all that is left."
 shown = prompt.decode(torch.cat([x0 for *_, x0 in film]))
@@ -358,7 +364,7 @@ for k, (t, value, _) in enumerate(film):
     ax.axis("on")
     plots.picture(ax, shown[k], f"t = {t:.2f}: {value:.2f}")
 wide = fig.add_subplot(3, 1, 3)
-place, draws = np.arange(1, 10), np.array(spent[1:-1])
+place, draws = np.arange(1, 10), -np.diff(torch.stack(spent[:-1]), axis=0)
 wide.bar(place - 0.2, draws[:, 0], 0.4, color="#0072B2", edgecolor="black", label="chain 1")
 wide.bar(place + 0.2, draws[:, 1], 0.4, color="#E69F00", edgecolor="black", label="chain 2")
 wide.axhline(25, color="black", linestyle="--", linewidth=1)
@@ -391,14 +397,11 @@ variants = {
 }
 lines, missed = [], {}
 for name, method in variants.items():
-    runs = []
-    for seed in range(12):
-        generator = torch.Generator().manual_seed(seed)
-        runs.append(search(few_step, method, max_nfe=150, generator=generator))
+    runs = [find(few_step, method, 150, seed) for seed in range(12)]
     missed[name] = [-run.reward for run in runs]
-    spent = np.mean([run.nfe for run in runs])
-    lines.append({"rules": name, "NFE spent": round(spent), "median distance": np.median(missed[name])})
-pd.DataFrame(lines).set_index("rules").round(4)
+    lines.append([np.mean([run.nfe for run in runs]), np.median(missed[name])])
+effects = pd.DataFrame(lines, list(variants), ["NFE spent", "median distance"])
+effects.round(4)
 
 # %% tags=["plot"] alt="Distance to the largest reward, on a logarithmic axis, for four variants of the method, one dot a seed and a bar at the median."
 fig, ax = plt.subplots(figsize=(7, 3.4))
@@ -411,14 +414,15 @@ plt.show()
 
 # %% tags=["check"]
 assert np.median(missed["no rollover"]) > 3 * np.median(missed["as published"])
-assert lines[0]["NFE spent"] == 150 > max(line["NFE spent"] for line in lines[1:])
+assert effects["NFE spent"].iloc[0] == 150 > effects["NFE spent"].iloc[1:].max()
+assert 0.25 < 1 - effects.loc["no rollover", "NFE spent"] / 150 < 0.42, "a third is not spent"
 
 # %% [markdown]
 # Without rollover a third of the budget is never spent, and the sample ends several times farther from the peak. Without the finish the last paid transition stops at its first improvement too, and leaves a rest unused. Rollover does not only help a step that is stuck: it also carries what *nobody* needed to the end, where the finish turns it into draws.
 #
 # The last choice is worth more than the others, because no noise comes after it.
 #
-# ## When the first improvement is a poor choice
+# ## What goes wrong: the first improvement can be a poor choice
 #
 # So far the model was a few-step one. A *multi-step* model's look-ahead is an average over futures. As the noise falls, the average sharpens, and the look-ahead reward rises by itself. Then almost any child beats the best so far. **Guess: what becomes of "take the first improvement"?**
 #
@@ -431,7 +435,8 @@ NAMES = {"RBF, published": "RBF", "RBF, equal quotas": "best of quota", "SVDD": 
 FLOWS = {"distilled": "few-step flow", "exact": "multi-step flow"}
 distance = {}
 for (world, kernel, method), cell in rows.groupby(["world", "kernel", "method"]):
-    distance[world, kernel, method] = clustered_mean(list(-cell["found"]), list(cell["seed"]))
+    mean = clustered_mean((-cell["found"]).tolist(), cell["seed"].tolist())
+    distance[world, kernel, method] = mean
 
 # %% tags=["plot"] alt="Mean distance to the largest reward, log scale, with intervals, for RBF as published, best of quota and SVDD under three samplers. On the few-step flow the three are close together. On the multi-step flow RBF is far worse than the others under every sampler."
 fig, axes = plt.subplots(1, 2, figsize=(9.5, 3.6), sharey=True)
@@ -472,12 +477,13 @@ assert np.median(early) <= 4
 # %%
 rows = pd.read_json(locate("results/paper.jsonl"), lines=True)
 rows = rows[rows["reward"] == "count"]
-LINES = ["rbf", "svdd", "svdd, 25 first noises", "code", "smc", "best-of-n", "search over paths"]
+LINES = ["rbf", "svdd", "svdd, 25 first noises", "code", "smc"]
+LINES += ["best-of-n", "search over paths"]
 rows = rows[rows["method"].isin(LINES) & (rows["sampler"] != "VP-SDE, on VP")]
 table = experiments.table(rows, ["sampler", "method"], ["exact", "held_out", "nfe"])
 table["nfe"] = [round(nfe.mean) for nfe in table["nfe"]]
-order = [(s, m) for s in ("VP-SDE", "linear SDE", "ODE") for m in LINES if (s, m) in table.index]
-table = table.loc[order]
+order = pd.MultiIndex.from_product([["VP-SDE", "linear SDE", "ODE"], LINES])
+table = table.loc[[line for line in order if line in table.index]]
 table
 
 # %% tags=["plot"] alt="Share of exact pictures with intervals, by counter and by held-out judge, for every method and sampler of the table above."
@@ -493,24 +499,29 @@ ax.legend(fontsize=9, loc="lower left")
 plt.show()
 
 # %% [markdown]
-# Two methods on the same prompts and seeds are best compared by the mean of their *paired differences* (notebook 10 says why). A positive number speaks for RBF.
+# Two methods on the same prompts and seeds are best compared by the mean of their *paired differences* ([notebook 10](10_scaling.ipynb) says why). A positive number speaks for RBF.
 
 
 # %%
 def rbf_minus(method, sampler="VP-SDE"):
-    """Paired difference of RBF under the VP-SDE and a method, over the runs that both have."""
+    """RBF under the VP-SDE minus a method, over the runs that both have."""
     keys = ["prompt", "seed"]
     ours = rows[(rows["method"] == "rbf") & (rows["sampler"] == "VP-SDE")]
     other = rows[(rows["method"] == method) & (rows["sampler"] == sampler)]
     both = ours[keys].merge(other[keys])
     ours, other = (side.merge(both) for side in (ours, other))
-    return {field: paired_difference(ours, other, field) for field in ("exact", "held_out")}
+    return {f: paired_difference(ours, other, f) for f in ("exact", "held_out")}
 
 
-gaps = {(s, m): rbf_minus(m, s) for s, m in table.index if (s, m) != ("VP-SDE", "rbf")}
-gaps = pd.DataFrame(gaps).T
-said = [["behind", "not told apart", "ahead"][1 + (g.low > 0) - (g.high < 0)] for g in gaps["exact"]]
-gaps.assign(**{"RBF, by the counter": said})
+# %%
+def said(gap):
+    """A difference in words."""
+    return "ahead" if gap.low > 0 else "behind" if gap.high < 0 else "not told apart"
+
+
+others = [line for line in table.index if line != ("VP-SDE", "rbf")]
+gaps = pd.DataFrame({line: rbf_minus(line[1], line[0]) for line in others}).T
+gaps.assign(RBF=gaps["exact"].map(said))
 
 # %% tags=["check"]
 AHEAD = [("VP-SDE", "code"), ("ODE", "best-of-n"), ("ODE", "search over paths")]
@@ -521,7 +532,7 @@ assert gaps.loc[("VP-SDE", "svdd"), "exact"].mean > gaps.loc[("VP-SDE", "svdd, 2
 # Three things to read from it.
 #
 # - RBF is clearly ahead of CoDe, best-of-N and search over paths, by either judge. Selecting on the way beats choosing at the end.
-# - Part of its lead over SVDD is not the rule. As published, SVDD starts each chain from *one* noise, RBF from the best of 25. The line `svdd, 25 first noises` is SVDD with RBF's first noises, and its gap is smaller. On a few-step model a look-ahead from pure noise already tells much (notebook 03), and a greedy search lives from its start.
+# - Part of its lead over SVDD is not the rule. As published, SVDD starts each chain from *one* noise, RBF from the best of 25. The line `svdd, 25 first noises` is SVDD with RBF's first noises, and its gap is smaller. On a few-step model a look-ahead from pure noise already tells much ([notebook 03](03_rewards_and_best_of_n.ipynb)), and a greedy search lives from its start.
 # - SMC with fifty particles begins with fifty noises as well, and resampling moves the budget to the good ones. It comes near.
 #
 # Where the last column says "not told apart", these runs do not settle who is better. They do not show that the two are equal.
@@ -572,27 +583,18 @@ def draw_in_batches(p, run, quota, draw_all, batch=4):
 
 
 # %% tags=["exercise-test"]
-def advance_in_batches(method, p, run):
-    """`advance` with your function in its place."""
-    ahead, moved = run.problem.evaluations_ahead(p.t), []
-    for chain in (p[i : i + 1] for i in range(len(p) if ahead else 0)):
-        top, drawn = draw_in_batches(chain, run, quota_of(chain, run, True), ahead == 1)
-        assert len(top) == 1, f"one child goes on, not {len(top)}"
-        best = torch.maximum(top.reward, chain.carry["best"])
-        left = chain.carry["left"] - drawn
-        moved.append(replace(top, carry=chain.carry | {"best": best, "left": left}))
-    return Particles.cat(moved) if ahead else run.propose(p)
+class Batched(Forcing):
+    """Forcing with your function."""
+
+    draw = staticmethod(draw_in_batches)
 
 
-Batched = dataclass(frozen=True)(type("Batched", (Forcing,), {"advance": advance_in_batches}))
 for seed in range(4):
-    yours, theirs = (
-        search(toy, method, max_nfe=210, generator=torch.Generator().manual_seed(seed))
-        for method in (Batched(), RBF.published(batch=4))
-    )
-    drawn, right = ([step.drawn for step in found.trace] for found in (yours, theirs))
-    assert drawn == right, f"children drawn at each step: {drawn}, but {right} are right"
-    assert torch.equal(yours.best, theirs.best), "the draws are right, but another child was taken"
+    yours = find(toy, Batched(), 210, seed)
+    theirs = find(toy, RBF.published(batch=4), 210, seed)
+    drawn, right = ([step.drawn for step in run.trace] for run in (yours, theirs))
+    assert drawn == right, f"drawn at each step: {drawn}, but {right} are right"
+    assert torch.equal(yours.best, theirs.best), "right draws, but another child taken"
 print("Well done.")
 
 
@@ -673,17 +675,22 @@ def draw_in_batches(p, run, quota, draw_all, batch=4):
 def diagnose():
     """The mistake of each program, A to D."""
     ### BEGIN SOLUTION
-    return {"A": "no rollover", "B": "no finish", "C": "spends later quotas", "D": "never stops early"}
+    first = {"A": "no rollover", "B": "no finish"}
+    return first | {"C": "spends later quotas", "D": "never stops early"}
     ### END SOLUTION
 
 
 # %% tags=["exercise-test"]
 mistakes = diagnose()
-assert sorted(mistakes) == list("ABCD"), "one answer for each of the programs A, B, C and D"
-assert mistakes["A"] == "no rollover", "A: step 1 saved 8 draws. What may step 2 spend, and what did it spend?"
-assert mistakes["B"] == "no finish", "B: the first four steps are right. What is left for the last one?"
-assert mistakes["C"] == "spends later quotas", "C: after step 1, step 2 may spend 8 + 10 draws. It spent 30."
-assert mistakes["D"] == "never stops early", "D: step 1 needed 2 draws. Why did it make 10?"
+assert sorted(mistakes) == list("ABCD"), "one answer for each program, A to D"
+advice = "A: step 1 saved 8 draws. What may step 2 spend, and what did it spend?"
+assert mistakes["A"] == "no rollover", advice
+advice = "B: the first four steps are right. What is left for the last one?"
+assert mistakes["B"] == "no finish", advice
+advice = "C: after step 1, step 2 may spend 8 + 10 draws. It spent 30."
+assert mistakes["C"] == "spends later quotas", advice
+advice = "D: step 1 needed 2 draws. Why did it make 10?"
+assert mistakes["D"] == "never stops early", advice
 print("Well done.")
 
 
@@ -715,7 +722,7 @@ class MyRule:
     """When a transition has drawn enough."""
 
     def most(self, quota, left, ahead):
-        """The most candidates to draw, at most `quota`; `left` are for all `ahead` transitions left."""
+        """The most candidates to draw; `left` are for all `ahead` transitions left."""
         ### BEGIN SOLUTION
         return min(quota, max(16, left // 4 ** (ahead - 1)))
         ### END SOLUTION
@@ -730,15 +737,12 @@ class MyRule:
 # %% tags=["exercise-test"]
 def median_distance(rule):
     """Median over ten seeds on the multi-step toy."""
-    method, values = RBF(rule=rule), []
-    for seed in range(10):
-        found = search(toy, method, max_nfe=250, generator=torch.Generator().manual_seed(seed))
-        values.append(-found.reward)
-    return float(np.median(values))
+    runs = [find(toy, RBF(rule=rule), 250, seed) for seed in range(10)]
+    return -float(np.median([run.reward for run in runs]))
 
 
 yours, first = median_distance(MyRule()), median_distance(FirstImprovement())
-assert yours < first / 10, f"your rule ends {yours:.4f} from the largest reward; {first / 10:.4f} is wanted"
+assert yours < first / 10, f"you end {yours:.4f} away; wanted: {first / 10:.4f}"
 print("Well done.")
 
 
@@ -776,7 +780,11 @@ class MyRule:
 # The number of draws needed has median $m$, and *no finite mean*: the sum of $m/(m+n)$ over $n$ diverges. Sometimes one draw is enough, sometimes hundreds are not. That is why no fixed number fits all steps. The children of a search are no equals, since their parent was selected. On the few-step toy:
 
 # %%
-needed = np.array([[need for *_, need in families(few_step, seed)] for seed in range(20)])
+needed = []
+for seed in range(20):
+    one = families(few_step, torch.Generator().manual_seed(seed))
+    needed += [need for *_, need in one]
+needed = np.array(needed)
 n = np.arange(1, 64)
 survival = [(needed > k).mean() for k in n]
 
@@ -822,10 +830,10 @@ for world in FLOWS:
 assert BestOfEnough().enough == 24 and BestOfQuota().most(7, 70, 3) == 7
 
 # %% [markdown]
-# On both flows 16 and 24 end nearer to the largest reward than equal quotas. But this toy has two dimensions, which flatters late draws: near the peak, a few hundred draws come very close. Pictures gain less. Notebook 10 asks there.
+# On both flows 16 and 24 end nearer to the largest reward than equal quotas. But this toy has two dimensions, which flatters late draws: near the peak, a few hundred draws come very close. Pictures gain less. [Notebook 10](10_scaling.ipynb) asks there.
 #
 # ## Not shown
-# Other models and rewards, and what the same NFE cost in seconds: notebook 10. Gradients inside RBF: notebook 09. RBF on FLUX.1: notebook 11.
+# Other models and rewards, and what the same NFE cost in seconds: [notebook 10](10_scaling.ipynb). Gradients inside RBF: [notebook 09](09_gradients.ipynb). RBF on FLUX.1: [notebook 11](11_flux.ipynb).
 #
 # ## Further reading
 # - Kim, Yoon, Hwang and Sung, [Inference-Time Scaling for Flow Models via Stochastic Generation and Rollover Budget Forcing](https://arxiv.org/abs/2503.19385), NeurIPS 2025
