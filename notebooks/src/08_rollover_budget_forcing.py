@@ -46,9 +46,8 @@ from flowscale_lite.experiments import clustered_mean, paired_difference, paper
 from flowscale_lite.flux import FlowModel, load
 from flowscale_lite.methods import BestOfEnough, BestOfQuota, FirstImprovement
 from flowscale_lite.search import Particles, Run, search, steps
-from flowscale_lite.tiny import shapes
+from flowscale_lite.tiny import judge, shapes
 from flowscale_lite.tiny.data import locate
-from flowscale_lite.tiny.judge import HeldOutJudge
 from flowscale_lite.tiny.toys import GaussianMixture, QuadraticReward
 
 
@@ -380,9 +379,9 @@ assert shapes.exact(shapes.parse(text), prompt.decode(result.best[None]))[0]
 
 # %%
 final = prompt.decode(result.best[None])
-judge = HeldOutJudge.load(locate("judge/held_out.safetensors"))
+second = judge.HeldOutJudge.load(locate("judge/held_out.safetensors"))
 scene = shapes.parse(text)
-right = bool(shapes.exact(scene, final)[0]), bool(judge.exact(scene, final)[0])
+right = bool(shapes.exact(scene, final)[0]), bool(second.exact(scene, final)[0])
 print("right by the counter: {}; by the held-out judge: {}".format(*right))
 
 # %% [markdown]
