@@ -58,8 +58,7 @@ def onwards(path, x, times, seed):
     generator = torch.Generator().manual_seed(seed)
     for t, s in pairwise(times):
         v = convert(prompt, LINEAR, path)(x, x.new_full((len(x),), t))
-        kernel = noisy if s > 0 else kernels.ddim(0)  # the last step gives E[x0 | x]
-        mean, std = kernel(path, x, v, t, s)
+        mean, std = noisy(path, x, v, t, s)
         x = mean + std * torch.randn(x.shape, generator=generator)
     return x
 
@@ -735,7 +734,7 @@ for path, s in ((LINEAR, paper[-2]), (VP, clocks["VP"][-2])):
     print(f"{path.name:6} from {s:.2f}: {a - s * da:.2f} x0 {b - s * db:+.2f} eps")
 
 # %% [markdown]
-# On the linear path Euler's last step lands on the posterior mean. On VP it does not: it leaves more than half of the guessed noise in the latents. The authors' code returns the posterior mean instead. So does our first figure, and so do the stored rows *VP-SDE, on VP itself*. In linear coordinates one gets this ending for nothing, which is why this package runs the VP-SDE there: the same SDE, in another discretisation than the authors'.
+# On the linear path Euler's last step lands on the posterior mean. On VP it does not: it leaves more than half of the guessed noise in the latents. The authors' code returns the posterior mean instead. So does `kernels.sde` on every path, and with it our first figure and the stored rows *VP-SDE, on VP itself*. All other rows called VP-SDE are run in linear coordinates: the same SDE, in another discretisation than the authors'.
 
 # %%
 lines = []
