@@ -746,11 +746,6 @@ def trap(x):
     return torch.zeros(len(x))
 
 
-### WRONG: the clouds on the right, without a ditch
-def trap(x):
-    return (x[:, 0] > 1.2).float()
-
-
 ### WRONG: a needle that nobody finds
 def trap(x):
     return ((x - 2.7).norm(dim=1) < 0.01).float()
