@@ -320,7 +320,7 @@ assert table["SMC, tempered"][2].mean() < table["SMC, tempered"][0].mean()
 #
 # </details>
 #
-# What happened? Near $t = 1$ all look-aheads lie close to the mean of the data, and their differences say little. At $\tau = 0.1$ they are multiplied by ten. Particles are dropped for no good reason, and the rare cloud's ancestors are among them. Later weights try to repair this, but a particle that is gone cannot be weighed up.
+# What happened? Near $t = 1$ all look-aheads lie close to the mean of the data, and their differences say little. At $\tau = 0.1$ they are multiplied by ten. Particles are dropped for no good reason, some with a good future among them. Later weights try to repair this, but a particle that is gone cannot be weighed up.
 #
 # The mend is to believe the look-ahead by degrees:
 #
