@@ -518,6 +518,12 @@ axes[0].legend(fontsize=9)
 plt.show()
 
 # %% [markdown]
+# <details><summary>Answer</summary>
+#
+# For two of the three. Formula (4.7) needs a velocity that is an average over pairs of data and *independent* noise. A guided velocity is no such average, and schnell's pairs are not independent. The table below says what that costs.
+#
+# </details>
+#
 # Some prompts are harder than others, so the fair comparison is within each prompt: the verdict on the noisy picture minus the verdict on the ODE's, with a 95 % interval. *Held out* is the verdict of a network that shares nothing with the counter.
 
 # %%
