@@ -70,11 +70,11 @@ MUTANTS = (
       "(ds * x - s * v) / det", "(ds * x + s * v) / det"),
     # Kernels
     M("drift without its one half", "kernels.py", "kernels",
-      "v - 0.5 * noise**2 * path.score", "v - noise**2 * path.score"),
+      "v - 0.5 * g(t) ** 2 * path.score", "v - g(t) ** 2 * path.score"),
     M("drift with g for g^2", "kernels.py", "kernels",
-      "0.5 * noise**2 * path.score", "0.5 * noise * path.score"),
+      "0.5 * g(t) ** 2 * path.score", "0.5 * g(t) * path.score"),
     M("noise by dt for sqrt(dt)", "kernels.py", "kernels",
-      "noise * math.sqrt(t - s)", "noise * (t - s)"),
+      "g(t) * math.sqrt(t - s)", "g(t) * (t - s)"),
     M("noise in the last step", "kernels.py", "kernels",
       "if s == 0:", "if s < 0:"),
     M("eta^2 for eta in the noise", "kernels.py", "kernels",
@@ -215,11 +215,29 @@ MUTANTS = (
     M("zero-order: noises that grow", "methods/zero_order.py", "methods",
       "math.sqrt(1 - self.radius**2) * carry", "carry"),
     M("Refine: the regions kept are those redrawn", "beyond/refine.py", "methods",
-      "torch.where(where, z, (p.x - a * p.x0) / sigma)", "torch.where(where, (p.x - a * p.x0) / sigma, z)"),
+      "torch.where(where, run.noise(n) / start, noise_in(p, run))",
+      "torch.where(where, noise_in(p, run), run.noise(n) / start)"),
     M("Refine: the last try kept, better or not", "beyond/refine.py", "methods",
       "return q if q.reward > p.reward else p", "return q"),
     M("Refine: scattered entries for regions", "beyond/refine.py", "methods",
       "* parts // side)", "% parts)"),
+    M("Draft: the worst drafts finished", "beyond/draft.py", "draft",
+      "return pool.top(min(kept, len(pool)))", "return pool[-min(kept, len(pool)):]"),
+    M("Draft: tries from any draft", "beyond/draft.py", "draft",
+      "redrawn(p.best(), run, n, p.t", "redrawn(p[-1:], run, n, p.t"),
+    M("Draft: all drafted with the model's own look-ahead", "beyond/draft.py", "draft",
+      "if problem.look_ahead.evaluates:", "if False:"),
+    M("Cascade: the model never redraws", "beyond/draft.py", "draft",
+      "renoised(p, run, noise_in(p, run), self._level(problem))", "renoised(p, run, noise_in(p, run), p.t)"),
+    M("Cascade: the model's tries judged by the sibling", "beyond/draft.py", "draft",
+      "self.share, self.cells), ahead).best()", "self.share, self.cells)).best()"),
+    M("Cascade: the sibling's picture returned", "beyond/draft.py", "draft",
+      "drawn = renoised(p", "return run.place(p, p.x0, 0.0)\n                drawn = renoised(p"),
+    # The small world
+    M("a relation by any distance", "tiny/shapes.py", "shapes",
+      "(gaps >= MARGIN).all()", "(gaps > 0).all()"),
+    M("a reward that knows another relation", "tiny/shapes.py", "shapes",
+      "np.clip(MARGIN - gaps, 0, 1)", "np.clip(0.3 - gaps, 0, 1)"),
     # Oracles
     M("mixture with sigma for sigma^2", "tiny/toys.py", "toys",
       "(a * self.scales.to(x.device)) ** 2 + s**2", "(a * self.scales.to(x.device)) ** 2 + s"),
@@ -246,7 +264,7 @@ def try_out(mutant: Mutant | None, tests: Sequence[str]) -> Outcome:
         RuntimeError: the tests did not run.
     """
     with tempfile.TemporaryDirectory() as folder:
-        for name in ("flowscale_lite", "tests"):
+        for name in ("flowscale_lite", "tests", "data/prompts"):
             shutil.copytree(ROOT / name, Path(folder) / name, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "pyproject.toml", folder)
         if mutant is not None:

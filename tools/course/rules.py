@@ -111,6 +111,10 @@ def _second(cells: list[NotebookNode], name: str) -> Iterator[str]:
         yield from (f"cell {index}: {problem}" for problem in _read(cell, index))
 
 
+def _told(cell: NotebookNode) -> bool:
+    return cell.cell_type == "markdown" and "### Exercise" not in cell.source
+
+
 def _tested(cell: NotebookNode) -> bool:
     return bool(notebooks.tags(cell) & {"exercise", "exercise-test"})
 
@@ -134,8 +138,7 @@ def _read(cell: NotebookNode, index: int) -> Iterator[str]:
         yield f"has {len(lines)} lines, more than {SEEN_LINES}"
     if cell in seen([cell]) and max(map(len, lines), default=0) > SEEN_WIDTH:
         yield f"has a line of more than {SEEN_WIDTH} characters"
-    told = cell.source if cell.cell_type == "markdown" and index and "### Exercise" not in cell.source else ""
-    if re.search(r"(?<!\[)\b[Nn]otebook \d\d\b", told):
+    if index and _told(cell) and re.search(r"(?<!\[)\b[Nn]otebook \d\d\b", cell.source):
         yield "a mention of another notebook is a link: [notebook 04](04_ode_to_sde.ipynb)"
 
 

@@ -1,13 +1,15 @@
 """`python -m tools.runs.bench`: the stored runs of the bench, data/results/bench.jsonl. Resumable.
 
 Every method of every track at 50, 100, 250 and 500 NFE, on 50 prompts of the test list with three seeds. `--print` runs
-nothing and writes the tables of what has been run so far into BENCH.md.
+nothing and writes the tables of what has been run so far into BENCH.md and README.md.
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+
+import pandas as pd
 
 from flowscale_lite import experiments
 from flowscale_lite.experiments import bench
@@ -19,10 +21,12 @@ PATH = locate("results") / "bench.jsonl"
 FIRST = [  # the most telling come first, so that an unfinished sweep is of use
     ("multi-step", ("best-of-n", "draft", "cascade"), (250, 100)),
     ("multi-step", ("best-of-n",), (500,)),
+    ("few-step", ("best-of-n",), (500,)),
+    ("few-step", ("refine",), (100,)),
+    ("few-step", ("rbf", "refine", "svdd", "best-of-n"), (250,)),
+    ("few-step", ("rbf", "svdd"), (100,)),
     ("multi-step", ("draft", "cascade"), (50,)),
-    ("few-step", ("best-of-n",), (500, 100, 50)),
-    ("few-step", ("refine", "rbf", "svdd"), (100, 50)),
-    ("few-step", ("refine", "rbf", "svdd", "best-of-n"), (250,)),
+    ("few-step", ("refine", "rbf", "best-of-n"), (50,)),
     ("multi-step", ("beam",), (250, 100)),
     ("differentiable", tuple(bench.TRACKS["differentiable"].entries), (100, 250)),
 ]
@@ -51,6 +55,22 @@ def table(rows: list[experiments.Row]) -> str:
     return markdown(lines.rename(columns=titles).reset_index())
 
 
+HEADLINE = [("few-step", "best-of-n", 500), ("few-step", "rbf", 250), ("few-step", "refine", 100)]
+HEADLINE += [("multi-step", "best-of-n", 250), ("multi-step", "draft", 250)]
+
+
+def headline(rows: list[experiments.Row]) -> str:
+    """Markdown: the five rows of the README."""
+    frame, lines = pd.DataFrame(rows), []
+    for track, method, budget in HEADLINE:
+        cell = frame.query("track == @track and method == @method and budget == @budget")
+        line = {"model": f"tiny-flux {bench.TRACKS[track].model}", "method": method, "NFE": budget, "runs": len(cell)}
+        for field, title in {"exact": "by the counter", "held_out": "by the held-out judge"}.items():
+            line[title] = experiments.clustered_mean(cell[field], cell["prompt"]) if len(cell) else ""
+        lines.append(line)
+    return markdown(pd.DataFrame(lines))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--workers", type=int, default=2)
@@ -63,6 +83,7 @@ def main() -> None:
     names = {name: i for track in bench.TRACKS.values() for i, name in enumerate(track.entries)}
     rows.sort(key=lambda r: (tracks.index(r["track"]), r["budget"], names[r["method"]]))
     insert(Path("BENCH.md"), "bench", table(rows))
+    insert(Path("README.md"), "headline", headline(rows))
     print(table(rows))
 
 

@@ -12,7 +12,6 @@ import argparse
 import functools
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -218,23 +217,6 @@ def headlines(rows: list[experiments.Row]) -> str:
     return markdown(pd.DataFrame(lines))
 
 
-HEADLINE = [("schnell", "best-of-n", 500), ("schnell", "rbf", 250), ("schnell", "refine", 100)]
-HEADLINE += [("dev", "best-of-n", 250), ("dev", "beam", 250)]
-
-
-def headline(rows: list[experiments.Row]) -> str:
-    """Markdown: the five rows of the README, of prompts on which nothing was tuned."""
-    lines = []
-    for model, method, budget in HEADLINE:
-        wanted = {"model": model, "method": method, "budget": budget, "level": "held_out"}
-        cell = [row for row in rows if wanted.items() <= row.items()]
-        line = {"model": f"tiny-flux {model}", "method": method, "NFE": budget, "pictures": len(cell)}
-        for field, title in {"exact": "by the counter", "held_out": "by the held-out judge"}.items():
-            line[title] = experiments.clustered_mean([r[field] for r in cell], [r["prompt"] for r in cell])
-        lines.append(line)
-    return markdown(pd.DataFrame(lines))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--workers", type=int, default=2)
@@ -253,7 +235,6 @@ def main() -> None:
     main_rows = [r for r in rows if (r["method"], r["budget"]) in MAIN + DEV + REFINE]
     text = f"{PROMPTS} prompts of each level.\n\n{headlines(rows)}\n\n{table(main_rows)}"
     insert(locate("results") / "README.md", "results", text)
-    insert(Path("README.md"), "headline", headline(rows))
     print(table(rows))
 
 
