@@ -121,9 +121,7 @@ def _tested(cell: NotebookNode) -> bool:
 
 def questions(cells: list[NotebookNode]) -> Iterator[tuple[int, str, bool]]:
     """Each bold question to the reader: its cell, itself, and whether a fold answers it there or soon below."""
-    told = {
-        i: c.source for i, c in enumerate(cells) if i and c.cell_type == "markdown" and "### Exercise" not in c.source
-    }
+    told = {index: cell.source for index, cell in enumerate(cells) if index and _told(cell)}
     for index, source in told.items():
         later = "".join(told.get(i, "") for i in range(index + 1, index + 6))
         text = re.sub(r"<details>.*?</details>", "<details>", source, flags=re.S)
