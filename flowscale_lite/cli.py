@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import runpy
 import sys
 import time
 import warnings
@@ -22,6 +23,7 @@ from .tiny.data import locate
 
 if TYPE_CHECKING:
     from .flux import FlowModel
+    from .rewards import Reward
 
 METHODS: dict[str, Callable[[], Method]] = {
     "best-of-n": BestOfN,
@@ -46,6 +48,9 @@ KERNELS: dict[str, Callable[[], kernels.Kernel]] = {
 }
 
 
+JUDGES = ("clip", "pickscore", "vqascore")
+
+
 @dataclass(frozen=True)
 class Job:
     """All that a search needs: what was asked for, else what suits the model."""
@@ -56,7 +61,7 @@ class Job:
     kernel: str
     name: str
     method: Method
-    scene: shapes.Scene
+    scene: shapes.Scene | None
 
 
 def parser() -> argparse.ArgumentParser:
@@ -74,6 +79,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--model", help="folder or hub id of a pipeline (default: the tiny-flux of this project)")
     sibling = "folder or hub id of a few-step model of the same latents: it searches, the model finishes"
     p.add_argument("--draft", metavar="MODEL", help=sibling)
+    judge = f"{', '.join(JUDGES)}, or path/to/file.py:function of pictures (K, 3, H, W) -> (K,) (default: a counter)"
+    p.add_argument("--reward", help=judge)
     p.add_argument("--device", default="cpu")
     p.add_argument("--out", type=Path, default=Path("out.png"), help="picture; the account goes beside it as .json")
     p.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
@@ -137,9 +144,10 @@ def prepare(args: argparse.Namespace) -> Job:
     Raises:
         ValueError, OSError: with one clear line.
     """
-    scene = shapes.parse(args.prompt)
+    scene = None if args.reward else shapes.parse(args.prompt)
     check_numbers(args)
     check_output(args.out)
+    reward = named_reward(args) if scene is None else shapes.CountReward(scene)
     from . import flux  # diffusers takes seconds to import: only once the words are right
 
     pipe = flux.load(args.model or locate("tiny-flux/schnell"), args.device)
@@ -147,7 +155,7 @@ def prepare(args: argparse.Namespace) -> Job:
     name = args.method or ("draft" if args.draft else "beam" if model.multi_step else "rbf")
     method, kernel = suited_method(args, name, model), suited_kernel(args, name, model)
     times = suited_times(args, name, kernel, model)
-    problem = model.problem(shapes.CountReward(scene), KERNELS[kernel](), times=times)
+    problem = model.problem(reward, KERNELS[kernel](), times=times)
     if args.draft:
         sibling = flux.FlowModel.encode(flux.load(args.draft, args.device), args.prompt, guidance=args.guidance)
         if sibling.shape != model.shape:
@@ -157,6 +165,31 @@ def prepare(args: argparse.Namespace) -> Job:
     if name == "refine" and model.multi_step:
         print("flowscale: refine is made for few-step models; on this one beam finds more", file=sys.stderr)
     return Job(args, model, problem, kernel, name, method, scene)
+
+
+def named_reward(args: argparse.Namespace) -> Reward:
+    """The reward asked for: a judge by its name, or a function of pictures (K, 3, H, W) -> (K,) by its file.
+
+    Raises ValueError if there is no such file or function, or the file cannot be run; what loading a judge raises.
+    """
+    if args.reward in JUDGES:
+        from . import judges
+
+        if args.reward == "vqascore":
+            return judges.vqa_score(judges.VisionLanguage.load(device=args.device), args.prompt)
+        clip = judges.Clip.load("pickscore" if args.reward == "pickscore" else "clip-l", device=args.device)
+        return (judges.pick_score if args.reward == "pickscore" else judges.clip_score)(clip, args.prompt)
+    path, _, name = args.reward.rpartition(":")
+    if not Path(path).is_file():
+        choices = f"one of {', '.join(JUDGES)}, or path/to/file.py:function with an existing file"
+        raise ValueError(f"--reward must be {choices}; got {args.reward!r}")
+    try:
+        found = runpy.run_path(path).get(name)
+    except Exception as error:
+        raise ValueError(f"--reward {path} cannot be run: {error!r}") from error
+    if not callable(found):
+        raise ValueError(f"--reward: {path} has no function {name!r}")
+    return found
 
 
 def check_numbers(args: argparse.Namespace) -> None:
@@ -283,13 +316,16 @@ def plain_sample(problem: Problem, generator: Any) -> Result:
     return search(replace(problem, kernel=kernels.ode), BestOfN(1), max_nfe=max_nfe, generator=generator)
 
 
-def summary(result: Result, picture: Any, scene: shapes.Scene) -> dict[str, Any]:
-    """What a table says about one picture."""
-    counts = shapes.count(picture)[0].tolist()
+def summary(result: Result, picture: Any, scene: shapes.Scene | None) -> dict[str, Any]:
+    """What a table says about one picture; its objects only if the prompt is a scene that can be counted."""
+    objects: dict[str, Any] = {}
+    if scene is not None:
+        counts = shapes.count(picture)[0].tolist()
+        objects["counts"] = {" ".join(kind): n for kind, n in zip(shapes.CLASSES, counts, strict=True) if n}
+        objects["exact"] = bool(shapes.exact(scene, picture)[0])
     return {
         "reward": round(result.reward, 4),
-        "counts": {" ".join(kind): n for kind, n in zip(shapes.CLASSES, counts, strict=True) if n},
-        "exact": bool(shapes.exact(scene, picture)[0]),
+        **objects,
         "nfe": result.nfe,
         "left": result.left,
         "reward_calls": result.reward_calls,
@@ -300,8 +336,11 @@ def table(account: dict[str, Any]) -> str:
     """The account in three aligned lines."""
     lines = [("", "reward", "exact", "NFE", "reward calls", "seconds", "  counts")]
     for name, entry in (("plain", account["plain"]), (account["method"]["name"], account["found"])):
-        counts = ", ".join(f"{n} {kind}" for kind, n in entry["counts"].items()) or "nothing"
-        right, seconds = "yes" if entry["exact"] else "no", str(entry.get("seconds", ""))
+        counts = right = ""
+        if "counts" in entry:
+            counts = ", ".join(f"{n} {kind}" for kind, n in entry["counts"].items()) or "nothing"
+            right = "yes" if entry["exact"] else "no"
+        seconds = str(entry.get("seconds", ""))
         numbers = (str(entry["nfe"]), str(entry["reward_calls"]), seconds)
         lines.append((name, f"{entry['reward']:.2f}", right, *numbers, f"  {counts}"))
-    return "\n".join("{:18}{:>8}{:>7}{:>7}{:>14}{:>9}{}".format(*line) for line in lines)
+    return "\n".join("{:18}{:>8}{:>7}{:>7}{:>14}{:>9}{}".format(*line).rstrip() for line in lines)

@@ -9,7 +9,7 @@ import torch
 from matplotlib import pyplot as plt
 from PIL import Image
 
-from flowscale_lite import cli, plots
+from flowscale_lite import cli, judges, plots
 from flowscale_lite.tiny.data import locate
 
 PROMPT = "three red circles and two blue squares"
@@ -132,6 +132,51 @@ def test_words_that_the_model_does_not_know_are_said_in_one_line(capsys, tmp_pat
     for text, lines in ((f"a photo of {PROMPT}", [said]), (f"{PROMPT.capitalize()}.", [])):
         _, err = flowscale(capsys, text, "--nfe", "20", "--steps", "4", "--out", str(tmp_path / "out.png"))
         assert err.splitlines() == lines
+
+
+def test_a_reward_of_ones_own_takes_any_words(capsys, tmp_path):
+    """The counter knows coloured shapes only; here more red is better, and nothing is counted."""
+    file, out = tmp_path / "mine.py", tmp_path / "out.png"
+    file.write_text("def red(pictures):\n    return pictures[:, 0].mean((1, 2)) - pictures[:, 1:].mean((1, 2, 3))\n")
+    args = ["a red drawing", "--reward", f"{file}:red", "--nfe", "40", "--steps", "4", "--out", str(out)]
+    table, _ = flowscale(capsys, *args)
+    account = json.loads(out.with_suffix(".json").read_text())
+    assert account["found"]["reward"] > account["plain"]["reward"] and "counts" not in account["found"]
+    assert f"{account['found']['reward']:.2f}" in table and "nothing" not in table
+    assert account["command"][account["command"].index("--reward") + 1] == f"{file}:red"
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        ("beauty", "--reward must be one of clip, pickscore, vqascore, or path/to/file.py:function"),
+        ("nowhere.py:red", "with an existing file; got 'nowhere.py:red'"),
+        ("mine.py:blue", "mine.py has no function 'blue'"),
+        ("mine.py:number", "mine.py has no function 'number'"),
+        ("broken.py:red", "broken.py cannot be run: ZeroDivisionError"),
+    ],
+)
+def test_a_reward_that_is_none_is_one_clear_line(capsys, monkeypatch, tmp_path, reward, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text("number = 3\n")
+    (tmp_path / "broken.py").write_text("1 / 0\n")
+    with pytest.raises(SystemExit):
+        cli.main([PROMPT, "--reward", reward])
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("flowscale: ") and message in line
+
+
+@pytest.mark.parametrize("name", cli.JUDGES)
+def test_judges_are_loaded_by_name_for_the_whole_prompt(monkeypatch, name):
+    asked = []
+    monkeypatch.setattr(judges.Clip, "load", lambda name, device: asked.append((name, device)) or "clip")
+    monkeypatch.setattr(judges.VisionLanguage, "load", lambda device: asked.append(("vlm", device)) or "vlm")
+    for score in ("clip_score", "pick_score", "vqa_score"):
+        monkeypatch.setattr(judges, score, lambda model, prompt, score=score: (score, model, prompt))
+    made = cli.named_reward(cli.parser().parse_args(["three cats", "--reward", name, "--device", "cpu"]))
+    expected = {"clip": ("clip_score", "clip"), "pickscore": ("pick_score", "clip"), "vqascore": ("vqa_score", "vlm")}
+    assert made == (*expected[name], "three cats")
+    assert asked == [({"clip": "clip-l", "pickscore": "pickscore", "vqascore": "vlm"}[name], "cpu")]
 
 
 def test_the_account_is_json_by_the_letter(capsys, tmp_path):

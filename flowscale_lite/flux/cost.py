@@ -3,9 +3,8 @@
     counts = cost.count_pipeline(hub.skeleton(cost.FLUX1), 1024, 1024)
     print(cost.estimate(counts, cost.GPUS["H100"], nfe=500).dollars)
 
-Floating-point operations are counted, not guessed: models are built without weights on PyTorch's meta device, where
-tensors have a shape and no contents, and are run there. How fast a GPU works the operations off is stated: its peak
-times a utilisation. Prices are assumptions, in round numbers: replace them by what your provider asks.
+Operations are counted: models run without weights on PyTorch's meta device, where tensors have a shape and no contents.
+How fast a GPU works them off is stated: its peak times a utilisation. Prices are assumed: put in your provider's.
 """
 
 from __future__ import annotations
@@ -37,17 +36,11 @@ PRICED = "2026-11"
 
 @dataclass(frozen=True)
 class Gpu:
-    """A kind of GPU.
+    """A kind of GPU. Raises ValueError if the speed or the memory is not positive, or the price is negative.
 
-    Attributes:
-        name: what tables call it.
-        tflops: peak of dense 16-bit matrix products, in 10^12 operations a second, from its data sheet.
-        memory: GiB that PyTorch finds on it, which is somewhat less than its name says.
-        dollars: price of an hour, assumed.
-        dtype: the 16-bit precision that it computes fast in.
-
-    Raises:
-        ValueError: the speed or the memory is not positive, or the price is negative.
+    `tflops` is the peak of dense 16-bit matrix products, in 10^12 operations a second, from its data sheet; `memory`
+    the GiB that PyTorch finds on it, somewhat less than its name says; `dollars` the assumed price of an hour; `dtype`
+    the 16-bit precision that it computes fast in.
     """
 
     name: str
@@ -61,15 +54,14 @@ class Gpu:
             raise ValueError(f"a GPU's speed and memory must be positive and its price not negative; got {self}")
 
 
-GPUS: Mapping[str, Gpu] = MappingProxyType(
-    {
-        "T4": Gpu("T4", 65, 14.7, 0.40, "float16"),
-        "L4": Gpu("L4", 121, 22.0, 0.80),
-        "A100-40": Gpu("A100-40", 312, 39.5, 1.80),
-        "A100-80": Gpu("A100-80", 312, 79.1, 2.20),
-        "H100": Gpu("H100", 989, 79.1, 3.50),
-    }
+_GPUS = (
+    Gpu("T4", 65, 14.7, 0.40, "float16"),
+    Gpu("L4", 121, 22.0, 0.80),
+    Gpu("A100-40", 312, 39.5, 1.80),
+    Gpu("A100-80", 312, 79.1, 2.20),
+    Gpu("H100", 989, 79.1, 3.50),
 )
+GPUS: Mapping[str, Gpu] = MappingProxyType({gpu.name: gpu for gpu in _GPUS})
 """Common GPUs by name. Peaks are from NVIDIA's data sheets, without sparsity; prices were assumed in `PRICED`."""
 
 
@@ -77,10 +69,8 @@ GPUS: Mapping[str, Gpu] = MappingProxyType(
 class Count:
     """What one call of a model takes.
 
-    Attributes:
-        flops: floating-point operations. A multiplication and an addition are two.
-        parameters: how many numbers its weights are.
-        activations: the most bytes that are alive at once besides the weights.
+    These are floating-point operations, of which a multiplication and an addition are two, the number of its weights,
+    and the most bytes that are alive at once besides the weights.
     """
 
     flops: float
@@ -100,7 +90,10 @@ class _LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        read, written = _storages((args, kwargs)), _storages(out)
+        read, written = (
+            {leaf.untyped_storage() for leaf in tree_leaves(tensors) if isinstance(leaf, Tensor)}
+            for tensors in ((args, kwargs), out)
+        )
         for storage in written - read:
             self.bytes += storage.nbytes()
             weakref.finalize(storage, self._free, storage.nbytes())
@@ -109,10 +102,6 @@ class _LiveBytes(TorchDispatchMode):
 
     def _free(self, size: int) -> None:
         self.bytes -= size
-
-
-def _storages(tensors: Any) -> set[torch.UntypedStorage]:
-    return {leaf.untyped_storage() for leaf in tree_leaves(tensors) if isinstance(leaf, Tensor)}
 
 
 class _FusedAttention(TorchFunctionMode):
@@ -144,24 +133,16 @@ def count_operations(module: nn.Module, call: Callable[[], object]) -> Count:
 def count_pipeline(pipe: Any, height: int, width: int, *, text_tokens: int | None = None) -> dict[str, Count]:
     """Count a pipeline at a picture size, in 16 bits; for a large model that takes some seconds of CPU time.
 
-    Args:
-        pipe: without weights, as `hub.skeleton` builds it.
-        text_tokens: how many tokens of the prompt the transformer reads; the most that the model was made for if None.
-
-    Returns:
-        What these take: "velocity", one evaluation for one row, which is one NFE; "decode", one picture decoded;
-        "text", one prompt encoded by the last text encoder, which is the large one where there are several.
-
-    Raises:
-        ValueError: a size is out of range, the models hold weights, or the pipeline is not supported.
+    "velocity" is one evaluation for one row, which is one NFE; "decode" one picture decoded; "text" one prompt encoded
+    by the last text encoder, which is the large one where there are several. The transformer reads `text_tokens`; if
+    None, as many as the model was made for. Raises ValueError unless the pipeline is as `hub.skeleton` builds it.
     """
     if text_tokens is not None and text_tokens < 1:
         raise ValueError(f"text_tokens must be at least 1; got {text_tokens}")
     prompt = blank_prompt(pipe, height, width, text_tokens=text_tokens)
     x = torch.empty(1, *prompt.shape, device="meta")
-    length = text_tokens or families.family(pipe).tokens(pipe)
-    tokens = torch.zeros(1, length, dtype=torch.int64, device="meta")
-    encoder = nn.Module.to(text_encoders(pipe)[-1].eval(), torch.bfloat16)
+    tokens = torch.zeros(1, text_tokens or prompt.family.tokens(pipe), dtype=torch.int64, device="meta")
+    encoder = nn.Module.to(families.text_encoders(pipe)[-1].eval(), torch.bfloat16)
     return {
         "velocity": count_operations(pipe.transformer, lambda: prompt.velocity(x, 0.5)),
         "decode": count_operations(pipe.vae, lambda: prompt.decode(x)),
@@ -169,20 +150,12 @@ def count_pipeline(pipe: Any, height: int, width: int, *, text_tokens: int | Non
     }
 
 
-def text_encoders(pipe: Any) -> list[nn.Module]:
-    """The text encoders of a pipeline."""
-    return [part for name, part in pipe.components.items() if name.startswith("text_encoder") and part is not None]
-
-
 def blank_prompt(
     pipe: Any, height: int, width: int, guidance: float = 0.0, text_tokens: int | None = None
 ) -> FlowModel:
     """A prompt without content to count velocities with, of so many tokens or as long as the model was made for.
 
-    The pipeline's transformer and autoencoder are cast to bfloat16 and set to inference.
-
-    Raises:
-        ValueError: the models hold weights, or the picture's sides do not suit them.
+    The transformer and the autoencoder, which must hold no weights, are cast to bfloat16 and set to inference.
     """
     family = families.family(pipe)
     family.shape(pipe, height, width)
@@ -198,14 +171,10 @@ def blank_prompt(
 
 @dataclass(frozen=True)
 class Estimate:
-    """What one picture takes.
+    """What one picture takes: seconds of one GPU, without loading the model, and their price.
 
-    Attributes:
-        seconds: of one GPU, without loading the model.
-        dollars: the price of these seconds.
-        memory: bytes at the peak: all weights in 16 bits, and the activations of the call that has most.
-        fits: whether the GPU holds that. If it does not, `memory.plan` finds a way.
-        parts: seconds of each part.
+    `memory` is bytes at the peak: all weights in 16 bits, and the activations of the call that has most. `fits` says
+    whether the GPU holds that; if not, `memory.plan` finds a way. `parts` are the seconds of each part.
     """
 
     seconds: float
@@ -216,40 +185,29 @@ class Estimate:
 
 
 def estimate(
-    counts: Mapping[str, Count],
-    gpu: Gpu,
-    nfe: int,
-    *,
-    reward_calls: int | None = None,
-    batch: int = 1,
+    counts: Mapping[str, Count], gpu: Gpu, nfe: int, *, reward_calls: int | None = None, batch: int = 1,
     utilisation: float = 0.4,
-) -> Estimate:
+) -> Estimate:  # fmt: skip
     """Seconds, memory and money of one picture found with `nfe` velocity evaluations.
 
     seconds = (nfe F_velocity + (reward_calls + 1) F_decode + reward_calls F_judge + F_text) / (utilisation peak)
 
     Args:
         counts: what `count_pipeline` gives, and "judge", one reward call, if a judge is on the same GPU.
-        reward_calls: how many pictures are decoded and judged on the way. The default is `nfe`, since a search by
-            look-ahead rewards judges every candidate that it evaluates. The final picture is decoded once more.
+        reward_calls: pictures decoded and judged on the way; `nfe` if None, since a search by look-ahead rewards judges
+            every candidate that it evaluates. The final picture is decoded once more.
         batch: rows to a forward pass. It counts for the memory; time does not depend on it as long as the GPU is busy.
-        utilisation: share of the peak that is reached. For large 16-bit matrix products 0.4 is assumed. Memory-bound
-            work, offloading and quantised weights reach far less. To measure it, divide the seconds estimated with
-            utilisation 1 by the seconds that a search took.
-
-    Raises:
-        ValueError: a number is out of range.
+        utilisation: share of the peak that is reached: 0.4 for large 16-bit matrix products, far less where memory,
+            offloading or quantised weights bound the work. Measured, it is the seconds estimated with utilisation 1
+            by the seconds that a search took.
     """
     rewards = nfe if reward_calls is None else reward_calls
     if nfe < 1 or rewards < 0 or batch < 1 or not 0 < utilisation <= 1:
-        raise ValueError(
-            "nfe and batch must be at least 1, reward_calls not negative, utilisation in (0, 1]; "
-            f"got {nfe}, {batch}, {rewards}, {utilisation}"
-        )
+        rule = "nfe and batch must be at least 1, reward_calls not negative, utilisation in (0, 1]"
+        raise ValueError(f"{rule}; got {nfe}, {batch}, {rewards}, {utilisation}")
     calls = {"velocity": nfe, "decode": rewards + 1, "judge": rewards, "text": 1}
     parts = {part: calls[part] * count.flops / (utilisation * gpu.tflops * 1e12) for part, count in counts.items()}
     seconds = sum(parts.values())
-    rows = {"velocity": batch}
-    activations = max(rows.get(part, 1) * count.activations for part, count in counts.items())
+    activations = max((batch if part == "velocity" else 1) * count.activations for part, count in counts.items())
     memory = 2 * sum(count.parameters for count in counts.values()) + activations
     return Estimate(seconds, seconds / 3600 * gpu.dollars, memory, memory <= gpu.memory * GIB, MappingProxyType(parts))

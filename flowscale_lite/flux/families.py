@@ -4,15 +4,6 @@
 the velocity eps - x0 to its scheduler, whatever its transformer predicts. So clocks, signs, guidance formulas, time
 grids and decoding are diffusers' own. What has to be known: how a prompt is encoded and given to the call, the shape
 in which noise is drawn, how a state becomes the call's `latents`, and when guidance runs the model twice.
-
-| pipeline | models | guidance | clock of the transformer | NFE a row |
-|---|---|---|---|---|
-| FluxPipeline | FLUX.1 schnell, dev | distilled | t | 1 |
-| Flux2KleinPipeline | FLUX.2 klein 4B, 9B | none if distilled, else two forwards | t | 1 or 2 |
-| StableDiffusion3Pipeline | SD3, SD3.5 medium, large, turbo | two forwards above 1 | 1000 t | 1 or 2 |
-| QwenImagePipeline | Qwen-Image | two forwards above 1, norm kept | t | 1 or 2 |
-| ZImagePipeline | Z-Image, Z-Image-Turbo | two forwards above 0 | 1 - t, and minus the velocity | 1 or 2 |
-| SanaPipeline | Sana | two forwards above 1 | 1000 t, times a scale | 1 or 2 |
 """
 
 from __future__ import annotations
@@ -23,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Arguments = dict[str, Any]
 """Keyword arguments of a pipeline's `__call__`."""
@@ -38,60 +29,42 @@ class Clock(NamedTuple):
 
 @dataclass(frozen=True)
 class Family:
-    """What has to be known of a pipeline class.
+    """What has to be known of a pipeline class."""
 
-    Attributes:
-        encode: (pipe, text, negative text or None if guidance needs none, token limit) -> the arguments of `__call__`
-            that stand for one prompt.
-        blank: (config of the transformer, tokens) -> the same arguments for so many tokens, without values.
-        guided: (pipe, guidance) -> whether guidance runs the model twice for a row.
-        scale: the name of `__call__`'s argument for the guidance scale.
-        options: further arguments of `__call__`.
-        tokenizer: the name of the tokenizer that reads all of a text.
-        around: pipe -> tokens within the limit that are not the text's own.
-        most: config of the transformer -> the longest text that it was made for, in tokens; None for what `__call__`
-            allows by default.
-        beside: tokens that the transformer reads besides those of the limit.
-        patch: the sides of a picture are multiples of this many cells of the autoencoder's grid.
-        fold: channels of the transformer's input for each channel of a state; 4 where patches of 2 x 2 are packed.
-        down: cells of the autoencoder's grid for each cell of a state, along a side.
-        pack: (pipe, state (K, C, H, W)) -> the call's `latents`; None if they are the same.
-        unpack: (pipe, velocity, shape (K, C, H, W)) -> the velocity in that shape; None if it has it.
-        clock: given if the class rounds time to the model's precision on the way; see `prompt.exact_time`.
-    """
-
-    encode: Callable[[Any, str, str | None, int], Arguments]
-    blank: Callable[[Any, int], Arguments]
-    guided: Callable[[Any, float], bool] = lambda pipe, guidance: guidance > 1
-    scale: str = "guidance_scale"
-    options: Arguments = field(default_factory=dict)
-    tokenizer: str = "tokenizer"
-    around: Callable[[Any], int] = lambda pipe: 0
-    most: Callable[[Mapping[str, Any]], int] | None = None
-    beside: int = 0
-    patch: int = 2
-    fold: int = 1
-    down: int = 1
-    pack: Callable[[Any, Tensor], Tensor] | None = None
-    unpack: Callable[[Any, Tensor, tuple[int, ...]], Tensor] | None = None
-    clock: Clock | None = None
+    encode: Callable[[Any, str, str | None, int], Arguments]  # pipe, text, negative text if needed, token limit
+    blank: Callable[[Any, int], Arguments]  # transformer's config, tokens -> what `encode` gives, without values
+    guided: Callable[[Any, float], bool] = lambda pipe, guidance: guidance > 1  # whether it runs the model twice
+    scale: str = "guidance_scale"  # the name of `__call__`'s argument for the guidance scale
+    options: Arguments = field(default_factory=dict)  # further arguments of `__call__`
+    tokenizer: str = "tokenizer"  # which reads all of a text
+    around: Callable[[Any], int] = lambda pipe: 0  # tokens within the limit that are not the text's own
+    most: Callable[[Mapping[str, Any]], int] | None = None  # transformer's config -> token limit; None: `__call__`'s
+    beside: int = 0  # tokens that the transformer reads besides those of the limit
+    patch: int = 2  # the sides of a picture are multiples of this many cells of the autoencoder's grid
+    down: int = 1  # cells of the autoencoder's grid for each cell of a state, along a side
+    pack: Callable[[Any, Tensor], Tensor] | None = None  # state (K, C, H, W) -> `latents`, patches of 2 x 2
+    unpack: Callable[[Any, Tensor, tuple[int, ...]], Tensor] | None = None  # velocity, (K, C, H, W) -> in that shape
+    clock: Clock | None = None  # if the class rounds time to the model's precision: see `prompt.exact_time`
 
     def shape(self, pipe: Any, height: int, width: int) -> tuple[int, int, int]:
         """The shape (C, H, W) of a state, for a picture of height x width pixels.
 
-        Raises:
-            ValueError: a side is no positive multiple of the model's patch.
+        Raises ValueError unless both sides are positive multiples of the model's patch.
         """
         factor = pipe.vae_scale_factor
         patch = factor * self.patch
         if height % patch or width % patch or min(height, width) < patch:
             raise ValueError(f"height and width must be multiples of {patch}; got {height} x {width}")
-        side = factor * self.down
-        return pipe.transformer.config.in_channels // self.fold, height // side, width // side
+        side, fold = factor * self.down, 4 if self.pack else 1
+        return pipe.transformer.config.in_channels // fold, height // side, width // side
 
     def default(self, pipe: Any, argument: str) -> Any:
         """The default of an argument of the pipeline's `__call__`."""
         return inspect.signature(type(pipe).__call__).parameters[argument].default
+
+    def guidance(self, pipe: Any, guidance: float | None) -> float:
+        """The guidance scale; the default of the pipeline's `__call__` for None."""
+        return self.default(pipe, self.scale) if guidance is None else guidance
 
     def tokens(self, pipe: Any, config: Mapping[str, Any] | None = None) -> int:
         """The most tokens of a text that a model was made for, and that its tokenizer, if it is there, passes on.
@@ -105,16 +78,11 @@ class Family:
 
     def call(self, pipe: Any, guidance: float) -> Arguments:
         """The arguments of `__call__` for a guidance scale. A distilled pipeline gets 1; it would warn of any other."""
-        distilled = pipe.config.get("is_distilled", False)
-        return {self.scale: 1.0 if distilled else guidance, **self.options}
+        return {self.scale: 1.0 if settings(pipe.config) else guidance, **self.options}
 
 
 def family(pipe: Any) -> Family:
-    """The family of a pipeline, or of a pipeline class given by its name.
-
-    Raises:
-        ValueError: the class is not supported.
-    """
+    """The family of a pipeline, or of a class given by its name. Raises ValueError if the class is not supported."""
     names = [pipe] if isinstance(pipe, str) else [cls.__name__ for cls in type(pipe).__mro__]
     for name in names:
         if name in FAMILIES:
@@ -122,14 +90,22 @@ def family(pipe: Any) -> Family:
     raise ValueError(f"{names[0]} is not supported; supported are {', '.join(FAMILIES)}")
 
 
+def settings(config: Mapping[str, Any]) -> dict[str, bool]:
+    """What a pipeline of this config is built with besides its parts: `is_distilled`, if it is."""
+    return {"is_distilled": True} if config.get("is_distilled") else {}
+
+
+def text_encoders(pipe: Any) -> list[nn.Module]:
+    """The text encoders of a pipeline; where there are several, the last is the large one."""
+    return [part for name, part in pipe.components.items() if name.startswith("text_encoder") and part is not None]
+
+
 def check_scheduler(scheduler: Any) -> None:
     """Raises ValueError unless a scheduler is made for flow models."""
     flow = any("FlowMatch" in cls.__name__ for cls in type(scheduler).__mro__)
     if not flow and not scheduler.config.get("use_flow_sigmas"):
-        raise ValueError(
-            f"the scheduler, {type(scheduler).__name__}, is not made for flow models; "
-            "use FlowMatchEulerDiscreteScheduler, or a solver with use_flow_sigmas=True"
-        )
+        use = "use FlowMatchEulerDiscreteScheduler, or a solver with use_flow_sigmas=True"
+        raise ValueError(f"the scheduler, {type(scheduler).__name__}, is not made for flow models; {use}")
 
 
 def _pack(pipe: Any, x: Tensor) -> Tensor:
@@ -141,23 +117,22 @@ def _unpack(pipe: Any, v: Tensor, shape: tuple[int, ...]) -> Tensor:
     return pipe._unpack_latents(v, height, width, pipe.vae_scale_factor).reshape(shape)  # some have a frame axis
 
 
-def _tokens_last(pipe: Any, v: Tensor, shape: tuple[int, ...]) -> Tensor:
-    return v.transpose(1, 2).reshape(shape)
-
-
-def _named(pipe: Any, names: tuple[str, ...], text: str, negative: str | None, tokens: int, **more: Any) -> Arguments:
-    """What `encode_prompt` returns for both texts at once, by the names of `__call__`'s arguments, if not empty."""
-    guided = negative is not None
-    values = pipe.encode_prompt(
-        text, do_classifier_free_guidance=guided, negative_prompt=negative, max_sequence_length=tokens, **more
-    )
-    return {name: value for name, value in zip(names, values, strict=True) if value is not None and len(value)}
-
-
 def _opening(pipe: Any) -> int:
     """The tokens of a chat template before the text."""
     chat = pipe.tokenizer.apply_chat_template([{"role": "user", "content": "@@"}], tokenize=False)
     return len(pipe.tokenizer(chat.split("@@")[0]).input_ids)
+
+
+def _named(*names: str, **options: Any) -> Callable[[Any, str, str | None, int], Arguments]:
+    """Encoding where `encode_prompt` takes both texts and returns arguments of `__call__` by these names, or None."""
+
+    def encode(pipe: Any, text: str, negative: str | None, tokens: int) -> Arguments:
+        guided = negative is not None
+        texts = {"do_classifier_free_guidance": guided, "negative_prompt": negative, "max_sequence_length": tokens}
+        values = pipe.encode_prompt(text, **texts, **options)
+        return {name: value for name, value in zip(names, values, strict=True) if value is not None and len(value)}
+
+    return encode
 
 
 def _flux(pipe: Any, text: str, negative: str | None, tokens: int) -> Arguments:
@@ -165,39 +140,22 @@ def _flux(pipe: Any, text: str, negative: str | None, tokens: int) -> Arguments:
     return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
 
-def _flux2_klein(pipe: Any, text: str, negative: str | None, tokens: int) -> Arguments:
+def _one_by_one(pipe: Any, text: str, negative: str | None, tokens: int) -> Arguments:
     texts = {"prompt_embeds": text, "negative_prompt_embeds": negative}
-    return {
-        name: pipe.encode_prompt(words, max_sequence_length=tokens)[0]
-        for name, words in texts.items()
-        if words is not None
-    }
-
-
-def _stable_diffusion_3(pipe: Any, text: str, negative: str | None, tokens: int) -> Arguments:
-    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-    return _named(pipe, names, text, negative, tokens, prompt_2=None, prompt_3=None)
+    given = {name: words for name, words in texts.items() if words is not None}
+    return {name: pipe.encode_prompt(words, max_sequence_length=tokens)[0] for name, words in given.items()}
 
 
 def _qwen_image(pipe: Any, text: str, negative: str | None, tokens: int) -> Arguments:
-    out = {}
-    for prefix, words in (("", text), ("negative_", negative)):
-        if words is not None:
-            embeds, mask = pipe.encode_prompt(words, max_sequence_length=tokens)
-            out[f"{prefix}prompt_embeds"] = embeds
-            # No mask means that all tokens count, but the call warns if it is given none.
-            out[f"{prefix}prompt_embeds_mask"] = embeds.new_ones(embeds.shape[:2]).long() if mask is None else mask
-    return out
-
-
-def _z_image(pipe: Any, text: str, negative: str | None, tokens: int) -> Arguments:
-    return _named(pipe, ("prompt_embeds", "negative_prompt_embeds"), text, negative, tokens)
+    """With masks by which all tokens count: `encode_prompt` leaves such masks out, and the call warns of their lack."""
+    out = _one_by_one(pipe, text, negative, tokens)
+    return out | {f"{name}_mask": embeds.new_ones(embeds.shape[:2]).long() for name, embeds in out.items()}
 
 
 def _sana(pipe: Any, text: str, negative: str | None, tokens: int) -> Arguments:
     names = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask")
     instruction = FAMILIES["SanaPipeline"].default(pipe, "complex_human_instruction")
-    return _named(pipe, names, text, negative, tokens, complex_human_instruction=instruction)
+    return _named(*names, complex_human_instruction=instruction)(pipe, text, negative, tokens)
 
 
 def _empty(*shape: int) -> Tensor:
@@ -205,64 +163,46 @@ def _empty(*shape: int) -> Tensor:
     return torch.empty((1, *shape), device="meta", dtype=torch.bfloat16)
 
 
+def _tokens(config: Any, n: int) -> Arguments:
+    return {"prompt_embeds": _empty(n, config.joint_attention_dim)}
+
+
+def _tokens_and_pooled(config: Any, n: int) -> Arguments:
+    return _tokens(config, n) | {"pooled_prompt_embeds": _empty(config.pooled_projection_dim)}
+
+
+_STABLE_DIFFUSION_3 = [
+    f"{name}_embeds" for name in ("prompt", "negative_prompt", "pooled_prompt", "negative_pooled_prompt")
+]
+# fmt: off
 FAMILIES = {
     "FluxPipeline": Family(
-        _flux,
-        blank=lambda c, n: {
-            "prompt_embeds": _empty(n, c.joint_attention_dim),
-            "pooled_prompt_embeds": _empty(c.pooled_projection_dim),
-        },
-        guided=lambda pipe, guidance: False,
-        tokenizer="tokenizer_2",
-        around=lambda pipe: 1,
-        most=lambda c: 512 if c.get("guidance_embeds") else 256,  # dev; schnell
-        fold=4,
-        pack=_pack,
-        unpack=_unpack,
-        clock=Clock("time_text_embed.time_proj", 1000.0),
+        _flux, _tokens_and_pooled, guided=lambda pipe, guidance: False, tokenizer="tokenizer_2", around=lambda pipe: 1,
+        most=lambda config: 512 if config.get("guidance_embeds") else 256,  # dev; schnell
+        pack=_pack, unpack=_unpack, clock=Clock("time_text_embed.time_proj", 1000.0),
     ),
     "Flux2KleinPipeline": Family(
-        _flux2_klein,
-        blank=lambda c, n: {"prompt_embeds": _empty(n, c.joint_attention_dim)},
-        guided=lambda pipe, guidance: guidance > 1 and not pipe.config.is_distilled,
-        around=_opening,
-        down=2,
-        unpack=_tokens_last,
+        _one_by_one, _tokens, guided=lambda pipe, guidance: guidance > 1 and not pipe.config.is_distilled,
+        around=_opening, down=2, unpack=lambda pipe, v, shape: v.transpose(1, 2).reshape(shape),
         clock=Clock("time_guidance_embed.time_proj", 1000.0),
     ),
     "StableDiffusion3Pipeline": Family(
-        _stable_diffusion_3,
-        blank=lambda c, n: {
-            "prompt_embeds": _empty(n, c.joint_attention_dim),
-            "pooled_prompt_embeds": _empty(c.pooled_projection_dim),
-        },
-        tokenizer="tokenizer_3",
-        around=lambda pipe: 1,
-        beside=77,  # CLIP's
+        _named(*_STABLE_DIFFUSION_3, prompt_2=None, prompt_3=None), _tokens_and_pooled, tokenizer="tokenizer_3",
+        around=lambda pipe: 1, beside=77,  # CLIP's
     ),
     "QwenImagePipeline": Family(
-        _qwen_image,
-        blank=lambda c, n: {"prompt_embeds": _empty(n, c.joint_attention_dim)},
-        scale="true_cfg_scale",
-        fold=4,
-        pack=_pack,
-        unpack=_unpack,
+        _qwen_image, _tokens, scale="true_cfg_scale", pack=_pack, unpack=_unpack,
         clock=Clock("time_text_embed.time_proj", 1.0),
     ),
     "ZImagePipeline": Family(
-        _z_image,
-        blank=lambda c, n: {"prompt_embeds": [_empty(n, c.cap_feat_dim)[0]]},
-        guided=lambda pipe, guidance: guidance > 0,
-        around=_opening,
+        _named("prompt_embeds", "negative_prompt_embeds"),
+        lambda config, n: {"prompt_embeds": [_empty(n, config.cap_feat_dim)[0]]},
+        guided=lambda pipe, guidance: guidance > 0, around=_opening,
     ),
     "SanaPipeline": Family(
         _sana,
-        blank=lambda c, n: {
-            "prompt_embeds": _empty(n, c.caption_channels),
-            "prompt_attention_mask": _empty(n).long(),
-        },
-        options={"use_resolution_binning": False, "negative_prompt": None},
-        around=lambda pipe: 2,
-        patch=1,
+        lambda c, n: {"prompt_embeds": _empty(n, c.caption_channels), "prompt_attention_mask": _empty(n).long()},
+        options={"use_resolution_binning": False, "negative_prompt": None}, around=lambda pipe: 2, patch=1,
     ),
 }
+# fmt: on

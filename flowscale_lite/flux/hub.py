@@ -9,7 +9,7 @@ import logging
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,7 @@ import diffusers
 import huggingface_hub
 import torch
 from diffusers.utils import logging as diffusers_logging
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    LocalEntryNotFoundError,
-    RemoteEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import errors
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.utils import logging as transformers_logging
@@ -38,18 +31,15 @@ TOKEN = "HF_TOKEN"
 
 
 def load(model: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Any:
-    """A pipeline ready for inference, all on one device and in one precision.
+    """A pipeline ready for inference, on one device and in one precision, from a folder or by its name on the hub.
 
-    `model` is a folder that diffusers can read, or the name of a model on the Hugging Face hub. For a model that is
-    large for its GPU see `memory.load_planned`.
+    For a model that is large for its GPU see `memory.load_planned`.
 
     Raises:
-        FileNotFoundError: the folder holds no pipeline, a file is missing, the hub has no such model, or its weights
-            are pickles, which are not loaded.
+        FileNotFoundError: there is no such pipeline, a file is missing, or the weights are pickles, never loaded.
         PermissionError: the hub wants the model's licence accepted, or a token.
         ConnectionError: the hub cannot be reached or refuses to answer, and the model is not in the local cache.
-        ValueError: there is no such device, the pipeline is not supported, a file is damaged, or the parts do not
-            belong together.
+        ValueError: no such device, pipeline not supported, a file damaged, or parts that do not belong together.
     """
     check_device(device)
     return fetch(model, dtype).to(device)
@@ -79,10 +69,7 @@ def token() -> str | None:
 
 
 def index(model: str | Path) -> dict[str, Any]:
-    """The contents of a pipeline's model_index.json: its class, and the library and class of each of its parts.
-
-    Raises OSError or ValueError as `load` does.
-    """
+    """A pipeline's model_index.json: its class, and library and class of each part. Raises what `load` does."""
     folder = Path(model)
     if folder.exists() or folder.is_absolute() or str(model).startswith("."):
         path = folder / "model_index.json"
@@ -102,33 +89,23 @@ def index(model: str | Path) -> dict[str, Any]:
 
 
 def fetch(
-    model: str | Path,
-    dtype: torch.dtype | Mapping[str, torch.dtype] = torch.float32,
-    absent: Collection[str] = (),
+    model: str | Path, dtype: torch.dtype | Mapping[str, torch.dtype] = torch.float32, absent: Collection[str] = (),
     quantised: Mapping[str, Any] | None = None,
-) -> Any:
+) -> Any:  # fmt: skip
     """A pipeline on the CPU, all of its parts read and checked; its models are frozen and set to inference.
 
     If the folder has a file SHA256SUMS, as `sha256sum` writes it, its files must be those that are listed there.
-
-    Args:
-        dtype: the precision of all parts; or that of each part by its name, and that of the others as "default".
-        absent: names of parts that are not loaded.
-        quantised: quantisation configs by the names of parts.
-
-    Raises OSError or ValueError as `load` does.
+    `dtype` is the precision of all parts, or of each by its name with "default" for the others; `absent` names parts
+    that are not loaded; `quantised` has quantisation configs by name. Raises what `load` does.
     """
-    found = index(model)
+    found, folder = index(model), Path(model)
     dtypes = {"default": dtype} if isinstance(dtype, torch.dtype) else dtype
-    with explained(model), quiet(Path(model).exists()):  # a download shows its progress, a folder is read at once
-        folder = Path(model)
-        if not folder.exists():
-            missing = dict.fromkeys(absent)
-            folder = Path(
-                diffusers.DiffusionPipeline.download(str(model), use_safetensors=True, token=token(), **missing)
-            )
-        _check_sums(folder)
     parts: dict[str, Any] = dict.fromkeys(absent)
+    with explained(model), quiet(folder.exists()):  # a download shows its progress, a folder is read at once
+        if not folder.exists():
+            options = {"use_safetensors": True, "token": token(), **parts}
+            folder = Path(diffusers.DiffusionPipeline.download(str(model), **options))
+        _check_sums(folder)
     entries = {name: part for name, part in found.items() if isinstance(part, list) and part[0] and name not in absent}
     for name in sorted(entries, key=lambda name: not name.startswith(("scheduler", "tokenizer"))):  # the small first
         options = {"torch_dtype": dtypes.get(name, dtypes["default"])}
@@ -148,10 +125,7 @@ def fetch(
 def preview(
     model: str | Path = "madebyollin/taef1", device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> nn.Module:
-    """A small autoencoder for `FlowModel.encode(..., preview=...)`; the default is TAEF1, made for FLUX.1.
-
-    Raises OSError or ValueError as `load` does.
-    """
+    """A small autoencoder for `FlowModel.encode`; the default is TAEF1, made for FLUX.1. Raises what `load` does."""
     check_device(device)
     with explained(model), quiet(Path(model).exists()):
         return weights(diffusers.AutoencoderTiny, model, torch_dtype=dtype, **_access(model)).to(device)
@@ -160,44 +134,29 @@ def preview(
 def weights(cls: Any, model: str | Path, **options: Any) -> Any:
     """A model of diffusers or transformers, frozen and set to inference, from safetensors in a folder or on the hub.
 
-    The libraries only warn where a config and the weights beside it do not describe the same layers.
-
-    Raises:
-        OSError: see `load`; a folder holds no safetensors.
-        ValueError: a file of weights is damaged; or a layer has no weights, or weights have no layer. The heads of a
-            transformers model may be left out.
+    Raises OSError as `load` does, and ValueError if a file is damaged, or if a layer of the config has no weights or
+    weights have no layer, of which the libraries only warn. The heads of a transformers model may be left out.
     """
-    if Path(model).is_dir():
-        files = sorted(Path(model).glob("*.safetensors"))
-        if not files:
-            raise FileNotFoundError(f"no safetensors in {model}")
-        for file in files:
-            try:
-                with safe_open(file, "pt"):
-                    pass
-            except SafetensorError as error:
-                raise ValueError(f"{file.name} is damaged or not all there; get it again ({error})") from error
+    files = sorted(Path(model).glob("*.safetensors"))
+    if Path(model).is_dir() and not files:
+        raise FileNotFoundError(f"no safetensors in {model}")
+    for file in files:
+        try:
+            safe_open(file, "pt")
+        except SafetensorError as error:
+            raise ValueError(f"{file.name} is damaged or not all there; get it again ({error})") from error
     strict = issubclass(cls, diffusers.ModelMixin)
     if not strict:
         options["ignore_mismatched_sizes"] = True  # so that they are told below
     built, info = cls.from_pretrained(str(model), output_loading_info=True, use_safetensors=True, **options)
-    known = {_numberless(key) for key in built.state_dict()}
-    wrong = {
-        "no weights for": info["missing_keys"],
-        "weights of another size for": [key for key, *_ in info["mismatched_keys"]],
-        "weights and no layer for": [
-            key for key in info["unexpected_keys"] if strict or any(_numberless(key).endswith(one) for one in known)
-        ],
-    }
+    layers = tuple({re.sub(r"\d+", "#", f".{key}") for key in built.state_dict()})
+    extra = [k for k in info["unexpected_keys"] if strict or re.sub(r"\d+", "#", f".{k}").endswith(layers)]
+    resized = [key for key, *_ in info["mismatched_keys"]]
+    wrong = {"no weights": info["missing_keys"], "weights of another size": resized, "weights and no layer": extra}
     for what, keys in wrong.items():
         if keys:
-            raise ValueError(f"config and weights disagree: there are {what} {', '.join(sorted(keys)[:2])}, ...")
+            raise ValueError(f"config and weights disagree: there are {what} for {', '.join(sorted(keys)[:2])}, ...")
     return built.eval().requires_grad_(False)
-
-
-def _numberless(key: str) -> str:
-    """The name of a weight, with its layers' numbers left out."""
-    return "." + re.sub(r"\d+", "#", key)
 
 
 def _part(folder: Path, entry: list[str], options: dict[str, Any]) -> Any:
@@ -243,41 +202,25 @@ def _check_vocabularies(pipe: Any) -> None:
 
 
 def skeleton(model: str | Path) -> Any:
-    """A pipeline without weights and tokenizers, on the meta device, built from its config files alone.
-
-    Raises OSError or ValueError as `load` does.
-    """
+    """A pipeline on the meta device, from its configs alone: no weights, no tokenizers. Raises what `load` does."""
     found, parts = index(model), {}
     with explained(model), quiet(), torch.device("meta"):
         for name, part in found.items():
             if isinstance(part, list):
                 parts[name] = _weightless(model, name, *part)
-    settings = {name: found[name] for name in ("is_distilled",) if name in found}
-    return getattr(diffusers, found["_class_name"])(**parts, **settings)
-
-
-def transformer_config(model: str | Path) -> dict[str, Any]:
-    """The config of a pipeline's transformer. Raises OSError or ValueError as `load` does."""
-    library, cls = index(model)["transformer"]
-    with explained(model), quiet():
-        return getattr(importlib.import_module(library), cls).load_config(
-            str(model), subfolder="transformer", **_access(model)
-        )
+    return getattr(diffusers, found["_class_name"])(**parts, **families.settings(found))
 
 
 def _weightless(model: str | Path, name: str, library: str | None, cls: str) -> Any:
     """A part of a pipeline, built from its config; None for a tokenizer and the like."""
-    if library is None:
+    if library is None or not (name.startswith(("text_encoder", "scheduler")) or library == "diffusers"):
         return None
-    kind = getattr(importlib.import_module(library), cls)
-    where = {"subfolder": name, **_access(model)}
+    kind, where = getattr(importlib.import_module(library), cls), {"subfolder": name, **_access(model)}
     if name == "scheduler":
         return kind.from_pretrained(str(model), **where)
     if library == "diffusers":
         return kind.from_config(kind.load_config(str(model), **where))
-    if name.startswith("text_encoder"):
-        return kind(kind.config_class.from_pretrained(str(model), **where))
-    return None
+    return kind(kind.config_class.from_pretrained(str(model), **where))
 
 
 def _access(model: str | Path) -> dict[str, str | None]:
@@ -287,14 +230,9 @@ def _access(model: str | Path) -> dict[str, str | None]:
 
 @contextmanager
 def explained(model: str | Path) -> Iterator[None]:
-    """What diffusers, transformers and the hub's client raise while `model` is loaded, in plain words on one line.
-
-    Raises OSError or ValueError as `load` does.
-    """
+    """What libraries and the hub's client raise while `model` is loaded, in plain words, as `load` lists it."""
     try:
         yield
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
     except Exception as error:
         told = _plain(model, error)
         if told is error:
@@ -303,36 +241,37 @@ def explained(model: str | Path) -> Iterator[None]:
 
 
 def _plain(model: str | Path, error: Exception) -> Exception:
-    """The error to raise for one that a library raised; the same one if it says enough, such as that a disk is full."""
+    """The error to raise for one that a library raised; the same one if it says enough: memory or a disk is full."""
     page = f"https://huggingface.co/{model}"
     secret = f"environment variable {TOKEN}, or Colab's secret of that name; never put it in a cell"
     cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, (HfHubHTTPError, ConnectionError, LocalEntryNotFoundError)):
+    while cause is not None and not isinstance(
+        cause, (errors.HfHubHTTPError, ConnectionError, errors.LocalEntryNotFoundError)
+    ):
         cause = cause.__cause__  # transformers wraps what the hub's client raised
-    if isinstance(cause, GatedRepoError):
+    if isinstance(cause, errors.GatedRepoError):
         hint = f" No token was found: create one at https://huggingface.co/settings/tokens ({secret})."
-        return PermissionError(
-            f"{model} is given to those who accept its licence: log in at {page}, accept it there, and use a token of "
-            f"that account.{'' if token() else hint}"
-        )
-    if isinstance(cause, RepositoryNotFoundError):
+        how = f"log in at {page}, accept it there, and use a token of that account.{'' if token() else hint}"
+        return PermissionError(f"{model} is given to those who accept its licence: {how}")
+    if isinstance(cause, errors.RepositoryNotFoundError):
         return FileNotFoundError(
-            f"the hub has no model {model}, or it is private and the token ({secret}) does not open it"
+            f"the hub has no model {model}, or a private one that the token does not open ({secret})"
         )
-    if isinstance(cause, (RemoteEntryNotFoundError, RevisionNotFoundError)):
-        modular = "; modular pipelines, which have no model_index.json, are not supported"
-        return FileNotFoundError(f"the hub's {model} lacks what is asked for: {_line(cause)}{modular}")
+    if isinstance(cause, (errors.RemoteEntryNotFoundError, errors.RevisionNotFoundError)):
+        modular = "modular pipelines, which have no model_index.json, are not supported"
+        return FileNotFoundError(f"the hub's {model} lacks what is asked for: {_line(cause)}; {modular}")
     if cause is not None:
         offline = " (HF_HUB_OFFLINE is set)" if huggingface_hub.constants.HF_HUB_OFFLINE else ""
         reason = _line(cause.__cause__ or cause)  # such as that of being asked too often
         return ConnectionError(f"{page} cannot be reached{offline}, and the model is not in the local cache: {reason}")
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return error
     if not isinstance(error, OSError):
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         return ValueError(f"{model} cannot be loaded: {kind}{_line(error)}")
     if "safetensors" in str(error):
-        return FileNotFoundError(
-            f"{model} lacks safetensors weights; others are not loaded, they can run code: {_line(error)}"
-        )
+        why = "others are not loaded, they can run code"
+        return FileNotFoundError(f"{model} lacks safetensors weights; {why}: {_line(error)}")
     return error if error.errno else FileNotFoundError(f"no model {model}, or it lacks a file: {_line(error)}")
 
 
@@ -344,20 +283,15 @@ def _line(error: BaseException) -> str:
 @contextmanager
 def quiet(really: bool = True) -> Iterator[None]:
     """Within it, the libraries show no loading bars and no warnings. Afterwards all is as it was before."""
-    if not really:
+    bars = huggingface_hub.utils
+    with ExitStack() as after:
+        if really:  # transformers switches the hub's bars with its own, so these are put back last
+            hidden = bars.are_progress_bars_disabled()
+            after.callback(bars.disable_progress_bars if hidden else bars.enable_progress_bars)
+            for log in (diffusers_logging, transformers_logging):
+                after.callback(log.set_verbosity, log.get_verbosity())
+                if log.is_progress_bar_enabled():
+                    after.callback(log.enable_progress_bar)
+                log.set_verbosity_error()
+                log.disable_progress_bar()
         yield
-        return
-    logs, bars = (diffusers_logging, transformers_logging), huggingface_hub.utils
-    before = [(log.get_verbosity(), log.is_progress_bar_enabled()) for log in logs]
-    restore = bars.disable_progress_bars if bars.are_progress_bars_disabled() else bars.enable_progress_bars
-    for log in logs:
-        log.set_verbosity_error()
-        log.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for log, (level, shown) in zip(logs, before, strict=True):
-            log.set_verbosity(level)
-            if shown:
-                log.enable_progress_bar()
-        restore()  # transformers switches the hub's bars with its own

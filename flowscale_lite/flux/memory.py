@@ -22,13 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import psutil
 import torch
 import transformers
 from torch import nn
 
 from . import families, hub
-from .cost import GIB, blank_prompt, count_operations, text_encoders
-from .prompt import encode_text, known_texts
+from .cost import GIB, blank_prompt, count_operations
+from .prompt import KNOWN, encode_text
 
 CHOICES: Mapping[str, tuple[Any, ...]] = {
     "dtype": ("bfloat16", "float16", "float32"),
@@ -38,7 +39,7 @@ CHOICES: Mapping[str, tuple[Any, ...]] = {
     "group_offload": (False, True),
     "tiling": (False, True),
 }
-"""What the fields of a MemoryPlan can be. Its own documentation says what they mean."""
+"""What the fields of a MemoryPlan can be."""
 LIBRARIES = {"int8": "torchao", "fp8": "torchao", "nf4": "bitsandbytes"}
 """The library that quantises weights of each kind."""
 
@@ -47,10 +48,8 @@ LIBRARIES = {"int8": "torchao", "fp8": "torchao", "nf4": "bitsandbytes"}
 class Weights:
     """How many parameters a model has.
 
-    Attributes:
-        linear: in the matrices of linear layers, which quantisation makes smaller.
-        rows: the rows of these matrices; in 8 bits each row has a scale.
-        other: all other parameters, and those that the libraries do not quantise (output heads, float32 layers).
+    `linear` are in the matrices of linear layers, which quantisation makes smaller, and `rows` the rows of these, of
+    which in 8 bits each has a scale. `other` are all else, and what libraries do not quantise (heads, float32 layers).
     """
 
     linear: int
@@ -60,34 +59,28 @@ class Weights:
     @classmethod
     def of(cls, *modules: nn.Module) -> Weights:
         """Count the parameters of some models together."""
-        linear = rows = total = 0
+        linear = rows = 0
         for module in modules:
-            total += sum(p.numel() for p in module.parameters())
             kept = {"lm_head", *(getattr(module, "_keep_in_fp32_modules", None) or ())}
             for path, part in module.named_modules():
                 if isinstance(part, nn.Linear) and kept.isdisjoint(path.split(".")):
                     linear += part.weight.numel()
                     rows += part.out_features
-        return cls(linear, rows, total - linear)
+        return cls(linear, rows, sum(p.numel() for module in modules for p in module.parameters()) - linear)
 
     def gib(self, kind: str = "full", size: int = 2) -> float:
         """GiB in memory, held as `kind`, with `size` bytes to a parameter that is not quantised."""
-        linear = self.linear + 4.0 * self.rows  # in 8 bits
-        if kind == "full":
-            linear = float(size * self.linear)
-        elif kind == "nf4":
-            linear = self.linear * (1 / 2 + 4 / 64)  # every 64 share a float32 scale
-        return (linear + size * self.other) / GIB
+        scales = {"nf4": 4 / 64 * self.linear, "full": 0.0}.get(kind, 4.0 * self.rows)  # float32
+        linear = {"nf4": 0.5, "full": size}.get(kind, 1) * self.linear
+        return (linear + scales + size * self.other) / GIB
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a model takes at one picture size.
+    """What a model takes at one picture size: the parameters of its parts, and GiB of activations in 16 bits.
 
-    Attributes:
-        transformer, text, vae: parameters; text is all text encoders together.
-        row: GiB of activations of one row's velocity in 16 bits, the second forward of guidance included.
-        decode, tile: GiB of activations of decoding one picture in 16 bits, whole and in tiles of half its side.
+    `row` is one row's velocity, the second forward of guidance included; `decode` one picture, `tile` in tiles of half
+    its side.
     """
 
     transformer: Weights
@@ -100,10 +93,9 @@ class Sizes:
 
 @functools.cache
 def stored_sizes() -> dict[str, dict[str, Any]]:
-    """Sizes of published models at 1024 x 1024, by name, as `python -m tools.runs.memory` has counted them.
+    """The Sizes of published models at 1024 x 1024, by name, as `python -m tools.runs.memory` has counted them.
 
-    An entry has the fields of Sizes, its `row` without guidance. Where guidance runs the model twice, `guided` has the
-    scale above which it does, and the row of that.
+    `row` is without guidance. Where that runs the model twice, `guided` has the row, and the scale above which it does.
     """
     return json.loads(Path(__file__).with_name("sizes.json").read_text(encoding="utf-8"))
 
@@ -112,44 +104,30 @@ def sizes(model: str | Path, height: int = 1024, width: int = 1024, guidance: fl
     """The sizes of a model: scaled from `stored_sizes` if it is there, counted for any other folder or hub id.
 
     The guidance scale counts, since it may double a row; None stands for the default of the pipeline's call.
-
-    Raises:
-        OSError, ValueError: there is no such model, or its pipeline is not supported.
     """
     stored = stored_sizes().get(Path(model).name)
     if stored is None or Path(model).exists():
         return count_sizes(hub.skeleton(model), height, width, guidance)
-    row, area = stored["row"], height * width / 1024**2
-    if "guided" in stored and (guidance is None or guidance > stored["guided"]["above"]):
-        row = stored["guided"]["row"]
-    weights = {part: Weights(**stored[part]) for part in ("transformer", "text", "vae")}
-    return Sizes(**weights, row=area * row, decode=area * stored["decode"], tile=area * stored["tile"])
+    guided = stored.get("guided")
+    chosen = guided if guided and (guidance is None or guidance > guided["above"]) else stored
+    row, decode, tile = (height * width / 1024**2 * gib for gib in (chosen["row"], stored["decode"], stored["tile"]))
+    transformer, text, vae = (Weights(**stored[part]) for part in ("transformer", "text", "vae"))
+    return Sizes(transformer, text, vae, row, decode, tile)
 
 
 def count_sizes(pipe: Any, height: int, width: int, guidance: float | None = None) -> Sizes:
     """Count the sizes of a pipeline on the meta device, which takes some seconds of CPU time for a large model."""
-    guidance, rows = _scale(pipe, guidance), 1
-    if type(pipe).__name__ == "ZImagePipeline" and families.family(pipe).guided(pipe, guidance):
+    family, rows = families.family(pipe), 1
+    guidance = family.guidance(pipe, guidance)
+    if type(pipe).__name__ == "ZImagePipeline" and family.guided(pipe, guidance):
         guidance, rows = 0.0, 2  # guided, it reads its clock, which is void here; it takes what two rows take
     whole, half = (blank_prompt(pipe, height // n, width // n, guidance) for n in (1, 2))
     x, small = (torch.empty(rows, *prompt.shape, device="meta") for prompt in (whole, half))
-    row = count_operations(pipe.transformer, lambda: whole.velocity(x, 0.5))
-    decode = count_operations(pipe.vae, lambda: whole.decode(x[:1]))
-    tile = count_operations(pipe.vae, lambda: half.decode(small[:1]))
-    joined = 4 * 3 * height * width  # bytes of the picture that tiles make up
-    return Sizes(
-        transformer=Weights.of(pipe.transformer),
-        text=Weights.of(*text_encoders(pipe)),
-        vae=Weights.of(pipe.vae),
-        row=row.activations / GIB,
-        decode=decode.activations / GIB,
-        tile=(tile.activations + joined) / GIB,
-    )
-
-
-def _scale(pipe: Any, guidance: float | None) -> float:
-    family = families.family(pipe)
-    return family.default(pipe, family.scale) if guidance is None else guidance
+    row = count_operations(pipe.transformer, lambda: whole.velocity(x, 0.5)).activations
+    decode = count_operations(pipe.vae, lambda: whole.decode(x[:1])).activations
+    tile = count_operations(pipe.vae, lambda: half.decode(small[:1])).activations + 4 * 3 * height * width  # the whole
+    text = Weights.of(*families.text_encoders(pipe))
+    return Sizes(Weights.of(pipe.transformer), text, Weights.of(pipe.vae), row / GIB, decode / GIB, tile / GIB)
 
 
 @dataclass(frozen=True)
@@ -157,23 +135,18 @@ class MemoryPlan:
     """Where each part of a model is, in which precision, and how many rows at a time.
 
     Attributes:
-        model: its name.
-        sizes: of its parts.
-        free: GiB found.
-        keep: GiB of them to be left free.
-        dtype: what the transformer computes in. With float16 the autoencoder, whose values may exceed the range, is
-            kept in float32, and text encoders in bfloat16.
-        weights: how the transformer is held: "full", as it is; "int8" or "fp8", in 8 bits by torchao; "nf4", in 4 bits
-            by bitsandbytes.
+        model, sizes: its name, and the sizes of its parts.
+        free, keep: GiB found, and GiB of them to be left free.
+        dtype: what the transformer computes in. With float16 the autoencoder is in float32, text encoders in bfloat16.
+        weights: how the transformer is held: as it is, in 8 bits by torchao, or in 4 bits by bitsandbytes ("nf4").
         text: where text encoders are: "resident", beside the transformer; "offloaded", in host memory, changing places
             with it for every new prompt; "dropped", nowhere, once the prompts given to `load_planned` are encoded.
-        text_weights: how text encoders are held, "full" or "nf4".
+        text_weights: how text encoders are held.
         group_offload: the transformer's weights wait in host memory and pass through the GPU layer by layer.
         tiling: pictures are decoded in tiles, with some change where they overlap.
         chunk, decode_chunk: rows to a forward pass, pictures to a decode.
 
-    Raises:
-        ValueError: a field is not one of `CHOICES`, or a chunk is no positive whole number.
+    A field that is not one of `CHOICES`, or a chunk that is no positive whole number, raises ValueError.
     """
 
     model: str
@@ -201,21 +174,21 @@ class MemoryPlan:
     def dtypes(self) -> dict[str, torch.dtype]:
         """What the transformer ("transformer"), the autoencoder ("vae") and all else ("default") compute in."""
         dtype = getattr(torch, self.dtype)
+        vae, default = dtype, dtype
         if dtype is torch.float16:  # whose range T5, Qwen and autoencoders exceed
-            return {"transformer": dtype, "vae": torch.float32, "default": torch.bfloat16}
-        return {"transformer": dtype, "vae": dtype, "default": dtype}
+            vae, default = torch.float32, torch.bfloat16
+        return {"transformer": dtype, "vae": vae, "default": default}
 
     @property
     def parts(self) -> dict[str, float]:
         """GiB of each part, and of the activations of one row and one decode."""
-        bytes_of = {part: dtype.itemsize for part, dtype in self.dtypes.items()}
-        decode = self.sizes.tile if self.tiling else self.sizes.decode
+        bytes_of, sizes = {part: dtype.itemsize for part, dtype in self.dtypes.items()}, self.sizes
         return {
-            "transformer": self.sizes.transformer.gib(self.weights, bytes_of["transformer"]),
-            "text encoders": self.sizes.text.gib(self.text_weights, bytes_of["default"]),
-            "autoencoder": self.sizes.vae.gib(size=bytes_of["vae"]),
-            "a row": self.sizes.row * bytes_of["transformer"] / 2,
-            "a decode": decode * bytes_of["vae"] / 2,
+            "transformer": sizes.transformer.gib(self.weights, bytes_of["transformer"]),
+            "text encoders": sizes.text.gib(self.text_weights, bytes_of["default"]),
+            "autoencoder": sizes.vae.gib(size=bytes_of["vae"]),
+            "a row": sizes.row * bytes_of["transformer"] / 2,
+            "a decode": (sizes.tile if self.tiling else sizes.decode) * bytes_of["vae"] / 2,
         }
 
     @property
@@ -225,12 +198,10 @@ class MemoryPlan:
         Half a GiB each is allowed for the activations of text encoders and for the layers of an offloaded transformer.
         """
         part = self.parts
-        resident = part["autoencoder"] + (0.5 if self.group_offload else part["transformer"])
-        alone = {"resident": resident, "offloaded": part["autoencoder"], "dropped": 0.0}[self.text]
-        if self.text == "resident":
-            resident += part["text encoders"]
+        text, vae = part["text encoders"], part["autoencoder"]
+        resident = vae + (0.5 if self.group_offload else part["transformer"]) + text * (self.text == "resident")
         return {
-            "prompts": part["text encoders"] + 0.5 + alone,
+            "prompts": 0.5 + {"resident": resident, "offloaded": text + vae, "dropped": text}[self.text],
             "velocities": resident + self.chunk * part["a row"],
             "pictures": resident + self.decode_chunk * part["a decode"],
         }
@@ -255,8 +226,7 @@ class MemoryPlan:
             "text in nf4": self.text_weights == "nf4",
             "tiles": self.tiling,
         }
-        said = ", ".join(word for word, holds in words.items() if holds)
-        return f"{said}, {self.chunk} rows: {self.peak:.1f} GiB"
+        return f"{', '.join(word for word in words if words[word])}, {self.chunk} rows: {self.peak:.1f} GiB"
 
     def __str__(self) -> str:
         lines = [f"{self.model}: {self.summary()} of {self.free:.1f} free, {self.keep:.1f} kept"]
@@ -266,87 +236,66 @@ class MemoryPlan:
 
 
 def plan(
-    model: str | Path,
-    free: float,
-    *,
-    dtype: str = "bfloat16",
-    host: float = math.inf,
-    keep: float = 1.0,
-    height: int = 1024,
-    width: int = 1024,
-    guidance: float | None = None,
-    rows: int = 16,
-    **fixed: Any,
-) -> MemoryPlan:
+    model: str | Path, free: float, *, dtype: str = "bfloat16", host: float = math.inf, keep: float = 1.0,
+    height: int = 1024, width: int = 1024, guidance: float | None = None, rows: int = 16, **fixed: Any,
+) -> MemoryPlan:  # fmt: skip
     """The first plan that fits, of those that cost least in quality first, and in speed second.
 
     In order: all in 16 bits beside one another; text encoders in host memory, or dropped; pictures decoded in tiles;
     the same with the transformer in int8; in nf4; in 16 bits, but streamed from host memory, which is slow.
 
     Args:
-        free: GiB of GPU memory; see `free_gib`.
+        free, host: GiB of GPU and of host memory; see `free_gib`.
         dtype: what to compute in; see `best_dtype`.
-        host: GiB of host memory.
         keep: GiB to leave free, for what is not counted and for the models that judge.
-        guidance: the scale; the default of the pipeline's call if None. It may double a row.
+        guidance: the scale, which may double a row; the default of the pipeline's call if None.
         rows: the most rows to a forward pass.
-        fixed: fields of MemoryPlan that are not to be chosen, such as weights="nf4", text="dropped", chunk=4. To have
-            fp8, which takes what int8 takes, it must be fixed.
+        fixed: fields of MemoryPlan that are not to be chosen, such as weights="nf4" or chunk=4. To have fp8, which
+            takes what int8 takes, it must be fixed.
 
-    Raises:
-        ValueError: nothing fits, or a field is unknown or out of range, or those fixed exclude one another.
+    Raises ValueError if nothing fits, or the fields that are fixed exclude one another.
     """
     if not isinstance(rows, int) or rows < 1:
         raise ValueError(f"rows must be a whole number of at least 1; got {rows}")
     start = MemoryPlan(Path(model).name, sizes(model, height, width, guidance), free, keep, dtype, **fixed)
-    candidates = [
-        replace(start, **fields)
-        for fields in _candidates()
-        if all(fixed.get(name, value) == value for name, value in fields.items())
-    ]
+    candidates = [replace(start, **fields) for fields in _candidates() if (fields | fixed) == (fixed | fields)]
     if not candidates:
-        raise ValueError(
-            f"these choices exclude one another: {fixed}; text='offloaded' and group_offload=True each need full "
-            "weights, and not the other"
-        )
+        needs = "text='offloaded' and group_offload=True each need full weights, and not the other"
+        raise ValueError(f"these choices exclude one another: {fixed}; {needs}")
     for one in candidates:
         if one.peak <= free - keep and one.host <= host:
             return _fill(one, rows, fixed)
     least = min(candidates, key=lambda one: one.peak)
-    raise ValueError(
-        f"{start.model} does not fit into {free:.1f} GiB with {keep:.1f} kept free and {host:.1f} of host memory; "
-        f"the smallest plan takes {least.peak:.1f} and {least.host:.1f}: {least.summary()}"
-    )
+    room = f"{free:.1f} GiB with {keep:.1f} kept free and {host:.1f} of host memory"
+    smallest = f"the smallest plan takes {least.peak:.1f} and {least.host:.1f}: {least.summary()}"
+    raise ValueError(f"{start.model} does not fit into {room}; {smallest}")
 
 
 def _candidates() -> Iterator[dict[str, Any]]:
     """The fields that `plan` chooses, of all plans that can be carried out, best first."""
     held = [("full", False), ("int8", False), ("fp8", False), ("nf4", False), ("full", True)]
     texts = [("resident", "full"), ("offloaded", "full"), ("dropped", "full"), ("dropped", "nf4"), ("resident", "nf4")]
-    for transformer, tiling, text in itertools.product(held, (False, True), texts):
-        if text[0] != "offloaded" or transformer == held[0]:  # others cannot change places with text encoders
-            names = ("weights", "group_offload", "tiling", "text", "text_weights")
-            yield dict(zip(names, (*transformer, tiling, *text), strict=True))
+    for (weights, streamed), tiling, (text, text_weights) in itertools.product(held, (False, True), texts):
+        if text != "offloaded" or (weights, streamed) == held[0]:  # others cannot change places with text encoders
+            one = {"weights": weights, "group_offload": streamed, "tiling": tiling}
+            yield one | {"text": text, "text_weights": text_weights}
 
 
 def _fill(plan: MemoryPlan, rows: int, fixed: Collection[str]) -> MemoryPlan:
     """The plan, which fits, with as many rows and pictures at a time as fit, unless they are fixed."""
-    room, part = plan.free - plan.keep, plan.parts
+    room, part, stage = plan.free - plan.keep, plan.parts, plan.stages
+    chunk, pictures = plan.chunk, plan.decode_chunk
     if "chunk" not in fixed:
-        more = int((room - plan.stages["velocities"]) / part["a row"])
-        plan = replace(plan, chunk=min(rows, plan.chunk + more))
+        chunk = min(rows, chunk + int((room - stage["velocities"]) / part["a row"]))
     if "decode_chunk" not in fixed:
-        more = int((room - plan.stages["pictures"]) / part["a decode"])
-        plan = replace(plan, decode_chunk=min(plan.chunk, plan.decode_chunk + more))
-    return plan
+        pictures = min(chunk, pictures + int((room - stage["pictures"]) / part["a decode"]))
+    return replace(plan, chunk=chunk, decode_chunk=pictures)
 
 
 def free_gib(device: str | torch.device = "cuda") -> float:
     """GiB free: of the GPU's memory, or of the host's for the CPU."""
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(device)[0] / GIB
-    import psutil
-
     return psutil.virtual_memory().available / GIB
 
 
@@ -358,68 +307,54 @@ def best_dtype(device: str | torch.device = "cuda") -> str:
 
 
 def load_planned(
-    model: str | Path,
-    plan: MemoryPlan,
-    device: str = "cuda",
-    *,
-    prompts: Sequence[str] = (),
-    guidance: float | None = None,
-    negative: str = "",
-    max_tokens: int | None = None,
-) -> Any:
+    model: str | Path, plan: MemoryPlan, device: str = "cuda", *, prompts: Sequence[str] = (),
+    guidance: float | None = None, negative: str = "", max_tokens: int | None = None,
+) -> Any:  # fmt: skip
     """Load a pipeline as planned, ready for `FlowModel.encode(pipe, text, chunk=plan.chunk)`.
 
-    Args:
-        prompts: encoded at once. A plan that drops the text encoders needs all that will be used.
-        guidance, negative, max_tokens: what `FlowModel.encode` will be given with these prompts.
-
-    Raises:
-        ValueError: a library that the plan needs is missing, or prompts for a plan that drops text encoders.
-        OSError: see `hub.load`.
+    The prompts are encoded at once; a plan that drops the text encoders needs all that will be used. `guidance`,
+    `negative` and `max_tokens` are what `FlowModel.encode` will be given with them. Raises ValueError if the prompts or
+    a library that the plan needs are missing, and what `hub.load` does.
     """
     hub.check_device(device)
-    _check_libraries(plan)
+    for kind in {plan.weights, plan.text_weights} & LIBRARIES.keys():
+        library = LIBRARIES[kind]
+        if importlib.util.find_spec(library) is None:
+            raise ValueError(f"{kind} weights need {library}: pip install {library}, or plan for another kind")
     if plan.text == "dropped" and not prompts:
-        raise ValueError(
-            "the plan drops the text encoders once prompts are encoded: give `prompts`, or text='resident'"
-        )
+        raise ValueError("the plan drops text encoders once prompts are encoded: give `prompts`, or text='resident'")
+
+    config = hub.skeleton(model).transformer.config if plan.text == "dropped" else None
 
     def encode(pipe: Any) -> None:
-        guided = families.family(pipe).guided(pipe, _scale(pipe, guidance))
+        family = families.family(pipe)
+        against = negative if family.guided(pipe, family.guidance(pipe, guidance)) else None
         for prompt in prompts:
-            encode_text(pipe, prompt, negative if guided else None, max_tokens, hub.transformer_config(model))
+            encode_text(pipe, prompt, against, max_tokens, config)
 
     known, absent = {}, []
     if plan.text == "dropped":
         encoder = _fetch(model, plan, ["transformer", "vae"]).to(device)
         encode(encoder)
-        known = known_texts(encoder)
+        known = KNOWN[encoder]
         absent = [name for name in hub.index(model) if name.startswith(("text_encoder", "tokenizer"))]
         del encoder
         gc.collect()
         torch.cuda.empty_cache()
     pipe = _fetch(model, plan, absent)
-    known_texts(pipe).update(known)
-    _place(pipe, plan, device)
+    KNOWN[pipe] = known
+    _place(pipe, plan, torch.device(device))
     encode(pipe)
     return pipe
-
-
-def _check_libraries(plan: MemoryPlan) -> None:
-    """Raises ValueError if a library that quantises what the plan quantises is missing."""
-    for kind in {plan.weights, plan.text_weights} & LIBRARIES.keys():
-        library = LIBRARIES[kind]
-        if importlib.util.find_spec(library) is None:
-            raise ValueError(f"{kind} weights need {library}: pip install {library}, or plan for another kind")
 
 
 def _fetch(model: str | Path, plan: MemoryPlan, absent: Collection[str]) -> Any:
     """The pipeline in the plan's precisions, without some of its parts."""
     configs = {}
-    for name in hub.index(model).keys() - absent:
-        if name == "transformer" and plan.weights != "full":
-            configs[name] = _quantisation(diffusers, plan.weights, plan.dtypes["transformer"])
-        elif name.startswith("text_encoder") and plan.text_weights != "full":
+    if plan.weights != "full":
+        configs["transformer"] = _quantisation(diffusers, plan.weights, plan.dtypes["transformer"])
+    if plan.text_weights != "full":
+        for name in (name for name in hub.index(model) if name.startswith("text_encoder")):
             configs[name] = _quantisation(transformers, plan.text_weights, plan.dtypes["default"])
     return hub.fetch(model, plan.dtypes, absent, configs)
 
@@ -433,7 +368,7 @@ def _quantisation(library: Any, kind: str, dtype: torch.dtype) -> Any:
     return library.TorchAoConfig(Int8WeightOnlyConfig() if kind == "int8" else Float8WeightOnlyConfig())
 
 
-def _place(pipe: Any, plan: MemoryPlan, device: str) -> None:
+def _place(pipe: Any, plan: MemoryPlan, device: torch.device) -> None:
     """Move the parts to where the plan has them."""
     if plan.tiling:
         pipe.vae.enable_tiling()
@@ -445,11 +380,8 @@ def _place(pipe: Any, plan: MemoryPlan, device: str) -> None:
         pipe._exclude_from_cpu_offload = [*pipe._exclude_from_cpu_offload, "vae"]  # a search decodes at every step
         pipe.enable_model_cpu_offload(device=device)
     elif plan.group_offload:
-        pipe.enable_group_offload(
-            torch.device(device),
-            offload_type="leaf_level",
-            use_stream=torch.device(device).type == "cuda",
-            exclude_modules=[name for name in pipe.components if name != "transformer"],
-        )
+        others = [name for name in pipe.components if name != "transformer"]
+        stream = device.type == "cuda"
+        pipe.enable_group_offload(device, offload_type="leaf_level", use_stream=stream, exclude_modules=others)
     else:
         pipe.to(device)

@@ -12,54 +12,44 @@ import inspect
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from .. import schedules
 from ..interpolants import LINEAR
 from ..kernels import Kernel
 from ..rewards import Reward, chunked, decoded
+from ..schedules import Times
 from ..search import Problem, Result
 from . import families, hub
 
-_KNOWN: WeakKeyDictionary[Any, dict[tuple[str, str | None, int | None], families.Arguments]] = WeakKeyDictionary()
-
-
-def known_texts(pipe: Any) -> dict[tuple[str, str | None, int | None], families.Arguments]:
-    """The texts that a pipeline has encoded, by (text, negative text, token limit); forgotten with the pipeline."""
-    return _KNOWN.setdefault(pipe, {})
+KNOWN: WeakKeyDictionary[Any, dict[tuple[str, str | None, int | None], families.Arguments]] = WeakKeyDictionary()
+"""The texts that each pipeline has encoded, by (text, negative text, token limit); forgotten with the pipeline."""
 
 
 def encode_text(
-    pipe: Any,
-    text: str,
-    negative: str | None = None,
-    tokens: int | None = None,
-    config: Mapping[str, Any] | None = None,
+    pipe: Any, text: str, negative: str | None, tokens: int | None, config: Mapping[str, Any] | None = None
 ) -> families.Arguments:
     """The arguments of the pipeline's `__call__` that stand for a prompt. A pipeline encodes each prompt once.
 
     `tokens` limits the text; None stands for what the model was made for. `config` is that of a transformer not loaded.
-
-    Raises:
-        ValueError: the text is new, and the pipeline holds no text encoder.
     """
-    known, key = known_texts(pipe), (text, negative, tokens)
+    known, key = KNOWN.setdefault(pipe, {}), (text, negative, tokens)
     if key not in known:
-        if all(part is None for name, part in pipe.components.items() if name.startswith("text_encoder")):
-            raise ValueError(
-                f"this pipeline was loaded without text encoders, and had not been given {text!r} to encode"
-            )
+        if not families.text_encoders(pipe):
+            raise ValueError(f"this pipeline was loaded without text encoders, and had not been given {text!r}")
         pipe.maybe_free_model_hooks()  # makes room where models change places
-        limit = families.family(pipe).tokens(pipe, config) if tokens is None else tokens
+        family = families.family(pipe)
+        limit = family.tokens(pipe, config) if tokens is None else tokens
         with torch.no_grad(), hub.quiet():
-            known[key] = families.family(pipe).encode(pipe, _readable(pipe, text, limit), negative, limit)
+            known[key] = family.encode(pipe, _readable(pipe, text, limit), negative, limit)
     model = pipe.transformer
     return known[key] if model is None else _cast(known[key], model.dtype, pipe._execution_device)
 
@@ -82,38 +72,21 @@ def _readable(pipe: Any, text: str, limit: int) -> str:
         unknown.append(word[0])
         return word[0]
 
-    text = text if reader.unk_token_id is None else re.sub(r"\S+", known, text)
-    tokens = reader(text, add_special_tokens=False).input_ids
-    room = max(0, limit - family.around(pipe))
+    if reader.unk_token_id is not None:
+        text = re.sub(r"\S+", known, text)
+    tokens, room = reader(text, add_special_tokens=False).input_ids, max(0, limit - family.around(pipe))
     if unknown:
         warnings.warn(f"the model does not know these words of the prompt: {', '.join(unknown)}", stacklevel=4)
     if len(tokens) > room:
         read = " ".join(reader.decode(tokens[:room]).split()[-5:])
-        warnings.warn(
-            f"the prompt has {len(tokens)} tokens and the model reads {room}, up to '... {read}'; a judge of the whole "
-            "prompt asks for more",
-            stacklevel=4,
-        )
+        what = f"the prompt has {len(tokens)} tokens and the model reads {room}, up to '... {read}'"
+        warnings.warn(f"{what}; a judge of the whole prompt asks for more", stacklevel=4)
     return text
 
 
 def _cast(arguments: families.Arguments, dtype: torch.dtype, device: Any = None) -> families.Arguments:
     """The arguments on another device and their floating-point tensors, also those in lists, in another precision."""
-
-    def cast(value: Any) -> Any:
-        if isinstance(value, list):
-            return [cast(part) for part in value]
-        return value.to(device=device, dtype=dtype if value.is_floating_point() else None)
-
-    return {name: cast(value) for name, value in arguments.items()}
-
-
-def _repeated(arguments: families.Arguments, rows: int) -> families.Arguments:
-    """The encoding of one prompt for a batch of rows."""
-    return {
-        name: value * rows if isinstance(value, list) else value.repeat_interleave(rows, 0)
-        for name, value in arguments.items()
-    }
+    return tree_map(lambda v: v.to(device=device, dtype=dtype if v.is_floating_point() else None), arguments)
 
 
 @contextmanager
@@ -128,52 +101,32 @@ def exact_time(pipe: Any, t: float | None = None) -> Iterator[None]:
     if clock is None:
         yield
         return
-    exact = _ExactTime(functools.partial(_next_time, pipe) if t is None else lambda: t, clock.unit)
-    sinusoid = transformer.get_submodule(clock.sinusoid)
-    hooks = [
-        transformer.register_forward_pre_hook(exact.begin),
-        sinusoid.register_forward_pre_hook(exact.replace),
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    due = False  # the first sinusoid of a forward pass is that of time; one of the guidance scale may follow
 
+    def begin(*_: Any) -> None:
+        nonlocal due
+        due = True
 
-def _next_time(pipe: Any) -> float:
-    """The time of the step that the pipeline's scheduler takes next."""
-    scheduler = pipe.scheduler
-    index = scheduler.begin_index if scheduler.step_index is None else scheduler.step_index
-    return float(scheduler.sigmas[index or 0])
-
-
-class _ExactTime:
-    """Two hooks, for a transformer and its sinusoid, that replace the rounded time by the exact one, times a unit.
-
-    A transformer takes the sinusoid of time first. It may take the sinusoid of the guidance scale afterwards, so the
-    hook answers to the first call in each forward pass only.
-    """
-
-    def __init__(self, now: Callable[[], float], unit: float):
-        self.now, self.unit, self.first = now, unit, False
-
-    def begin(self, transformer: Any, args: Any) -> None:
-        self.first = True
-
-    def replace(self, sinusoid: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        if not self.first:
+    def replace(_: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        nonlocal due
+        if not due:
             return args
-        self.first = False
-        return (torch.full_like(args[0], self.now(), dtype=torch.float32) * self.unit, *args[1:])
+        due, now, scheduler = False, t, pipe.scheduler
+        if now is None:
+            index = scheduler.begin_index if scheduler.step_index is None else scheduler.step_index
+            now = float(scheduler.sigmas[index or 0])
+        return (torch.full_like(args[0], now, dtype=torch.float32) * clock.unit, *args[1:])
+
+    with ExitStack() as hooks:
+        hooks.callback(transformer.register_forward_pre_hook(begin).remove)
+        hooks.callback(transformer.get_submodule(clock.sinusoid).register_forward_pre_hook(replace).remove)
+        yield
 
 
 class _Listener:
     """A stand-in for the scheduler. The pipeline's loop runs once, at the time t, or not at all if t is None.
 
-    Attributes:
-        asked: the arguments of `set_timesteps`, from which the scheduler would make its time grid.
-        velocity: what the pipeline handed to `step`; None before.
+    `asked` are the arguments of `set_timesteps`, which would make the grid; `velocity` is what `step` was handed.
     """
 
     order = 1
@@ -181,11 +134,9 @@ class _Listener:
     def __init__(self, scheduler: Any, t: float | None = None):
         self.config, self.t = scheduler.config, t
         self.asked: dict[str, Any] = {}
-        self.velocity: Tensor | None = None
+        self.velocity: Any = None
 
-    def set_timesteps(
-        self, num_inference_steps: Any = None, device: Any = None, sigmas: Any = None, mu: Any = None
-    ) -> None:
+    def set_timesteps(self, num_inference_steps: Any = None, device: Any = None, sigmas: Any = None, mu: Any = None):
         given = {"num_inference_steps": num_inference_steps, "sigmas": sigmas, "mu": mu}
         self.asked = {name: value for name, value in given.items() if value is not None}
         times = [] if self.t is None else [self.t * self.config.num_train_timesteps]
@@ -197,19 +148,6 @@ class _Listener:
     def step(self, model_output: Tensor, timestep: Tensor, sample: Tensor, **_: Any) -> tuple[Tensor]:
         self.velocity = model_output
         return (sample,)
-
-
-def _fixed_to(device: torch.device, cls: Any) -> Any:
-    """A pipeline class that stays on a device. diffusers' own walks through all modules twice in every call: to find
-    the device, and at the end to move models away."""
-
-    class Pipeline(cls):
-        _execution_device = device
-
-        def maybe_free_model_hooks(self) -> None:
-            pass
-
-    return Pipeline
 
 
 @dataclass(frozen=True)
@@ -224,11 +162,9 @@ class FlowModel:
         encoded: the arguments of its `__call__` that stand for the prompt, in the pipeline's precision and on its
             device. If the pipeline is moved or cast, call `encode` again, which is quick.
         height, width: of the picture, in pixels.
-        guidance: the guidance scale. Guidance is distilled into the model, or takes a second forward pass, which
-            doubles `cost`; a model that has neither ignores it.
+        guidance: its scale. Guidance is distilled into the model, or takes a second forward pass, which doubles `cost`.
         chunk: rows in one forward pass.
-        preview: a small autoencoder (`AutoencoderTiny`) that decodes the pictures which a search judges; None for the
-            pipeline's own.
+        preview: a small autoencoder (`AutoencoderTiny`) that decodes what a search judges; None for the pipeline's own.
     """
 
     pipe: Any = field(repr=False)
@@ -241,37 +177,24 @@ class FlowModel:
 
     @classmethod
     def encode(
-        cls,
-        pipe: Any,
-        text: str,
-        *,
-        height: int | None = None,
-        width: int | None = None,
-        guidance: float | None = None,
-        negative: str = "",
-        chunk: int = 16,
-        max_tokens: int | None = None,
+        cls, pipe: Any, text: str, *, height: int | None = None, width: int | None = None,
+        guidance: float | None = None, negative: str = "", chunk: int = 16, max_tokens: int | None = None,
         preview: Any = None,
-    ) -> FlowModel:
+    ) -> FlowModel:  # fmt: skip
         """Encode `text`, unless this pipeline has encoded it before.
 
-        Args:
-            height, width: in pixels; the model's own size if None.
-            guidance: the default of the pipeline's `__call__` if None.
-            negative: the text that guidance leads away from, where guidance takes a second forward pass.
-            max_tokens: the most tokens of the text that count; as many as the model was made for if None (FLUX.1-dev
-                512, schnell 256).
+        Sides and guidance are by default the model's own. `negative` is the text that guidance leads away from, where
+        it takes a second forward pass. `max_tokens` of the text count; if None, as many as the model was made for.
 
-        Raises:
-            ValueError: the pipeline is not supported, a side is no positive multiple of the latent patch, chunk < 1,
-                max_tokens < 1, guidance is not finite, or the text is new to a pipeline without text encoders.
+        Raises ValueError if the pipeline is not supported, a side is no positive multiple of the latent patch, another
+        number is out of range, or the text is new to a pipeline without text encoders.
         """
         family = families.family(pipe)
         height, width = (native_size(pipe) if side is None else side for side in (height, width))
         family.shape(pipe, height, width)
         if chunk < 1 or (max_tokens is not None and max_tokens < 1):
             raise ValueError(f"chunk must be at least 1, and so must max_tokens; got {chunk} and {max_tokens}")
-        guidance = family.default(pipe, family.scale) if guidance is None else guidance
+        guidance = family.guidance(pipe, guidance)
         if not math.isfinite(guidance):
             raise ValueError(f"guidance must be a finite number; got {guidance}")
         encoded = encode_text(pipe, text, negative if family.guided(pipe, guidance) else None, max_tokens)
@@ -305,20 +228,20 @@ class FlowModel:
     def multi_step(self) -> bool:
         """Whether the model needs many steps to draw a picture, as FLUX.1-dev does and FLUX.1-schnell does not.
 
-        Of FLUX.1 those with a guidance embedding need many. No config of another family says. The models made for few
-        steps (FLUX.2-klein, SD3.5-large-turbo, Z-Image-Turbo) run without guidance; so a model of these families is
-        taken to need many steps if guidance runs it twice. Give a turbo model `guidance=0`.
+        No config of another family says. Models made for few steps (FLUX.2-klein, SD3.5-large-turbo, Z-Image-Turbo) run
+        without guidance, so others are taken to be those that guidance runs twice. Give a turbo model `guidance=0`.
         """
         if type(self.pipe).__name__ == "FluxPipeline":
             return bool(self.pipe.transformer.config.guidance_embeds)
         return self.cost > 1
 
-    def times(self, steps: int) -> tuple[float, ...]:
-        """The time grid that `pipe(..., num_inference_steps=steps)` runs on, with its shift for the resolution.
+    @property
+    def device(self) -> torch.device:
+        """The device that the pipeline computes on."""
+        return self.pipe._execution_device
 
-        Raises:
-            ValueError: steps < 1, or the pipeline's scheduler is not made for flow models.
-        """
+    def times(self, steps: int) -> Times:
+        """The time grid that `pipe(..., num_inference_steps=steps)` runs on, with its shift for the resolution."""
         if steps < 1:
             raise ValueError(f"steps must be at least 1; got {steps}")
         families.check_scheduler(self.pipe.scheduler)
@@ -326,11 +249,6 @@ class FlowModel:
         asked = self._ask(torch.zeros(1, *self.shape, device=self.device), steps=steps)[1].asked
         scheduler.set_timesteps(**asked)
         return schedules.check(scheduler.sigmas.tolist())
-
-    @property
-    def device(self) -> torch.device:
-        """The device that the pipeline computes on."""
-        return self.pipe._execution_device
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         """The velocity eps - x0 (K, C, H, W) at latents x (K, C, H, W) and times t (K,), `chunk` rows at a time."""
@@ -344,27 +262,19 @@ class FlowModel:
         """The velocity at latents x (K, C, H, W) and one time t for all rows, in one forward pass."""
         with exact_time(self.pipe, t):
             v = self._ask(x, t)[1].velocity
-        assert v is not None
         unpack = self.family.unpack
         return (v if unpack is None else unpack(self.pipe, v, x.shape)).to(x.dtype)
 
     def decode(self, x: Tensor, chunk: int | None = None, *, preview: bool = False) -> Tensor:
-        """Latents (K, C, H, W) -> pictures (K, 3, height, width) in [0, 1], `chunk` rows at a time.
-
-        Raises:
-            ValueError: chunk < 1.
-        """
+        """Latents (K, C, H, W) -> pictures (K, 3, height, width) in [0, 1], `chunk` rows, at least 1, at a time."""
         vae = self.preview if preview else self.pipe.vae
         with torch.set_grad_enabled(torch.is_grad_enabled() and x.requires_grad):
             return chunked(lambda rows: self._ask(rows, vae=vae)[0].float(), self.chunk if chunk is None else chunk)(x)
 
     def leaders(self, result: Result, reward: Reward, number: int = 4) -> tuple[Tensor, Tensor]:
-        """The best pictures of a search that judged previews, decoded in full and judged again.
+        """The best finished particles of a search that judged previews, decoded in full and judged again.
 
-        Decoded are the `number` finished particles with the highest rewards, or all if the search kept fewer.
-
-        Returns:
-            Pictures (number, 3, height, width) and their new rewards (number,), best first.
+        Returns their pictures (number, 3, height, width) and new rewards (number,), best first.
         """
         p = result.particles
         pictures = self.decode(p.x[p.reward.argsort(descending=True)[:number]])
@@ -373,77 +283,55 @@ class FlowModel:
 
     @functools.cached_property
     def _twin(self) -> Any:
-        """A second pipeline of the same parts. It shows no progress and moves no models from device to device."""
-        distilled = {"is_distilled": True} if self.pipe.config.get("is_distilled") else {}
-        twin = _fixed_to(self.device, type(self.pipe))(**self.pipe.components, **distilled)
+        """The same parts, without progress bars and fixed to a device, which diffusers looks for in every call."""
+        base: Any = type(self.pipe)
+
+        class Twin(base):
+            _execution_device = self.device
+
+            def maybe_free_model_hooks(self) -> None:
+                pass
+
+        twin = Twin(**self.pipe.components, **families.settings(self.pipe.config))
         twin.set_progress_bar_config(disable=True)
         return twin
 
     def _ask(self, x: Tensor, t: float | None = None, *, steps: int = 1, vae: Any = None) -> tuple[Tensor, _Listener]:
-        """Run the pipeline's `__call__` on latents x, at the time t or at none.
-
-        Returns its latents, or its pictures if an autoencoder is given, and the listener.
-        """
+        """What the pipeline's `__call__` makes of latents x at one time or none, pictures if by `vae`; the listener."""
         pipe, listener, encoded = copy.copy(self._twin), _Listener(self.pipe.scheduler, t), self.encoded
         pipe.scheduler = listener
         if vae is not None:
             pipe.vae, encoded = vae, _cast(encoded, vae.dtype)  # the call casts latents to the precision of `encoded`
         call = inspect.unwrap(type(pipe).__call__)  # without its no_grad, for a gradient may be wanted
-        output = call(
-            pipe,
-            height=self.height,
-            width=self.width,
-            num_inference_steps=steps,
-            latents=x if self.family.pack is None else self.family.pack(pipe, x),
-            output_type="latent" if vae is None else "pt",
-            return_dict=False,
-            **self.family.call(pipe, self.guidance),
-            **_repeated(encoded, len(x)),
-        )[0]
+        kind = "latent" if vae is None else "pt"
+        given: families.Arguments = {"height": self.height, "width": self.width, "num_inference_steps": steps}
+        given["latents"] = x if self.family.pack is None else self.family.pack(pipe, x)
+        for name, one in encoded.items():  # of one prompt, for a batch of rows
+            given[name] = one * len(x) if isinstance(one, list) else one.repeat_interleave(len(x), 0)
+        given |= self.family.call(pipe, self.guidance)
+        output = call(pipe, output_type=kind, return_dict=False, **given)[0]
         return output, listener
 
     def problem(
-        self,
-        reward: Reward,
-        kernel: Kernel,
-        steps: int = 10,
-        times: tuple[float, ...] | None = None,
+        self, reward: Reward, kernel: Kernel, steps: int = 10, times: Times | None = None,
         decode_chunk: int | None = None,
-    ) -> Problem:
-        """The search problem of this prompt.
+    ) -> Problem:  # fmt: skip
+        """The search problem of this prompt, on the pipeline's own grid of so many steps, or on the grid `times`.
 
-        Args:
-            reward: judges pictures (K, 3, height, width), which `preview` decodes if there is one.
-            kernel: the transition from one time to the next.
-            steps: of the pipeline's own time grid.
-            times: a time grid to use instead.
-            decode_chunk: rows decoded and judged at a time; `chunk` if None.
-
-        Raises:
-            ValueError: steps < 1, or decode_chunk < 1.
+        The reward judges pictures (K, 3, height, width), which `preview` decodes if there is one, `decode_chunk` rows
+        (at least 1; `chunk` if None) at a time.
         """
-        decode_chunk = self.chunk if decode_chunk is None else decode_chunk
-        if decode_chunk < 1:
-            raise ValueError(f"decode_chunk must be at least 1; got {decode_chunk}")
-        return Problem(
-            velocity=self,
-            reward=decoded(functools.partial(self.decode, preview=self.preview is not None), reward, decode_chunk),
-            path=LINEAR,
-            kernel=kernel,
-            times=self.times(steps) if times is None else times,
-            shape=self.shape,
-            device=self.device,
-            cost=self.cost,
-        )
+        rows = self.chunk if decode_chunk is None else decode_chunk
+        if rows < 1:
+            raise ValueError(f"decode_chunk must be at least 1; got {rows}")
+        judged = decoded(functools.partial(self.decode, preview=self.preview is not None), reward, rows)
+        grid = self.times(steps) if times is None else times
+        return Problem(self, judged, LINEAR, kernel, grid, self.shape, device=self.device, cost=self.cost)
 
 
 def native_size(pipe: Any) -> int:
-    """The side, in pixels, of the pictures that a model was made for.
-
-    For FLUX.1 it follows from the most tokens that its scheduler knows, so that a small FLUX draws small pictures. For
-    others it is the default of `__call__`.
-    """
-    if type(pipe).__name__ == "FluxPipeline":
+    """The side, in pixels, of the pictures that a model was made for: the default of `__call__`."""
+    if type(pipe).__name__ == "FluxPipeline":  # a small FLUX draws small pictures: its scheduler knows fewer tokens
         return math.isqrt(pipe.scheduler.config.max_image_seq_len) * 2 * pipe.vae_scale_factor
     sites = getattr(pipe, "default_sample_size", None) or getattr(pipe.transformer.config, "sample_size", None)
     return sites * pipe.vae_scale_factor if sites else 1024

@@ -10,10 +10,12 @@
 
 A model (`Finder`, `VisionLanguage`, `Clip`) is loaded once, as safetensors, from a folder or from the hub. A judge
 binds it to a prompt, and is a Reward: pictures (K, 3, H, W) in [0, 1] -> (K,), computed for `chunk` pictures at a time.
-transformers is imported when a model is loaded. torchvision is not needed.
+`weighted` and `lexicographic` make one reward of several. transformers is imported when a model is
+loaded; torchvision is not needed.
 """
 
 from .clip import Clip, aesthetic_score, clip_score, pick_score
+from .combined import lexicographic, weighted
 from .counts import Finder, Found, clean, grounded_counts
 from .vqa import VisionLanguage, vqa_score
 
@@ -26,6 +28,8 @@ __all__ = [
     "clean",
     "clip_score",
     "grounded_counts",
+    "lexicographic",
     "pick_score",
     "vqa_score",
+    "weighted",
 ]

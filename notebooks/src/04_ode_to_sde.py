@@ -82,7 +82,13 @@ plt.show()
 # The flow has no choice, and draws one picture six times. With noise the six pictures differ. A search could draw many and keep the best.
 #
 # **Is that allowed?** The model was trained for the flow, without noise on the way. Do the lower pictures still come from the model's distribution, or from a spoiled one?
-# Write down your guess. This notebook answers for a toy exactly, and for pictures by counting.
+# Write down your guess.
+#
+# <details><summary>Answer, in short</summary>
+#
+# It is allowed, if the right pull comes with the noise, and if the model was trained by flow matching. This notebook shows the first for a toy, exactly, and the second for pictures, by counting.
+#
+# </details>
 #
 # ## Noise blurs, the score pulls back
 #
@@ -520,7 +526,7 @@ plt.show()
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# For two of the three. Formula (4.7) needs a velocity that is an average over pairs of data and *independent* noise. A guided velocity is no such average, and schnell's pairs are not independent. The table below says what that costs.
+# For the second and the third, each for a reason of its own. Below the table we say which, and where it shows.
 #
 # </details>
 #

@@ -623,32 +623,6 @@ def draw_in_batches(p, run, quota, draw_all, batch=4):
     return top, drawn
 
 
-### WRONG: does not pay for the children behind the one it takes
-def draw_in_batches(p, run, quota, draw_all, batch=4):
-    top, drawn = None, 0
-    while drawn < quota:
-        q = run.score(run.propose(p, min(batch, quota - drawn)))
-        better = (q.reward > p.carry["best"]).nonzero().flatten()
-        if len(better) and not draw_all:
-            return q[better[:1]], drawn + int(better[0]) + 1
-        drawn += len(q)
-        top = q.best() if top is None or q.best().reward > top.reward else top
-    return top, drawn
-
-
-### WRONG: draws past the quota
-def draw_in_batches(p, run, quota, draw_all, batch=4):
-    top, drawn = None, 0
-    while drawn < quota:
-        q = run.score(run.propose(p, min(batch, run.evaluations_left)))
-        drawn += len(q)
-        better = (q.reward > p.carry["best"]).nonzero().flatten()
-        if len(better) and not draw_all:
-            return q[better[:1]], drawn
-        top = q.best() if top is None or q.best().reward > top.reward else top
-    return top, drawn
-
-
 ### WRONG: falls back on the best of the last batch only
 def draw_in_batches(p, run, quota, draw_all, batch=4):
     drawn = 0
@@ -762,15 +736,6 @@ print("Well done.")
 ### WRONG: the first improvement once more
 class MyRule(FirstImprovement):
     pass
-
-
-### WRONG: takes the best of each small batch if it improves, which is still nearly at once
-class MyRule:
-    def most(self, quota, left, ahead):
-        return quota
-
-    def take(self, rewards, record):
-        return int(rewards.argmax()) if rewards.max() > record else None
 
 
 ### WRONG: always takes the very first draw

@@ -108,6 +108,10 @@ def _second(cells: list[NotebookNode], name: str) -> Iterator[str]:
         yield from (f"cell {index}: {problem}" for problem in _read(cell, cells[index + 1 : index + 6], index))
 
 
+def _told(cell: NotebookNode) -> bool:
+    return cell.cell_type == "markdown" and "### Exercise" not in cell.source
+
+
 def _tested(cell: NotebookNode) -> bool:
     return bool(notebooks.tags(cell) & {"exercise", "exercise-test"})
 
@@ -121,7 +125,7 @@ def _read(cell: NotebookNode, later: list[NotebookNode], index: int) -> Iterator
         yield f"has a line of more than {SEEN_WIDTH} characters"
     if cell.cell_type == "markdown" and index and "### Exercise" not in cell.source:
         asked = QUESTION.findall(re.sub(r"<details>.*?</details>", "", cell.source, flags=re.S))
-        if asked and "<details>" not in "".join(c.source for c in [cell, *later] if c.cell_type == "markdown"):
+        if asked and "<details>" not in "".join(c.source for c in [cell, *later] if _told(c)):
             yield f"the question {asked[0]} has no answer in a fold below it"
         if re.search(r"(?<!\[)\b[Nn]otebook \d\d\b", cell.source):
             yield "a mention of another notebook is a link: [notebook 04](04_ode_to_sde.ipynb)"

@@ -40,13 +40,7 @@ class Sampler(NamedTuple):
     path: Interpolant = LINEAR
 
 
-def _to_the_mean(path: Interpolant, x: Tensor, v: Tensor, t: float, s: float) -> tuple[Tensor, float]:
-    """The SDE's step, and the posterior mean as the last one, where Euler's step on VP would land beside it."""
-    return (kernels.ddim(0.0) if s == 0 else LOUD)(path, x, v, t, s)
-
-
 LOUD, VP_LOUD = kernels.sde(kernels.quadratic(3.0)), kernels.sde(kernels.vp_diffusion())
-AUTHORS = Kernel("sde that ends in the posterior mean", _to_the_mean)  # as the paper's public code ends on VP
 UNIFORM, PAPER = schedules.uniform(STEPS), schedules.paper_vp(STEPS)
 SAMPLERS = {
     "linear SDE": Sampler(LOUD, UNIFORM),
@@ -56,7 +50,7 @@ SAMPLERS = {
     "DDPM transition": Sampler(kernels.ddim(), UNIFORM),
     "DDPM transition + grid": Sampler(kernels.ddim(), PAPER),
     "VP-SDE, last step in three": Sampler(VP_LOUD, schedules.paper_vp(STEPS, finish=3)),
-    "VP-SDE, on VP itself": Sampler(AUTHORS, tuple(math.sqrt(1 - (1 - t) ** 2) for t in UNIFORM), VP),
+    "VP-SDE, on VP itself": Sampler(LOUD, tuple(math.sqrt(1 - (1 - t) ** 2) for t in UNIFORM), VP),
 }
 
 
