@@ -165,6 +165,7 @@ assert min(gap(smc, best)[judged].low for judged in ("exact", "held_out")) > 0
 
 # %%
 stored = pd.read_json(locate("results/search.jsonl"), lines=True)
+hard = rows_of(stored, level="hard", model="schnell")
 
 
 def at(source, method, budget):
@@ -172,9 +173,7 @@ def at(source, method, budget):
     return rows_of(source, method=method, budget=budget)
 
 
-hard = rows_of(stored, level="hard", model="schnell")
-
-
+# %%
 def curves(ax, source, methods, field="held_out"):
     """Share of exact pictures against NFE, with bands."""
     for method, label in methods.items():
