@@ -22,7 +22,7 @@ import pytest
 from PIL import Image
 
 from tools.course import build as notebooks
-from tools.course import rehearsal, rules, tutorial
+from tools.course import measure, rehearsal, rules, tutorial
 
 SOURCES = sorted((notebooks.ROOT / "notebooks" / "src").glob("*.py"))
 every_notebook = pytest.mark.parametrize("source", SOURCES, ids=[source.stem for source in SOURCES])
@@ -284,6 +284,17 @@ def test_guards_and_drawing_are_folded(write, tag):
 def test_an_answer_below_is_found(write):
     fold = "<details><summary>Answer</summary>\n#\n# So.\n#\n# </details>"
     assert rules.source_problems(write(*SECOND, ("What goes wrong", f"What goes wrong\n# **Why?**\n# {fold}"))) == []
+    (problem,) = rules.source_problems(write(*SECOND, ("What goes wrong", f"What goes wrong\n# {fold}\n# **Why?**")))
+    assert "has no answer in a fold below it" in problem
+
+
+def test_what_a_reader_has_before_them_is_measured(write, capsys):
+    source = write(*SECOND, ("What goes wrong", "What goes wrong\n# **Why is that?**"))
+    assert measure.main(["--folder", str(source.parent.parent)]) == 0
+    names, row = (line.split() for line in capsys.readouterr().out.splitlines()[:2])
+    counted = {"words": "29", "code": "6", "first": "7", "figures": "1", "answered": "0/1", "exercises": "2"}
+    none = {"long": "0", "wide": "0", "asserts": "0", "deeper": "0"}
+    assert dict(zip(names, row[1:], strict=True)) == {**counted, **none, "core": "2"}
 
 
 def test_no_equation_number_is_used_twice_in_the_series():
@@ -409,6 +420,7 @@ def test_a_test_with_a_string_over_lines_is_not_indented(write):
     source = write(("assert halve(4) == 2", 'assert halve(4) == 2, """\nno"""'))
     with pytest.raises(ValueError, match="strings over several lines"):
         notebooks.assemble(source)
+    notebooks.assemble(write(("assert halve(4) == 2", 'assert halve(4) == 2, (\n    "no, "\n    "no"\n)')))
 
 
 @pytest.mark.slow

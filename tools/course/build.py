@@ -135,10 +135,11 @@ def patient(test: str) -> str:
     Raises:
         ValueError: the test holds a string over several lines, which an indent would change.
     """
-    for node in ast.walk(ast.parse(test)):
-        if isinstance(node, ast.Constant | ast.JoinedStr) and node.lineno != node.end_lineno:
-            raise ValueError(f"a test must not hold strings over several lines: {ast.unparse(node)[:60]}")
-    return f'try:\n{textwrap.indent(test, "    ")}\nexcept NotImplementedError:\n    print("{NOT_DONE}")'
+    code = f'try:\n{textwrap.indent(test, "    ")}\nexcept NotImplementedError:\n    print("{NOT_DONE}")'
+    (block,) = ast.parse(code).body
+    if not isinstance(block, ast.Try) or ast.dump(ast.Module(block.body, [])) != ast.dump(ast.parse(test)):
+        raise ValueError(f"a test must not hold strings over several lines, which an indent changes: {test[:60]}")
+    return code
 
 
 def folded(code: str) -> NotebookNode:

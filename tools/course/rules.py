@@ -104,8 +104,11 @@ def _second(cells: list[NotebookNode], name: str) -> Iterator[str]:
     asserts = sum(len(re.findall(r"^\s*assert\b", cell.source, re.M)) for cell in seen(cells) if not _tested(cell))
     if asserts > SEEN_ASSERTS:
         yield f"{asserts} asserts in cells that the reader sees, more than {SEEN_ASSERTS}: tag cells `check`"
+    for index, question, answered in questions(cells):
+        if not answered:
+            yield f"cell {index}: the question {question} has no answer in a fold below it"
     for index, cell in enumerate(cells):
-        yield from (f"cell {index}: {problem}" for problem in _read(cell, cells[index + 1 : index + 6], index))
+        yield from (f"cell {index}: {problem}" for problem in _read(cell, index))
 
 
 def _told(cell: NotebookNode) -> bool:
@@ -116,19 +119,25 @@ def _tested(cell: NotebookNode) -> bool:
     return bool(notebooks.tags(cell) & {"exercise", "exercise-test"})
 
 
-def _read(cell: NotebookNode, later: list[NotebookNode], index: int) -> Iterator[str]:
-    """What a reader of the second edition would stumble on in a cell; `later` are those after it."""
+def questions(cells: list[NotebookNode]) -> Iterator[tuple[int, str, bool]]:
+    """Each bold question to the reader: its cell, itself, and whether a fold answers it there or soon below."""
+    told = {index: cell.source for index, cell in enumerate(cells) if index and _told(cell)}
+    for index, source in told.items():
+        later = "".join(told.get(i, "") for i in range(index + 1, index + 6))
+        text = re.sub(r"<details>.*?</details>", "<details>", source, flags=re.S)
+        for question in QUESTION.finditer(text):
+            yield index, question[0], "<details>" in text[question.end() :] + later
+
+
+def _read(cell: NotebookNode, index: int) -> Iterator[str]:
+    """What a reader of the second edition would stumble on in a cell."""
     lines = cell.source.splitlines()
     if cell in seen([cell]) and not _tested(cell) and len(lines) > SEEN_LINES:
         yield f"has {len(lines)} lines, more than {SEEN_LINES}"
     if cell in seen([cell]) and max(map(len, lines), default=0) > SEEN_WIDTH:
         yield f"has a line of more than {SEEN_WIDTH} characters"
-    if cell.cell_type == "markdown" and index and "### Exercise" not in cell.source:
-        asked = QUESTION.findall(re.sub(r"<details>.*?</details>", "", cell.source, flags=re.S))
-        if asked and "<details>" not in "".join(c.source for c in [cell, *later] if _told(c)):
-            yield f"the question {asked[0]} has no answer in a fold below it"
-        if re.search(r"(?<!\[)\b[Nn]otebook \d\d\b", cell.source):
-            yield "a mention of another notebook is a link: [notebook 04](04_ode_to_sde.ipynb)"
+    if index and _told(cell) and re.search(r"(?<!\[)\b[Nn]otebook \d\d\b", cell.source):
+        yield "a mention of another notebook is a link: [notebook 04](04_ode_to_sde.ipynb)"
 
 
 def _head(cells: list[NotebookNode]) -> Iterator[str]:
