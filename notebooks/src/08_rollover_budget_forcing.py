@@ -549,7 +549,7 @@ assert gaps.loc[("VP-SDE", "svdd"), "exact"].mean > gaps.loc[("VP-SDE", "svdd, 2
 #
 # Where the last column says "not told apart", these runs do not settle who is better. They do not show that the two are equal.
 #
-# For comparison, the paper's own figures for FLUX.1-schnell, compositional prompts, VP-SDE, given reward VQAScore: RBF 0.925, SVDD 0.915, CoDe 0.914, SMC 0.877; best-of-N with the ODE 0.879, search over paths 0.844. (Theirs: arXiv 2503.19385. Another model, another reward, no intervals.) RBF comes first there as well, by a small step.
+# For comparison, the paper's own figures for FLUX.1-schnell, compositional prompts, VP-SDE, given reward VQAScore: RBF 0.925, SVDD 0.915, CoDe 0.914, SMC 0.877; best-of-N with the ODE 0.879, search over paths 0.844. (Theirs: arXiv 2503.19385. Another model, another reward, no intervals.) RBF comes first there, by a small step.
 #
 # *Not shown by this table:* SMC's temperature is our choice. SVDD and CoDe spend 452 of the 500 NFE as published, because their first draws coincide; with 25 first noises they spend all.
 
