@@ -250,7 +250,7 @@ doubts = experiments.table(doubt, ["method", "sampler"], ["doubted"])
 doubts.loc[[*THEIRS, control]]
 
 # %% [markdown]
-# A share of a few in a hundred is not zero. Look at some: we run stored searches again, and ask both judges.
+# Few are doubted, but not none. Look at some: we run stored searches again, and ask both judges.
 
 
 # %%
@@ -290,7 +290,7 @@ close = [
 assert sum(close) >= len(close) - 1, "another processor may tip one close decision, not more"
 
 # %% [markdown]
-# Look for objects of two mixed colours. There is enough of neither colour for the counter to count such an object; the held-out judge counts it. So a search can hide an object from its own judge. That is why every figure of this page has a second judge, and why only a gain that both see counts.
+# Look for objects of two mixed colours. There is enough of neither colour for the counter to count such an object; the held-out judge counts it. So a search can hide an object from its own judge. That is why this page asks a second judge, and why only a gain that both see counts.
 #
 # ## Beyond the paper: mend what is wrong, leave the rest
 #
