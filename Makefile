@@ -5,8 +5,13 @@ JOBS ?= 2
 ONLY ?=
 FORCE ?=
 
+BOOK ?= $(VENV)/book
+BROWSER ?= $(VENV)/browser
+SOURCE := build/book/source
 COVERAGE := build/coverage.txt
 PY := $(VENV)/bin/python
+# What an extra of pyproject.toml names, without the package itself.
+extra = $$($(PY) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["$(1)"])')
 PIP := $(PY) -m pip --disable-pip-version-check -qq
 # Notebooks and tests run JOBS at a time, each on one thread: fastest on two cores, and repeatable.
 export OMP_NUM_THREADS ?= 1
@@ -17,10 +22,10 @@ export HF_HUB_OFFLINE ?= 1
 unexport PYTHONPATH
 
 .DEFAULT_GOAL := help
-.PHONY: help tutorial test mutants lab notebooks api release clean
+.PHONY: help tutorial test mutants lab notebooks book slides browser-test api release clean
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
 tutorial: $(VENV)/.notebooks  ## run every notebook headless (ONLY, FORCE=1); one table, results in build/tutorial/
 	@$(PY) -m tools.course.tutorial --jobs $(JOBS) $(if $(FORCE),--force) $(ONLY)
@@ -46,6 +51,19 @@ lab: $(VENV)/.notebooks  ## open JupyterLab on the repository, at notebook 00
 
 notebooks: $(VENV)/.notebooks  ## rebuild notebooks whose source changed (ONLY="03 05", FORCE=1)
 	@$(PY) -m tools.course.build $(if $(FORCE),--force) $(ONLY)
+
+book: $(VENV)/.dev $(BOOK)/.stamp  ## build the book from the notebooks into build/book/: search, API, cheat sheet; no network to read it
+	@$(PY) -m tools.course.book $(SOURCE)
+	@mkdir -p $(SOURCE)/_static/mathjax && cp $(BOOK)/node_modules/mathjax/es5/tex-svg-full.js $(SOURCE)/_static/mathjax/
+	@$(BOOK)/bin/python tools/course/sheet.py book/cheat_sheet.md $(SOURCE)/book/cheat_sheet.pdf
+	@$(BOOK)/bin/jupyter-book build -q -W --keep-going --path-output build/book $(SOURCE)
+	@echo "The book: build/book/_build/html/index.html"
+
+slides: $(VENV)/.notebooks $(BOOK)/.stamp  ## build slides of every notebook's core into build/slides/ (ONLY="03 05")
+	@$(PY) -m tools.course.slides $(ONLY)
+
+browser-test: $(VENV)/.dev $(BROWSER)/.stamp  ## open book, slides and JupyterLab in Chromium; skipped where there is none
+	@PYTHONPATH=$(BROWSER) $(PY) -m pytest -q -rs tests/browser
 
 release: $(VENV)/.dev  ## check notebooks, build wheel and sdist into dist/, print the tag's notes; publishes nothing
 	@$(PY) -m tools.course.build --check
@@ -77,3 +95,16 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(PY)
 	@$(PIP) install -c constraints.txt -e ".[notebooks,dev]"
 	@$(PIP) install -c constraints.txt --no-deps --upgrade --target $(VENV)/torchao torchao
 	@touch $@ $(VENV)/.notebooks
+
+# The book's tools stand apart: they want other versions of what the notebooks use. Node comes with them, for npm.
+$(BOOK)/.stamp: pyproject.toml constraints.txt book/package-lock.json | $(PY)
+	@echo "Installing what the book and the slides need (minutes, once)"
+	@$(PYTHON) -m venv $(BOOK)
+	@$(BOOK)/bin/python -m pip --disable-pip-version-check -qq install -c constraints.txt $(call extra,book)
+	@cp book/package.json book/package-lock.json $(BOOK)/
+	@$(BOOK)/bin/npm ci --prefix $(BOOK) --no-audit --no-fund --loglevel=error
+	@touch $@
+
+$(BROWSER)/.stamp: pyproject.toml constraints.txt | $(PY)
+	@$(PIP) install -c constraints.txt --upgrade --target $(BROWSER) $(call extra,browser)
+	@touch $@
