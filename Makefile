@@ -60,7 +60,7 @@ book: $(VENV)/.dev $(BOOK)/.stamp  ## build the book from the notebooks into bui
 	@echo "The book: build/book/_build/html/index.html"
 
 slides: $(VENV)/.notebooks $(BOOK)/.stamp  ## build slides of every notebook's core into build/slides/ (ONLY="03 05")
-	@$(PY) -m tools.course.slides $(ONLY)
+	@$(PY) -m tools.course.slides --js $(BOOK)/node_modules $(ONLY)
 
 browser-test: $(VENV)/.dev $(BROWSER)/.stamp  ## open book, slides and JupyterLab in Chromium; skipped where there is none
 	@PYTHONPATH=$(BROWSER) $(PY) -m pytest -q -rs tests/browser

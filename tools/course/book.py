@@ -180,8 +180,8 @@ def status(book: Book) -> str:
     versions = "\n".join(f"| {name} | {version} |" for name, version in pins)
     return f"""# Status
 
-Every notebook was run from its first cell to its last when it was built, on one CPU thread. Time and memory are those of
-its kernel.
+Every notebook was run from its first cell to its last when it was built, on one CPU thread. Time and memory are those
+of its kernel.
 
 {runs}
 
