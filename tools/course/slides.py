@@ -2,8 +2,8 @@
 
     python -m tools.course.slides [--js NODE_MODULES] [03 05 ...]
 
-A rule cuts them, nobody's hand. A heading of the second level begins a slide to the right; what follows stands below it,
-as much to a slide as its room allows. A figure has a slide of its own, without the code that draws it. Code that the
+A rule cuts them, nobody's hand. A heading of the second level begins a slide to the right; what follows stands below
+it, as much to a slide as its room allows. A figure has a slide of its own, without the code that draws it. Code that the
 reader sees is shown. Set-up, checks and all that comes after the recap are left out.
 """
 
@@ -22,7 +22,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from tools.course import build as notebooks
 from tools.course import rules
 
-ROOM = 95  # words on a slide
+ROOM = 85  # words on a slide
 FORMULA, LINE = 18, 6  # the room of a displayed formula and of a line of a list, a table or code, in words
 BLOCK = re.compile(r"<details>.*?</details>|```.*?```|\$\$.*?\$\$[.,]?|(?:(?!\n\n).)+", re.S)
 LEFT_OUT = re.compile(r"<!--.*$|\[!\[Open in Colab\].*$", re.M)
