@@ -3,8 +3,8 @@
     python -m tools.course.slides [--js NODE_MODULES] [03 05 ...]
 
 A rule cuts them, nobody's hand. A heading of the second level begins a slide to the right; what follows stands below
-it, as much to a slide as its room allows. A figure has a slide of its own, without the code that draws it. Code that the
-reader sees is shown. Set-up, checks and all that comes after the recap are left out.
+it, as much to a slide as its room allows. A figure has a slide of its own, without the code that draws it. Code that
+the reader sees is shown. Set-up, checks and all that comes after the recap are left out.
 """
 
 import argparse
