@@ -35,7 +35,7 @@ test: $(VENV)/.dev  ## all that must hold: ruff, mypy, built notebooks, pytest (
 	@$(PY) -m mypy --no-error-summary
 	@$(PY) -m tools.course.build --check
 	@mkdir -p build
-	@$(PY) -m slipcover --source flowscale_lite --out $(COVERAGE) -m pytest -q -n $(JOBS) --dist worksteal -m "not apart"
+	@$(PY) -m slipcover --source flowscale_lite --out $(COVERAGE) -m pytest -q -n $(JOBS) --dist worksteal -m "not apart" --ignore tests/browser
 	@awk '/summary/ {print "pytest ran " $$NF " % of the lines of flowscale_lite; by file: $(COVERAGE)"}' $(COVERAGE)
 	@PYTHONPATH=$(VENV)/torchao $(PY) -m pytest -q -n $(JOBS) -m apart tests/test_memory.py
 	@$(PY) -m tools.course.rehearsal --jobs $(JOBS)
@@ -62,7 +62,7 @@ book: $(VENV)/.dev $(BOOK)/.stamp  ## build the book from the notebooks into bui
 slides: $(VENV)/.notebooks $(BOOK)/.stamp  ## build slides of every notebook's core into build/slides/ (ONLY="03 05")
 	@$(PY) -m tools.course.slides --js $(BOOK)/node_modules $(ONLY)
 
-browser-test: $(VENV)/.dev $(BROWSER)/.stamp  ## open book, slides and JupyterLab in Chromium; skipped where there is none
+browser-test: book slides $(BROWSER)/.stamp  ## open book, slides and JupyterLab in Chromium; skipped where there is none
 	@PYTHONPATH=$(BROWSER) $(PY) -m pytest -q -rs tests/browser
 
 release: $(VENV)/.dev  ## check notebooks, build wheel and sdist into dist/, print the tag's notes; publishes nothing

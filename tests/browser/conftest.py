@@ -43,7 +43,7 @@ def page(browser, request):
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
-    """The address of a JupyterLab on a copy of the notebooks, with a home of its own, so that it trusts none of them."""
+    """The address of a JupyterLab on a copy of the notebooks, with a home of its own: it trusts none of them."""
     work, home = tmp_path_factory.mktemp("lab"), tmp_path_factory.mktemp("home")
     shutil.copytree(ROOT / "notebooks", work / "notebooks", ignore=shutil.ignore_patterns("src", ".*"))
     settings = home / "settings" / "@jupyterlab" / "notebook-extension"

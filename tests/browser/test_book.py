@@ -2,11 +2,12 @@
 
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
-from conftest import ROOT
 
+ROOT = Path(__file__).resolve().parents[2]
 BOOK, SLIDES = ROOT / "build" / "book" / "_build" / "html", ROOT / "build" / "slides"
 NOTEBOOKS = sorted(path.stem for path in ROOT.glob("notebooks/[0-9][0-9]_*.ipynb"))
 PAGES = [

@@ -2,13 +2,14 @@
 that JupyterLab does not trust."""
 
 import re
+from pathlib import Path
 
 import nbformat
 import pytest
-from conftest import ROOT
 
 from tools.course import build as notebooks
 
+ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "notebooks" / "src" / "00_start.py"
 MINUTES = 60_000
 
