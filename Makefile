@@ -54,7 +54,7 @@ notebooks: $(VENV)/.notebooks  ## rebuild notebooks whose source changed (ONLY="
 
 book: $(VENV)/.dev $(BOOK)/.stamp  ## build the book from the notebooks into build/book/: search, API, cheat sheet; no network to read it
 	@$(PY) -m tools.course.book $(SOURCE)
-	@mkdir -p $(SOURCE)/_static/mathjax && cp $(BOOK)/node_modules/mathjax/es5/tex-svg-full.js $(SOURCE)/_static/mathjax/
+	@mkdir -p $(SOURCE)/vendor/mathjax && cp $(BOOK)/node_modules/mathjax/es5/tex-svg-full.js $(SOURCE)/vendor/mathjax/
 	@$(BOOK)/bin/python tools/course/sheet.py book/cheat_sheet.md $(SOURCE)/book/cheat_sheet.pdf
 	@$(BOOK)/bin/jupyter-book build -q -W --keep-going --path-output build/book $(SOURCE)
 	@echo "The book: build/book/_build/html/index.html"
