@@ -129,10 +129,18 @@ class Book:
         """A notebook as a page: the badge a plain link, no set-up, links as the book has them."""
         for cell in notebook.cells:
             if cell.cell_type == "markdown":
-                cell.source = self.linked(BADGE.sub("[Open in Colab]", cell.source), page)
+                text = EQUATION.sub(enclosed, BADGE.sub("[Open in Colab]", cell.source))
+                cell.source = self.linked(text, page)
             elif "setup" in notebooks.tags(cell):
                 cell.metadata["tags"] = [*cell.metadata["tags"], "remove-cell"]
         return notebook
+
+
+def enclosed(equation: re.Match[str]) -> str:
+    """A numbered equation of several lines as an environment: Sphinx would put it into one that takes no number."""
+    if r"\\" not in equation[1]:
+        return equation[0]
+    return f"\\begin{{equation}}\n{equation[1].strip()} \\tag{{{equation[2]}}}\n\\end{{equation}}"
 
 
 def title(notebook: NotebookNode) -> str:
