@@ -95,7 +95,7 @@ plt.show()
 # $$
 # \begin{gathered}
 # \bar x_s = \bar\alpha_s\, x_0 + \bar\sigma_s\, \varepsilon, \\
-# \text{VP:}\quad \bar\alpha_s = e^{-T_s/2}, \quad \bar\sigma_s = \sqrt{1 - e^{-T_s}}, \\
+# \text{VP:}\;\; \bar\alpha_s = e^{-T_s/2}, \;\; \bar\sigma_s = \sqrt{1 - e^{-T_s}}, \\
 # T_s = 0.1\, s + \tfrac{19.9}{2}\, s^2.
 # \end{gathered} \tag{5.1}
 # $$
@@ -346,7 +346,7 @@ axes[0].legend(fontsize=9, loc="lower left")
 plt.show()
 
 # %% [markdown]
-# Read it thus: right is more varied, up is better. The differences for schnell, prompt by prompt, follow with 95 % intervals. *part at 0* is the variety of siblings that part at the noise, as in the paper. *part at 3* is that of siblings that part after three steps. *finished* is the quality.
+# How to read it: right is more varied, up is better. The differences for schnell, prompt by prompt, follow with 95 % intervals. *part at 0* is the variety of siblings that part at the noise, as in the paper. *part at 3* is that of siblings that part after three steps. *finished* is the quality.
 
 # %%
 PAIRS = [("+ diffusion", "+ grid"), ("VP-SDE", "linear SDE"), ("+ grid", "linear SDE")]
@@ -738,7 +738,8 @@ assert gap(kernels.ddim(), kernels.ddim(), 10) < 1e-9
 #
 # $$
 # \begin{gathered}
-# \bar x_{s'} = \bar\alpha_{s'}\, x_{0|s} + \sqrt{\bar\sigma_{s'}^2 - \overline{\text{std}}^2}\;\varepsilon_{|s} + \overline{\text{std}}\; z, \\
+# \bar x_{s'} = \bar\alpha_{s'} x_{0|s} + \sqrt{\bar\sigma_{s'}^2 - \overline{\text{std}}^2}\,\varepsilon_{|s} \\
+# \qquad + \overline{\text{std}}\, z, \\
 # \overline{\text{std}} = \eta\,\bar\sigma_{s'}\sqrt{1-\bar\rho^2}.
 # \end{gathered} \tag{5.9}
 # $$

@@ -167,7 +167,7 @@ def look(x, t, tau, strength=lambda t: 1.0):
 #
 # $$E[n_k] = K\, W_k. \tag{6.7}$$
 #
-# Any scheme with that mean is correct; schemes differ in the noise they add. All draw the same picture: lay the weights end to end on a line, and place $K$ points on it. A particle gets as many copies as there are points on its stretch. The schemes differ in how they place the points.
+# Any scheme with that mean is correct; schemes differ in the noise they add. All of them work like this: lay the weights end to end on a line, and place $K$ points on it. A particle gets as many copies as there are points on its stretch. The schemes differ in how they place the points.
 
 # %%
 from flowscale_lite.resampling import SCHEMES, systematic
@@ -751,7 +751,8 @@ def next_strength(v, old, wanted):
 #
 # $$
 # \begin{gathered}
-# \mathcal N(x; m, c^2)\, e^{-h|x - a|^2/2} = z\; \mathcal N(x;\, \mu,\, v), \\
+# \mathcal N(x; m, c^2)\, e^{-h|x - a|^2/2} \\
+# = z\; \mathcal N(x;\, \mu,\, v), \\
 # \mu = \frac{m/c^2 + h a}{1/c^2 + h}, \quad v = \frac{1}{1/c^2 + h}, \\
 # z = (1 + h c^2)^{-D/2}\, e^{-\frac{h |m - a|^2}{2 (1 + h c^2)}}.
 # \end{gathered} \tag{6.10}
@@ -852,7 +853,8 @@ assert min(by_exponent, key=lambda b: by_exponent[b].mean()) in (0.5, 1, 2)
 #
 # $$
 # \begin{gathered}
-# \hat Z = \prod_{\text{resamplings}} \Big(\frac1K \sum_k w_k\Big) \times \frac1K \sum_k w_k^{\text{final}}, \\
+# \hat Z = \prod_{\text{resamplings}} \Big(\frac1K \sum_k w_k\Big) \\
+# \times \frac1K \sum_k w_k^{\text{final}}, \\
 # E[\hat Z] = Z_\tau \text{ for every } K.
 # \end{gathered} \tag{6.13}
 # $$
