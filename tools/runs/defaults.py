@@ -34,9 +34,8 @@ METHODS: dict[str, Callable[[int], Method]] = {  # of the budget
     "svdd, a quarter": lambda nfe: SVDD(chains=1, init=nfe // 4),
     "svdd, a tenth": lambda nfe: SVDD(chains=1, init=nfe // 10),
     "svdd, a tenth, two chains": lambda nfe: SVDD(init=nfe // 20),
-    "rbf, a tenth, two chains, one by one": lambda nfe: RBF.published(init=nfe // 20),
 }
-BUDGETS = (250, 100, 500)
+BUDGETS = (250, 500, 100)
 
 
 def tasks(seeds: int) -> list[experiments.Task]:
