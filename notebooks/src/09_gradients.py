@@ -213,7 +213,7 @@ for strength in (1, 3, 30):
     found = search(toy, method, max_nfe=10**6, generator=seeded(0))
     clouds["DPS", strength] = found.particles.x
 
-# %% tags=["plot"] alt="Two rows of three clouds over contours of the ring, for strengths 1, 3 and 30. Exact: three clouds on the right, then one, always inside the data. DPS: already at strength 1 nearly all points in the rare cloud; at 3 at its outer edge; at 30 scattered beyond the square that marks the highest reward, outside the data."
+# %% tags=["plot"] alt="Two rows of three clouds over contours of the ring, for strengths 1, 3 and 30. Exact: three clouds on the right, then one, always inside the data. DPS: at strength 1 the rare cloud holds the most points; at 3 all lie at its outer edge, about the square that marks the highest reward; at 30 they lie beyond the square, outside the data."
 fig, axes = plt.subplots(2, 3, figsize=(9, 6), sharex=True, sharey=True)
 for ax, ((name, strength), x) in zip(axes.T.flat, clouds.items(), strict=True):
     plots.contours(ax, ring.log_prob)
