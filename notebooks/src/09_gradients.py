@@ -171,7 +171,9 @@ assert pushes[[0, 8]].norm(dim=1).max() < 0.15, "at the ends: nothing"
 #
 # *In words*: the model looks at all finished samples that a state can still become. In directions in which they differ, a push gets through. In directions in which they all agree, it does not. *As a formula*,
 #
-# $$\nabla_x\, r\big(x_{0|t}(x)\big) = J^\top\, \nabla r(x_{0|t}), \qquad J = \frac{\partial x_{0|t}}{\partial x} = \frac{\alpha_t}{\sigma_t^2}\, \operatorname{Cov}(x_0 \mid x_t = x), \tag{9.1}$$
+# $$\nabla_x\, r\big(x_{0|t}(x)\big) = J^\top\, \nabla r(x_{0|t}),$$
+#
+# $$J = \frac{\partial x_{0|t}}{\partial x} = \frac{\alpha_t}{\sigma_t^2}\, \operatorname{Cov}(x_0 \mid x), \tag{9.1}$$
 #
 # where the covariance is that of all data that may lie behind the state ([Deeper](#Deeper:-why-the-covariance) has the proof). The fat circles of the first figure were pushed without this filter.
 #
@@ -183,13 +185,15 @@ assert pushes[[0, 8]].norm(dim=1).max() < 0.15, "at the ends: nothing"
 #
 # *In words*: average $e^{r/\tau}$ over all futures of the state, and ask in which direction this average grows. Nobody can average over all futures at every step. DPS replaces them by one, their mean:
 #
-# $$\nabla_x \log E\big[e^{r(x_0)/\tau} \,\big|\, x_t = x\big] \;\approx\; \lambda\, \nabla_x\, r\big(x_{0|t}(x)\big), \qquad \lambda = 1/\tau. \tag{9.3}$$
+# $$\text{(9.2)} \;\approx\; \lambda\, \nabla_x\, r\big(x_{0|t}(x)\big). \tag{9.3}$$
 #
-# $\lambda$ is the *strength*. For Gaussian data and a linear reward, (9.3) is exact. Otherwise, it is good when the futures of a state resemble each other, which means late. It is worst early ([Deeper](#Deeper:-how-wrong-is-it)).
+# $\lambda = 1/\tau$ is the *strength*. For Gaussian data and a linear reward, (9.3) is exact. Otherwise, it is good when the futures of a state resemble each other, which means late. It is worst early ([Deeper](#Deeper:-how-wrong-is-it)).
 #
 # A sampler works with the pair $x_{0|t}$, $\varepsilon_{|t}$. The score is $-\varepsilon_{|t}/\sigma_t$ ([notebook 04](04_ode_to_sde.ipynb)). So (9.3) changes $\varepsilon_{|t}$, and since $x = \alpha_t x_{0|t} + \sigma_t \varepsilon_{|t}$ stays as it is, it changes $x_{0|t}$ as well:
 #
-# $$x_{0|t}' = x_{0|t} + \lambda\,\frac{\sigma_t^2}{\alpha_t}\, \nabla_x\, r(x_{0|t}), \qquad \varepsilon_{|t}' = \frac{x - \alpha_t x_{0|t}'}{\sigma_t}. \tag{9.4}$$
+# $$x_{0|t}' = x_{0|t} + \lambda\,\frac{\sigma_t^2}{\alpha_t}\, \nabla_x\, r(x_{0|t}),$$
+#
+# $$\varepsilon_{|t}' = \frac{x - \alpha_t x_{0|t}'}{\sigma_t}. \tag{9.4}$$
 #
 # The package's `Guide(strength)` does this. Near $t = 1$ it bounds the factor $1/\alpha_t$. It does not steer the last step, whose mistakes no later step would mend. Exercise 1 asks you to write it.
 #
@@ -783,13 +787,15 @@ def tame(x):
 #
 # Proof of (9.1). By Bayes' rule, with $\theta = \tfrac{\alpha}{\sigma^2}\, x$ and without factors that depend on $x$ alone, the density of $x_0$ given $x$ is
 #
-# $$p(x_0 \mid x) \propto w(x_0)\, e^{\theta^\top x_0}, \qquad w(x_0) = p(x_0)\, e^{-\alpha^2 \|x_0\|^2 / (2 \sigma^2)}.$$
+# $$p(x_0 \mid x) \propto w(x_0)\, e^{\theta^\top x_0},$$
+#
+# $$w(x_0) = p(x_0)\, e^{-\alpha^2 \|x_0\|^2 / (2 \sigma^2)}.$$
 #
 # The state $x$ stands in one place only, in $\theta$. The mean is $x_{0|t} = \int x_0\, w\, e^{\theta^\top x_0} \big/ \int w\, e^{\theta^\top x_0}$. A derivative in $\theta$ brings down a factor $x_0^\top$ in each integral. By the quotient rule,
 #
-# $$\frac{\partial x_{0|t}}{\partial \theta} = E[x_0 x_0^\top \mid x] - E[x_0 \mid x]\, E[x_0 \mid x]^\top = \operatorname{Cov}(x_0 \mid x),$$
+# $$\frac{\partial x_{0|t}}{\partial \theta} = E[x_0 x_0^\top \mid x] - x_{0|t}\, x_{0|t}^\top,$$
 #
-# and $\partial \theta / \partial x = \alpha / \sigma^2$. The chain rule gives (9.1). We compare the Jacobian with a covariance that is estimated from weighted draws.
+# which is the covariance; and $\partial \theta / \partial x = \alpha / \sigma^2$. The chain rule gives (9.1). We compare the Jacobian with a covariance that is estimated from weighted draws.
 
 # %%
 plane = GaussianMixture([[-1.5, 0.0], [1.5, 0.5]], [0.5, 0.3])
