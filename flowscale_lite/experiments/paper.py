@@ -56,6 +56,7 @@ budget pays for; the paper's 5 a path would spend 148. In the paper's code SVDD 
 the first step, and count them; here they are drawn once, so both spend 452 of the 500 evaluations."""
 
 CONTROLS: dict[str, Method] = {
+    "plain": BestOfN(1),
     "svdd, 25 first noises": SVDD(chains=2, init=25, copies=25),
     "svdd, one chain, 50 first noises": SVDD(chains=1, init=50),
     "code, 25 first noises": Blockwise(chains=2, init=25, copies=25),
