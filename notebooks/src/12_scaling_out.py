@@ -100,9 +100,9 @@ assert max(dollars.values()) / PICTURES < 1
 #
 # ## Where the seconds go
 #
-# A search pays for four things. It evaluates velocities: $n$ of them, its NFE. It decodes every picture that it judges, $R$ of them, and its answer once more. It asks the judge $R$ times. And it encodes one text. Each has its number of operations: $F_v$, $F_d$, $F_j$ and $F_t$. A machine has a peak of $P$ operations a second and reaches a share $u$ of it, the *utilisation*:
+# A search pays for four things. It evaluates velocities: $n$ of them, its NFE. It decodes every picture that it judges, $R$ of them, and its answer once more. It asks the judge $R$ times. And it encodes one text. Each has its number of operations: $F_v$, $F_d$, $F_j$ and $F_t$. A machine has a peak of $P$ operations a second and reaches a share $u$ of it, the *utilisation*. So a search takes $S$ seconds:
 #
-# $$\text{seconds} = \frac{n F_v + (R + 1) F_d + R F_j + F_t}{u\,P}. \tag{12.2}$$
+# $$S = \frac{n F_v + (R + 1) F_d + R F_j + F_t}{u\,P}. \tag{12.2}$$
 #
 # PyTorch counts the operations for us: on its *meta device* a tensor has a shape and no contents, so a forward pass of a model of 12 billion weights costs nothing.
 
@@ -736,7 +736,7 @@ plt.show()
 #
 # Let run $k$ be the one that ends last. Up to its start no GPU was idle, or it would have taken $k$. So $k$ started at the latest when the other work, $W - t_k$, shared equally, was done:
 #
-# $$T \le \frac{W - t_k}{g} + t_k = \frac{W}{g} + \Big(1 - \frac1g\Big) t_k, \tag{12.6}$$
+# $$\begin{aligned} T &\le \frac{W - t_k}{g} + t_k \\ &= \frac{W}{g} + \Big(1 - \frac1g\Big) t_k, \end{aligned} \tag{12.6}$$
 #
 # and $t_k \le \max_k t_k$ gives (12.3).
 #
@@ -764,9 +764,9 @@ assert lines[30]["dollars"] > lines[50]["dollars"]
 #
 # ## Deeper: generator and judge apart
 #
-# A judge of 8 billion weights does not fit beside FLUX.1 on a GPU of 40 GB. The paper's authors run theirs on a machine of its own, and several generators ask it. Say a generator takes $a$ seconds to produce and decode a batch, and then waits for the judge, who needs $b$ seconds a batch. Each of $g$ generators goes round once in $a + b$ seconds at best, and the judge cannot answer more than $1/b$ a second:
+# A judge of 8 billion weights does not fit beside FLUX.1 on a GPU of 40 GB. The paper's authors run theirs on a machine of its own, and several generators ask it. Say a generator takes $a$ seconds to produce and decode a batch, and then waits for the judge, who needs $b$ seconds a batch. Each of $g$ generators goes round once in $a + b$ seconds at best, and the judge cannot answer more than $1/b$ a second. For the rate $r$ of batches a second this gives
 #
-# $$\text{batches a second} \le \min\Big(\frac{g}{a + b},\; \frac1b\Big). \tag{12.4}$$
+# $$r \le \min\Big(\frac{g}{a + b},\; \frac1b\Big). \tag{12.4}$$
 #
 # The two bounds meet at the *knee*, $g^* = 1 + a/b$.
 
