@@ -46,30 +46,28 @@ class Entry(NamedTuple):
 
 
 class Track(NamedTuple):
-    """A model, what is rewarded, and the sampler of a method that names none."""
+    """A model, what is rewarded, the sampler of a method that names none, and the list of prompts."""
 
     model: str
     reward: Callable[[shapes.Scene], Any]
     sampler: Sampler
     entries: dict[str, Entry]
+    prompts: str = "test"
 
 
 _ODE, _LEVELS = SAMPLERS["ODE"], Sampler(kernels.ode, schedules.levels(10))
 _MULTI = Sampler(kernels.ddim(), schedules.logit_normal(10))
 _GUIDE = Guide(0.1, normalised=True, below=0.9)
+_FEW_STEP = {
+    "best-of-n": Entry(lambda nfe: BestOfN(), _ODE),
+    "svdd": Entry(lambda nfe: SVDD(init=max(1, nfe // 20))),
+    "rbf, published": Entry(lambda nfe: RBF.published(init=max(1, nfe // 20))),
+    "rbf": Entry(RBF.few_step),
+    "refine": Entry(Refine.few_step, _LEVELS),
+}
 TRACKS = {
-    "few-step": Track(
-        "schnell",
-        shapes.CountReward,
-        SAMPLERS["VP-SDE"],
-        {
-            "best-of-n": Entry(lambda nfe: BestOfN(), _ODE),
-            "svdd": Entry(lambda nfe: SVDD(init=max(1, nfe // 20))),
-            "rbf, published": Entry(lambda nfe: RBF.published(init=max(1, nfe // 20))),
-            "rbf": Entry(RBF.few_step),
-            "refine": Entry(Refine.few_step, _LEVELS),
-        },
-    ),
+    "few-step": Track("schnell", shapes.CountReward, SAMPLERS["VP-SDE"], _FEW_STEP),
+    "compose": Track("schnell", shapes.CountReward, SAMPLERS["VP-SDE"], _FEW_STEP, "compose"),
     "multi-step": Track(
         "dev",
         shapes.CountReward,
@@ -96,8 +94,8 @@ TRACKS = {
 
 
 def tasks(track: str, methods: Sequence[str], budgets: Sequence[int], prompts: int, seeds: Sequence[int]) -> list[Task]:
-    """Every method at every budget on the first prompts of the test list."""
-    texts = locate("prompts/test.txt").read_text(encoding="utf-8").splitlines()[:prompts]
+    """Every method at every budget on the first prompts of the track's list."""
+    texts = locate(f"prompts/{TRACKS[track].prompts}.txt").read_text(encoding="utf-8").splitlines()[:prompts]
     return [
         {"track": track, "method": method, "budget": budget, "prompt": text, "seed": seed}
         for budget in budgets
