@@ -39,7 +39,7 @@ class RBF:
 
     def __post_init__(self) -> None:
         require_positive(self, "init", "batch", "chains")
-        if not callable(getattr(self.rule, "take", None)):
+        if isinstance(self.rule, type) or not hasattr(self.rule, "take"):
             raise ValueError(f"rule must be a stopping rule such as FirstImprovement(); got {self.rule!r}")
 
     @classmethod

@@ -73,7 +73,7 @@ SEARCHES: dict[str, Method] = {
     "RBF, published": RBF.published(),
     "SVDD": SVDD(init=2),
     "CoDe": Blockwise(init=2),
-    "SMC": SMC(tau=0.1),
+    "SMC": SMC(tau=0.1, tempering=0.0),
     "SVDD, guided": SVDD(init=2, guide=Guide()),
     "RBF, guided": RBF(guide=Guide()),
 }
