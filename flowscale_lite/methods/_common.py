@@ -11,8 +11,10 @@ from .gradient import Guide
 
 
 def require_positive(method: object, *names: str) -> None:
-    """Raises ValueError if a field so named is no integer of at least 1 (None, where it is the default, will do), if the
-    `guide` is no Guide, or if a switch is neither True nor False."""
+    """Raises ValueError if a field so named is no integer of at least 1; None, where it is the default, will do.
+
+    Likewise if the `guide` is no Guide, or if a switch is neither True nor False.
+    """
     for name in names:
         value = getattr(method, name)
         if value is None and getattr(type(method), name, 1) is None:  # a number that the budget decides

@@ -59,6 +59,7 @@ from .tables import markdown
 
 PATH = locate("results") / "toy.jsonl"
 PICK = locate("results") / "toy_enough.jsonl"
+AWAY = locate("results") / "toy_kernels.jsonl"
 BUDGETS, SEEDS, STEPS = (100, 500), 40, 10
 KERNELS: dict[str, tuple[Kernel, tuple[float, ...]]] = {
     "ODE": (ode, uniform(STEPS)),
@@ -66,6 +67,7 @@ KERNELS: dict[str, tuple[Kernel, tuple[float, ...]]] = {
     "VP-SDE": (sde(vp_diffusion()), paper_vp(STEPS, finish=3)),  # three steps for a last interval that is too long
     "DDPM": (ddim(), uniform(STEPS)),
 }
+ALL_KERNELS = KERNELS | {"VP-SDE, long last step": (sde(vp_diffusion()), paper_vp(STEPS))}
 SEARCHES: dict[str, Method] = {
     "RBF": RBF(),
     "RBF, equal quotas": RBF(rule=BestOfQuota()),
@@ -83,6 +85,8 @@ WITHOUT_NOISE: dict[str, Method] = {
     "search over paths": SearchOverPaths(init=2),
     "best-of-N, guided": BestOfN(init=4, guide=Guide()),
 }
+
+AGAINST: dict[str, Method] = {"SVDD, one chain": SVDD(1, init=4)}
 
 CANDIDATES: dict[str, Method] = {f"RBF, enough {n}": RBF(rule=BestOfEnough(n)) for n in (8, 12, 16, 24, 32)}
 
@@ -115,6 +119,18 @@ def pick() -> list[experiments.Task]:
     ]
 
 
+def away() -> list[experiments.Task]:
+    """RBF's default and SVDD, of two chains and of one, with every kernel: with its best ones and away from them."""
+    return [
+        {"world": "exact", "reward": "smooth", "budget": budget, "method": method, "kernel": kernel, "seed": seed}
+        for budget in (250, 1000)
+        for kernel in ALL_KERNELS
+        if kernel != "ODE"
+        for method in ("RBF", "SVDD", *AGAINST)
+        for seed in range(3000, 3060)
+    ]
+
+
 @functools.cache
 def worlds() -> tuple[dict[str, Velocity], dict[str, Reward]]:
     """The velocities and rewards by name."""
@@ -127,12 +143,12 @@ def worlds() -> tuple[dict[str, Velocity], dict[str, Reward]]:
 def run(task: experiments.Task) -> experiments.Row:
     """One search."""
     velocities, rewards = worlds()
-    kernel, times = KERNELS[task["kernel"]]
+    kernel, times = ALL_KERNELS[task["kernel"]]
     problem = Problem(velocities[task["world"]], rewards[task["reward"]], LINEAR, kernel, times, (2,))
     start = time.perf_counter()
     found = search(
         problem,
-        (SEARCHES | WITHOUT_NOISE | CANDIDATES)[task["method"]],
+        (SEARCHES | WITHOUT_NOISE | CANDIDATES | AGAINST)[task["method"]],
         max_nfe=task["budget"],
         generator=torch.Generator().manual_seed(task["seed"]),
     )
@@ -201,6 +217,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
     show(experiments.sweep(pick(), run, PICK, workers=args.workers, title="picking"))
+    show(experiments.sweep(away(), run, AWAY, workers=args.workers, title="kernels"))
     show(experiments.sweep(tasks(), run, PATH, workers=args.workers, title="table"))
 
 
