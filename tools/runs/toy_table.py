@@ -55,7 +55,7 @@ from flowscale_lite import (
 )
 from flowscale_lite.tiny.data import locate
 
-from .tables import markdown
+from .tables import insert, markdown
 
 PATH = locate("results") / "toy.jsonl"
 PICK = locate("results") / "toy_enough.jsonl"
@@ -202,6 +202,19 @@ def standing(lines: pd.DataFrame) -> str:
     return f"RBF's default, with {ours['kernel']}: place {place} of {len(lines)}{first}; {ahead_of(other)}"
 
 
+def away_table(rows: list[experiments.Row]) -> str:
+    """Markdown: RBF's reward minus SVDD's by kernel and budget, of the same seeds; intervals are 95 %."""
+    frame, lines = pd.DataFrame(rows), []
+    for (budget, kernel), cell in frame.groupby(["budget", "kernel"], sort=False):
+        found = cell.pivot(index="seed", columns="method", values="found")
+        line = {"NFE": str(budget), "kernel": kernel, "RBF": f"{found['RBF'].mean():.4f}"}
+        for method in ("SVDD", *AGAINST):
+            gain = experiments.clustered_mean([*(found["RBF"] - found[method])], [*found.index])
+            line[f"RBF minus {method}"] = f"{gain.mean:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}]"
+        lines.append(line)
+    return markdown(pd.DataFrame(lines))
+
+
 def show(rows: list[experiments.Row]) -> None:
     """The lines of every world, reward and budget, and where RBF stands among them."""
     for (world, reward, budget), cell in pd.DataFrame(rows).groupby(["world", "reward", "budget"], sort=False):
@@ -217,7 +230,11 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
     show(experiments.sweep(pick(), run, PICK, workers=args.workers, title="picking"))
-    show(experiments.sweep(away(), run, AWAY, workers=args.workers, title="kernels"))
+    insert(
+        locate("results") / "README.md",
+        "kernels",
+        away_table(experiments.sweep(away(), run, AWAY, workers=args.workers, title="kernels")),
+    )
     show(experiments.sweep(tasks(), run, PATH, workers=args.workers, title="table"))
 
 
