@@ -89,9 +89,9 @@ def reward_trace(ax: Axes, result: Result) -> None:
     """
     steps = [step for step in result.trace if step.reward_calls]
     spent = [step.nfe for step in steps]
-    kept, label = [step.accepted for step in steps], "kept"
+    kept, label = np.array([step.accepted for step in steps]), "kept"
     if np.isnan(kept[:-1]).any():
-        kept, label = np.fmax.accumulate([step.best for step in steps]), "best so far"
+        kept, label = np.fmax.accumulate(np.array([step.best for step in steps])), "best so far"
     ax.plot(spent, kept, marker="o", markersize=4, label=label)
     ax.plot(spent, [step.mean for step in steps], marker="s", markersize=3, label="mean drawn")
     ax.set(xlabel="NFE spent", ylabel="look-ahead reward")
