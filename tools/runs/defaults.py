@@ -27,17 +27,15 @@ FIRST = FirstImprovement()
 METHODS: dict[str, Callable[[int], Method]] = {  # of the budget
     "rbf, a quarter, first improvement": lambda nfe: RBF(init=nfe // 4, rule=FIRST),
     "rbf, a tenth, first improvement": lambda nfe: RBF(init=nfe // 10, rule=FIRST),
-    "rbf, a tenth, first improvement, one by one": lambda nfe: RBF(init=nfe // 10, rule=FIRST, batch=1),
-    "rbf, a tenth, two chains, first improvement, one by one": lambda nfe: RBF.published(init=nfe // 20),
     "rbf, a quarter, enough": lambda nfe: RBF(init=nfe // 4),
     "rbf, a tenth, enough": lambda nfe: RBF(init=nfe // 10),
     "rbf, a tenth, enough 12": lambda nfe: RBF(init=nfe // 10, rule=BestOfEnough(12)),
     "rbf, a tenth, two chains, enough": lambda nfe: RBF(init=nfe // 20, chains=2),
-    "svdd, a tenth": lambda nfe: SVDD(chains=1, init=nfe // 10),
     "svdd, a quarter": lambda nfe: SVDD(chains=1, init=nfe // 4),
+    "svdd, a tenth": lambda nfe: SVDD(chains=1, init=nfe // 10),
     "svdd, a tenth, two chains": lambda nfe: SVDD(init=nfe // 20),
 }
-BUDGETS = (250, 100, 500)
+BUDGETS = (250, 500, 100)
 
 
 def tasks(seeds: int) -> list[experiments.Task]:
