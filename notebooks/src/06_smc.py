@@ -231,7 +231,7 @@ from flowscale_lite import SMC, Problem, search
 problem = Problem(velocity, reward, LINEAR, kernel, times, (2,))
 for _threshold in (0.0, 0.5):
     _, _x, _logw, _ = smc(100, TAU, seeded(0), _threshold)[-1]
-    _method = SMC(100, tau=TAU, threshold=_threshold)
+    _method = SMC(100, tau=TAU, threshold=_threshold, tempering=0)
     _result = search(problem, _method, max_nfe=5000, generator=seeded(0))
     _p = _result.particles
     assert torch.equal(_x, _p.x) and torch.allclose(_logw, _p.logw, atol=1e-4) and _result.nfe == 5000
@@ -338,7 +338,7 @@ assert table["SMC, tempered"][2].mean() < table["SMC, tempered"][0].mean()
 #
 # $$f_t(x) = \lambda_t\, \frac{v(x)}{\tau}, \quad \lambda_t = (1 - t)^{b}. \tag{6.8}$$
 #
-# At the end $\lambda_0 = 1$, so by (6.5) the target stays the same. This is called *tempering*; the third line has $b = 1$. In the package it is `SMC(tempering=1)`. **The default is 0, so set it yourself when the target is cold.** With too large a $b$ the weights stay nearly equal until late, which is close to weighing at the end ([Deeper](#Deeper:-how-much-tempering)).
+# At the end $\lambda_0 = 1$, so by (6.5) the target stays the same. This is called *tempering*; the third line has $b = 1$. In the package this is the default, `SMC(tempering=1)`; our `smc` without it is `SMC(tempering=0)`. With too large a $b$ the weights stay nearly equal until late, which is close to weighing at the end ([Deeper](#Deeper:-how-much-tempering)).
 #
 # Do more particles help as much as tempering? We try ten times as many, at $\tau = 0.2$.
 
@@ -503,10 +503,10 @@ class _Mine(SMC):
 
 _task = Problem(velocity, reward, LINEAR, kernel, uniform(12), (2,))
 for _seed in range(3):
-    _a = search(_task, _Mine(60, tau=0.3), max_nfe=720, generator=seeded(_seed))
-    _b = search(_task, SMC(60, tau=0.3), max_nfe=720, generator=seeded(_seed))
+    _a = search(_task, _Mine(60, tau=0.3, tempering=0), max_nfe=720, generator=seeded(_seed))
+    _b = search(_task, SMC(60, tau=0.3, tempering=0), max_nfe=720, generator=seeded(_seed))
     _a, _b = _a.particles, _b.particles
-    assert torch.allclose(_a.x, _b.x), "SMC(60, tau=0.3) has other particles"
+    assert torch.allclose(_a.x, _b.x), "SMC(60, tau=0.3, tempering=0) has other particles"
     assert torch.allclose(_a.logw, _b.logw, atol=1e-4), "the final weights are wrong"
 print("Well done.")
 
