@@ -133,8 +133,21 @@ def problem_of(track: Track, entry: Entry, text: str) -> tuple[Problem, Any]:
     return problem, model
 
 
-def run(task: Task, entry: Entry | None = None) -> Row:
-    """One search and its verdicts; seconds are CPU time of one thread. The entry is the stored one of that name."""
+def replayed(row: Row) -> Row:
+    """The row's search once more. Raises ValueError: the file of its method has changed since, or is not there."""
+    if row.get("source") is None:
+        return run(row)
+    entry, digest = imported(row["source"])
+    if digest != row["digest"]:
+        raise ValueError(f"{row['source']} has changed since the row was made")
+    return run(row, entry, row["source"])
+
+
+def run(task: Task, entry: Entry | None = None, source: str | None = None) -> Row:
+    """One search and its verdicts; seconds are CPU time of one thread. The entry is the stored one of that name.
+
+    `source` is where an entry that is not stored comes from, which its row tells.
+    """
     track = TRACKS[task["track"]]
     entry = entry or track.entries[task["method"]]
     problem, model = problem_of(track, entry, task["prompt"])
@@ -149,6 +162,7 @@ def run(task: Task, entry: Entry | None = None) -> Row:
         "nfe": found.nfe,
         "reward_calls": found.reward_calls,
         "seconds": round(seconds, 3),
+        **({"source": source} if source else {}),
     }
 
 
@@ -218,7 +232,13 @@ def main(argv: Sequence[str]) -> None:
         entry, digest = (None, "stored") if known else imported(args.method)
         name = args.method if known else args.method.rpartition(":")[2]
         todo = [task | {"digest": digest} for task in tasks(args.track, [name], budgets, prompts, seeds)]
-        rows = sweep(todo, functools.partial(run, entry=entry), args.out, retries=0, title=name)
+        source = None if known else args.method
+        rows = sweep(todo, functools.partial(run, entry=entry, source=source), args.out, retries=0, title=name)
+    except KeyboardInterrupt:
+        print(
+            f"flowscale bench: interrupted; the rows done are in {args.out}: the same command goes on", file=sys.stderr
+        )
+        sys.exit(130)
     except ExceptionGroup as group:
         error = group.exceptions[0]
         print(f"flowscale bench: {name} failed: {type(error).__name__}: {error}", *error.__notes__, file=sys.stderr)
