@@ -102,7 +102,7 @@ assert max(dollars.values()) / PICTURES < 1
 #
 # A search pays for four things. It evaluates velocities: $n$ of them, its NFE. It decodes every picture that it judges, $R$ of them, and its answer once more. It asks the judge $R$ times. And it encodes one text. Each has its number of operations: $F_v$, $F_d$, $F_j$ and $F_t$. A machine has a peak of $P$ operations a second and reaches a share $u$ of it, the *utilisation*. So a search takes $S$ seconds:
 #
-# $$S = \frac{n F_v + (R + 1) F_d + R F_j + F_t}{u\,P}. \tag{12.2}$$
+# $$\small S = \frac{n F_v + (R + 1) F_d + R F_j + F_t}{u\,P}. \tag{12.2}$$
 #
 # PyTorch counts the operations for us: on its *meta device* a tensor has a shape and no contents, so a forward pass of a model of 12 billion weights costs nothing.
 
