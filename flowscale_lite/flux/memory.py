@@ -343,7 +343,7 @@ def load_planned(
         torch.cuda.empty_cache()
     pipe = _fetch(model, plan, absent)
     KNOWN[pipe] = known
-    _place(pipe, plan, torch.device(device))
+    place(pipe, plan, torch.device(device))
     encode(pipe)
     return pipe
 
@@ -352,14 +352,14 @@ def _fetch(model: str | Path, plan: MemoryPlan, absent: Collection[str]) -> Any:
     """The pipeline in the plan's precisions, without some of its parts."""
     configs = {}
     if plan.weights != "full":
-        configs["transformer"] = _quantisation(diffusers, plan.weights, plan.dtypes["transformer"])
+        configs["transformer"] = quantisation(diffusers, plan.weights, plan.dtypes["transformer"])
     if plan.text_weights != "full":
         for name in (name for name in hub.index(model) if name.startswith("text_encoder")):
-            configs[name] = _quantisation(transformers, plan.text_weights, plan.dtypes["default"])
+            configs[name] = quantisation(transformers, plan.text_weights, plan.dtypes["default"])
     return hub.fetch(model, plan.dtypes, absent, configs)
 
 
-def _quantisation(library: Any, kind: str, dtype: torch.dtype) -> Any:
+def quantisation(library: Any, kind: str, dtype: torch.dtype) -> Any:
     """The configuration by which diffusers or transformers quantises a model that computes in `dtype`."""
     if kind == "nf4":
         return library.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_compute_dtype=dtype)
@@ -368,7 +368,7 @@ def _quantisation(library: Any, kind: str, dtype: torch.dtype) -> Any:
     return library.TorchAoConfig(Int8WeightOnlyConfig() if kind == "int8" else Float8WeightOnlyConfig())
 
 
-def _place(pipe: Any, plan: MemoryPlan, device: torch.device) -> None:
+def place(pipe: Any, plan: MemoryPlan, device: torch.device) -> None:
     """Move the parts to where the plan has them."""
     if plan.tiling:
         pipe.vae.enable_tiling()
