@@ -17,10 +17,10 @@ export HF_HUB_OFFLINE ?= 1
 unexport PYTHONPATH
 
 .DEFAULT_GOAL := help
-.PHONY: help tutorial test mutants lab notebooks api release clean
+.PHONY: help tutorial test mutants gpu-check lab notebooks api release clean
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
 tutorial: $(VENV)/.notebooks  ## run every notebook headless (ONLY, FORCE=1); one table, results in build/tutorial/
 	@$(PY) -m tools.course.tutorial --jobs $(JOBS) $(if $(FORCE),--force) $(ONLY)
@@ -32,11 +32,14 @@ test: $(VENV)/.dev  ## all that must hold: ruff, mypy, built notebooks, pytest (
 	@mkdir -p build
 	@$(PY) -m slipcover --source flowscale_lite --out $(COVERAGE) -m pytest -q -n $(JOBS) --dist worksteal -m "not apart"
 	@awk '/summary/ {print "pytest ran " $$NF " % of the lines of flowscale_lite; by file: $(COVERAGE)"}' $(COVERAGE)
-	@PYTHONPATH=$(VENV)/torchao $(PY) -m pytest -q -n $(JOBS) -m apart tests/test_memory.py
+	@PYTHONPATH=$(VENV)/torchao $(PY) -m pytest -q -n $(JOBS) -m apart tests/test_memory.py tests/test_gpu_check.py
 	@$(PY) -m tools.course.rehearsal --jobs $(JOBS)
 
 mutants: $(VENV)/.dev  ## plant mistakes in a copy; which test catches which (ONLY="SMC" picks some)
 	@$(PY) -m tools.mutants --jobs $(JOBS) $(if $(ONLY),--only "$(ONLY)")
+
+gpu-check: $(VENV)/.notebooks  ## what this code does on this machine's GPU, without a download; record in data/results/gpu/
+	@$(PY) -m tools.runs.gpu_check
 
 # Whoever is root here, in a container, means it.
 lab: $(VENV)/.notebooks  ## open JupyterLab on the repository, at notebook 00

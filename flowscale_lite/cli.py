@@ -69,6 +69,7 @@ class Job:
     name: str
     method: Method
     scene: shapes.Scene | None
+    held_out: Reward | None
 
 
 def parser() -> argparse.ArgumentParser:
@@ -88,6 +89,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--draft", metavar="MODEL", help=sibling)
     judge = f"{', '.join(JUDGES)}, or path/to/file.py:function of pictures (K, 3, H, W) -> (K,) (default: a counter)"
     p.add_argument("--reward", help=judge)
+    p.add_argument(
+        "--held-out", help="a second judge, named like --reward, that sees the two pictures of the table only"
+    )
+    p.add_argument("--width", type=int, help="of the picture in pixels (default: what the model was made for)")
+    p.add_argument("--height", type=int)
+    gib = "plan for so many GiB of the device's memory: precision, offloading, rows at a time (default: no plan)"
+    p.add_argument("--memory", type=float, metavar="GIB", help=gib)
     p.add_argument("--device", default="cpu")
     p.add_argument("--out", type=Path, default=Path("out.png"), help="picture; the account goes beside it as .json")
     p.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
@@ -322,49 +330,68 @@ def prepare(args: argparse.Namespace) -> Job:
     scene = None if args.reward else shapes.parse(args.prompt)
     check_numbers(args)
     check_output(args.out)
-    reward = named_reward(args) if scene is None else shapes.CountReward(scene)
+    reward = named_reward(args.reward, args) if scene is None else shapes.CountReward(scene)
+    held_out = named_reward(args.held_out, args) if args.held_out else None
     say(f"loading {args.model or 'tiny-flux/schnell'}")
     from . import flux  # diffusers takes seconds to import: only once the words are right
 
-    pipe = flux.load(args.model or locate("tiny-flux/schnell"), args.device)
-    model = flux.FlowModel.encode(pipe, args.prompt, guidance=args.guidance)
+    pipes, rows = load(args)
+    sides = {"height": args.height, "width": args.width, "guidance": args.guidance, **rows}
+    model, *drafting = (flux.FlowModel.encode(pipe, args.prompt, **sides) for pipe in pipes)
     name = args.method or ("draft" if args.draft else "beam" if model.multi_step else "rbf")
     method, kernel = suited_method(args, name, model), suited_kernel(args, name, model)
     times = suited_times(args, name, kernel, model)
     problem = model.problem(reward, KERNELS[kernel](), times=times)
-    if args.draft:
-        sibling = flux.FlowModel.encode(flux.load(args.draft, args.device), args.prompt, guidance=args.guidance)
+    for sibling in drafting:
         if sibling.shape != model.shape:
             raise ValueError(f"--draft {args.draft} has latents of {sibling.shape}, the model of {model.shape}")
         problem = replace(problem, look_ahead=look_ahead.sibling(sibling))
     method.check(problem, args.nfe)
     if name == "refine" and model.multi_step:
         say("refine is made for few-step models; on this one beam finds more")
-    return Job(args, model, problem, kernel, name, method, scene)
+    return Job(args, model, problem, kernel, name, method, scene, held_out)
 
 
-def named_reward(args: argparse.Namespace) -> Reward:
+def load(args: argparse.Namespace) -> tuple[list[Any], dict[str, int]]:
+    """The model's pipeline, and the draft's if there is one; with --memory by a plan, which is printed first."""
+    from . import flux
+    from .flux import memory
+
+    path = args.model or locate("tiny-flux/schnell")
+    if args.memory is None:
+        return [flux.load(each, args.device) for each in (path, args.draft) if each], {}
+    sides = {side: value for side in ("height", "width") if (value := getattr(args, side))}
+    dtype = memory.best_dtype(args.device)
+    plan = memory.plan(path, args.memory, dtype=dtype, guidance=args.guidance, draft=args.draft, **sides)
+    print(plan)
+    pipes = memory.load_planned(
+        path, plan, args.device, draft=args.draft, prompts=[args.prompt], guidance=args.guidance
+    )
+    return list(pipes) if args.draft else [pipes], {"chunk": plan.chunk}
+
+
+def named_reward(name: str, args: argparse.Namespace) -> Reward:
     """The reward asked for: a judge by its name, or a function of pictures (K, 3, H, W) -> (K,) by its file.
 
     Raises ValueError if there is no such file or function, or the file cannot be run; what loading a judge raises.
     """
-    if args.reward in JUDGES:
+    if name in JUDGES:
         from . import judges
 
-        if args.reward == "vqascore":
+        if name == "vqascore":
             return judges.vqa_score(judges.VisionLanguage.load(device=args.device), args.prompt)
-        clip = judges.Clip.load("pickscore" if args.reward == "pickscore" else "clip-l", device=args.device)
-        return (judges.pick_score if args.reward == "pickscore" else judges.clip_score)(clip, args.prompt)
-    path, _, name = args.reward.rpartition(":")
+        clip = judges.Clip.load("pickscore" if name == "pickscore" else "clip-l", device=args.device)
+        return (judges.pick_score if name == "pickscore" else judges.clip_score)(clip, args.prompt)
+    path, _, function = name.rpartition(":")
     if not Path(path).is_file():
         choices = f"one of {', '.join(JUDGES)}, or path/to/file.py:function with an existing file"
-        raise ValueError(f"--reward must be {choices}; got {args.reward!r}")
+        raise ValueError(f"--reward must be {choices}; got {name!r}")
     try:
-        found = runpy.run_path(path).get(name)
+        found = runpy.run_path(path).get(function)
     except Exception as error:
         raise ValueError(f"--reward {path} cannot be run: {error!r}") from error
     if not callable(found):
-        raise ValueError(f"--reward: {path} has no function {name!r}")
+        raise ValueError(f"--reward: {path} has no function {function!r}")
     return found
 
 
@@ -372,6 +399,8 @@ def check_numbers(args: argparse.Namespace) -> None:
     """Raises ValueError if a number is out of range, or if options exclude one another."""
     if args.nfe < 1 or args.steps < 1:
         raise ValueError(f"--nfe and --steps must be at least 1; got {args.nfe} and {args.steps}")
+    if any(side is not None and side < 1 for side in (args.width, args.height)):
+        raise ValueError(f"--width and --height must be at least 1; got {args.width} and {args.height}")
     if not -(2**63) <= args.seed < 2**64:
         raise ValueError(f"--seed must be an integer of 64 bits; got {args.seed}")
     if args.method in ("refine", *DRAFTED) and args.kernel:
@@ -446,6 +475,7 @@ def run(job: Job, state: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
     account = (
         told(job)
         | stopped
+        | judged(job, before, after)
         | {
             "plain": summary(plain, before, job.scene),
             "found": summary(result, after, job.scene) | spent(found) | {"seconds": round(seconds, 2)},
@@ -455,6 +485,17 @@ def run(job: Job, state: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
     account = finite(account)
     write(account, before[0], after[0], result, args)
     return account
+
+
+def judged(job: Job, *pictures: Tensor) -> dict[str, list[float]]:
+    """The held-out judge's scores of single pictures (1, 3, H, W), if there is such a judge and it does not fail."""
+    if job.held_out is None:
+        return {}
+    try:
+        return {"held_out": [round(float(job.held_out(picture)[0]), 4) for picture in pictures]}
+    except Exception as error:  # the search's budget is spent, so its account is written in any case
+        say(f"the held-out judge failed: {failure(error)}")
+        return {}
 
 
 def watched(found: Search, job: Job) -> dict[str, str]:
@@ -529,7 +570,11 @@ def told(job: Job) -> dict[str, Any]:
 
 def command(args: argparse.Namespace) -> list[str]:
     """The options that ask for the same search again, all but where it is written."""
-    named = {key: value for key, value in vars(args).items() if key not in ("prompt", "out") and value is not None}
+    named = {
+        key.replace("_", "-"): value
+        for key, value in vars(args).items()
+        if key not in ("prompt", "out") and value is not None
+    }
     return [args.prompt, *(word for key, value in named.items() for word in (f"--{key}", str(value)))]
 
 
@@ -573,4 +618,7 @@ def table(account: dict[str, Any]) -> str:
         seconds = str(entry.get("seconds", ""))
         numbers = (str(entry["nfe"]), str(entry["reward_calls"]), seconds)
         lines.append((name, f"{entry['reward']:.2f}", right, *numbers, f"  {counts}"))
-    return "\n".join("{:18}{:>8}{:>7}{:>7}{:>14}{:>9}{}".format(*line).rstrip() for line in lines)
+    told = ["{:18}{:>8}{:>7}{:>7}{:>14}{:>9}{}".format(*line).rstrip() for line in lines]
+    if "held_out" in account:
+        told.append("held out: plain {:.2f}, found {:.2f}".format(*account["held_out"]))
+    return "\n".join(told)

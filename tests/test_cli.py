@@ -108,6 +108,10 @@ def test_accounts_of_two_kernels_of_one_kind_replay(capsys, tmp_path, kernel):
         ([PROMPT, "--device", "abacus"], "abacus"),
         ([PROMPT, "--device", "meta"], "no such device: 'meta'"),
         ([PROMPT, "--seed", str(2**64)], "64 bits"),
+        ([PROMPT, "--width", "0"], "--width and --height must be at least 1"),
+        ([PROMPT, "--width", "60"], "multiples of"),
+        ([PROMPT, "--held-out", "beauty"], "got 'beauty'"),
+        ([PROMPT, "--memory", "0.2"], "does not fit into 0.2 GiB"),
         ([PROMPT, "--guidance", "nan"], "finite"),
         ([PROMPT, "--out", "folder.png"], "--out must name a .png file"),
         ([PROMPT, "--out", "folder/account.png"], "--out must name a .png file"),
@@ -148,6 +152,25 @@ def test_a_reward_of_ones_own_takes_any_words(capsys, tmp_path):
     assert account["command"][account["command"].index("--reward") + 1] == f"{file}:red"
 
 
+def test_size_memory_and_a_held_out_judge(capsys, tmp_path):
+    """The second judge sees the two pictures of the table only, and the account replays."""
+    file, out = tmp_path / "mine.py", tmp_path / "out.png"
+    file.write_text(
+        "seen = []\n"
+        "def wide(pictures):\n    assert pictures.shape[2:] == (64, 96)\n    return pictures.mean((1, 2, 3))\n"
+        "def once(pictures):\n    seen.append(1)\n    assert len(seen) <= 2\n    return pictures.amax((1, 2, 3))\n"
+    )
+    args = ["a red drawing", "--reward", f"{file}:wide", "--held-out", f"{file}:once", "--width", "96"]
+    args += ["--memory", "4", "--nfe", "40", "--steps", "4", "--draft", str(locate("tiny-flux/schnell"))]
+    text, _ = flowscale(capsys, *args, "--model", str(locate("tiny-flux/dev")), "--out", str(out))
+    account = json.loads(out.with_suffix(".json").read_text())
+    assert text.index("drafting") < text.index("reward"), "the memory plan comes first"
+    assert "held out: plain {:.2f}, found {:.2f}".format(*account["held_out"]) in text
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["replay", str(out.with_suffix(".json"))])
+    assert stop.value.code == 0
+
+
 @pytest.mark.parametrize(
     ("reward", "message"),
     [
@@ -175,7 +198,7 @@ def test_judges_are_loaded_by_name_for_the_whole_prompt(monkeypatch, name):
     monkeypatch.setattr(judges.VisionLanguage, "load", lambda device: asked.append(("vlm", device)) or "vlm")
     for score in ("clip_score", "pick_score", "vqa_score"):
         monkeypatch.setattr(judges, score, lambda model, prompt, score=score: (score, model, prompt))
-    made = cli.named_reward(cli.parser().parse_args(["three cats", "--reward", name, "--device", "cpu"]))
+    made = cli.named_reward(name, cli.parser().parse_args(["three cats", "--reward", name, "--device", "cpu"]))
     expected = {"clip": ("clip_score", "clip"), "pickscore": ("pick_score", "clip"), "vqascore": ("vqa_score", "vlm")}
     assert made == (*expected[name], "three cats")
     assert asked == [({"clip": "clip-l", "pickscore": "pickscore", "vqascore": "vlm"}[name], "cpu")]

@@ -53,7 +53,7 @@ def flowscale(monkeypatch, tmp_path, capsys):
     torch.set_num_threads(1)
 
     def run(judge, *args):
-        monkeypatch.setattr(cli, "named_reward", lambda _: judge)
+        monkeypatch.setattr(cli, "named_reward", lambda *_: judge)
         try:
             cli.main([*args] or SEARCH)
             status = 0
