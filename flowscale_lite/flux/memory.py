@@ -241,7 +241,8 @@ class MemoryPlan:
             "text in nf4": self.text_weights == "nf4",
             "tiles": self.tiling,
         }
-        return f"{', '.join(word for word in words if words[word])}, {self.chunk} rows: {self.peak:.1f} GiB"
+        rows = "1 row" if self.chunk == 1 else f"{self.chunk} rows"
+        return f"{', '.join(word for word in words if words[word])}, {rows}: {self.peak:.1f} GiB"
 
     def __str__(self) -> str:
         lines = [f"{self.model}: {self.summary()} of {self.free:.1f} free, {self.keep:.1f} kept"]

@@ -54,7 +54,8 @@ size = memory.sizes("FLUX.1-dev")
 KINDS = {"full": "16 bits", "int8": "int8", "nf4": "nf4"}
 held = {}
 for kind, name in KINDS.items():
-    held[name] = memory.MemoryPlan("", size, free=0, weights=kind).parts  # GiB
+    parts = memory.MemoryPlan("", size, free=0, weights=kind).parts
+    held[name] = {part: gib for part, gib in parts.items() if gib}  # GiB
 seconds = {}
 for card in cost.GPUS.values():
     picture = cost.estimate(flux, card, 4, reward_calls=0).seconds
@@ -106,43 +107,27 @@ plt.show()
 #
 # The text encoders are the second largest part, and they are needed once. So the first thing to give up is not precision. Encode the prompts, drop the encoders, then load the transformer. This changes no picture, but a new prompt means loading again. `memory.plan` tries such plans in order, the one that costs least in quality first, and takes the first that fits.
 #
-# For drafts we want *two* transformers, schnell and dev. They share the autoencoder. So we ask for a plan of dev that leaves the room of schnell:
-
-
-# %%
-def plan_pair(gib, dtype, keep=1.0):
-    """A plan for dev that leaves room for schnell, held in the same way."""
-    fixed = {"dtype": dtype, "text": "dropped", "group_offload": False}
-    for kind in ("full", "int8", "nf4"):
-        other = memory.sizes("FLUX.1-schnell").transformer.gib(kind)
-        fixed |= {"weights": kind, "keep": keep + other}
-        try:
-            plan = memory.plan("FLUX.1-dev", gib, **fixed)
-            return plan, plan.peak + other
-        except ValueError:
-            continue  # too large: hold it smaller
-    raise ValueError(f"no room for both in {gib:.1f} GiB with {keep} kept free")
-
+# For drafts we want *two* transformers, schnell and dev. They share the autoencoder and the text encoders. `draft=` asks for a plan that holds both transformers:
 
 # %%
 lines = {}
 for name in ("T4", "L4", "A100-40", "A100-80"):
     card = cost.GPUS[name]
     alone = memory.plan("FLUX.1-dev", card.memory, dtype=card.dtype)
-    both, gib = plan_pair(card.memory, card.dtype)
+    both = memory.plan("FLUX.1-dev", card.memory, dtype=card.dtype, draft="FLUX.1-schnell")
     line = {"GiB": card.memory, "dev alone": alone.summary()}
-    line["dev and schnell"] = f"{KINDS[both.weights]}, {both.chunk} rows: {gib:.1f} GiB"
-    lines[name] = line
+    lines[name] = line | {"dev and schnell": both.summary()}
 pd.options.display.max_colwidth = None
 pd.DataFrame(lines).T
 
 # %% tags=["check"]
 assert 22.1 < held["16 bits"]["transformer"] < 22.3 and 11.0 < held["int8"]["transformer"] < 11.2
 assert "int8" in lines["L4"]["dev alone"] and "nf4" in lines["L4"]["dev and schnell"]
-assert "int8" in lines["A100-40"]["dev and schnell"] and "16 bits" in lines["A100-80"]["dev and schnell"]
+assert "taking turns" in lines["A100-40"]["dev and schnell"] and "nf4" in lines["T4"]["dev and schnell"]
+assert "bfloat16" in lines["A100-80"]["dev and schnell"] and "turns" not in lines["A100-80"]["dev and schnell"]
 
 # %% [markdown]
-# *Tiles* means that a picture is decoded piece by piece. A T4 has no fast bfloat16, so it computes in float16. How many rows go through at a time follows from (11.1):
+# *Tiles* means that a picture is decoded piece by piece. *Taking turns* means that of the two transformers the one that is not in use waits in the computer's own memory; a search with drafts changes from one to the other once. A T4 has no fast bfloat16, so it computes in float16. How many rows go through at a time follows from (11.1):
 #
 # $$n = \left\lfloor \frac{\text{free} - \text{kept} - W}{a} \right\rfloor. \tag{11.2}$$
 #
@@ -155,11 +140,11 @@ real = torch.cuda.is_available()  # set it to False to stay with tiny-flux
 NFE, KEEP = 100, 8.0  # evaluations a search, GiB for the judges
 if real:
     TEXT, how = "two red apples and three blue cups", {"guidance": 3.5}
-    plan, _ = plan_pair(memory.free_gib(), memory.best_dtype(), keep=KEEP)
-    name, told = "black-forest-labs/FLUX.1-", {"prompts": [TEXT]}
-    pipe = memory.load_planned(name + "schnell", plan, **told)
-    big = memory.load_planned(name + "dev", plan, **told)
-    pipe.vae, how["chunk"] = big.vae, plan.chunk  # one autoencoder is enough
+    name, found = "black-forest-labs/FLUX.1-", (memory.free_gib(), memory.best_dtype())
+    pair = {"model": name + "dev", "draft": name + "schnell"}
+    plan = memory.plan(**pair, free=found[0], dtype=found[1], keep=KEEP)
+    big, pipe = memory.load_planned(**pair, plan=plan, prompts=[TEXT])
+    how["chunk"] = plan.chunk
 else:
     TEXT, how = "two red circles and three blue squares", {"guidance": 2.0}
     pipe, big = load(locate("tiny-flux/schnell")), load(locate("tiny-flux/dev"))
