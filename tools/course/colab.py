@@ -24,19 +24,17 @@ from tools.course import build as notebooks
 
 FOLDER = notebooks.ROOT / "build" / "colab"
 VERSIONS = Path(__file__).with_name("colab.txt")
-# On Colab the module google.colab is loaded when the kernel starts; the set-up cell looks for it.
-STAND_IN = 'import sys, types; sys.modules["google.colab"] = types.ModuleType("google.colab")\n'
 
 
 def command(*arguments: str | Path, **options) -> str:
     """What a command prints.
 
     Raises:
-        RuntimeError: it failed; the message holds the end of what it said.
+        RuntimeError: it failed; the message is the last line of what it said.
     """
     done = subprocess.run([*map(str, arguments)], capture_output=True, text=True, **options)
     if done.returncode:
-        raise RuntimeError((done.stdout + done.stderr).strip()[-1500:])
+        raise RuntimeError((done.stdout + done.stderr).strip().splitlines()[-1])
     return done.stdout
 
 
@@ -49,7 +47,10 @@ def prepare(folder: Path) -> tuple[Path, Path]:
         command(python, "-m", "pip", "--disable-pip-version-check", "-qq", "install", "-r", VERSIONS)
         stamp.write_text(VERSIONS.read_text(encoding="utf-8"), encoding="utf-8")
     (site,) = (folder / "venv" / "lib").glob("python3*/site-packages")
-    (site / "colab_stand_in.pth").write_text(STAND_IN, encoding="utf-8")
+    # On Colab the module google.colab is loaded when the kernel starts; the set-up cell looks for it.
+    (site / "google" / "colab").mkdir(parents=True, exist_ok=True)
+    (site / "google" / "colab" / "__init__.py").touch()
+    (site / "colab_stand_in.pth").write_text("import google.colab\n", encoding="utf-8")
     kernel = folder / "jupyter" / "kernels" / "colab"
     kernel.mkdir(parents=True, exist_ok=True)
     launch = [str(python), "-m", "ipykernel_launcher", "-f", "{connection_file}"]
