@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+import importlib
+import io
 import json
 import math
+import os
 import runpy
 import sys
 import time
+import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import Generator, Tensor
+
 from . import __version__, kernels, look_ahead, schedules
 from .beyond import Cascade, Draft, Refine
 from .methods import RBF, SMC, SVDD, Beam, BestOfN, Blockwise, SearchOverPaths, ZeroOrder
-from .search import Method, Problem, Result, search, steps
+from .search import Method, Problem, Result, Search, search, steps
 from .tiny import shapes
 from .tiny.data import locate
 
@@ -88,37 +95,73 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command, `flowscale bench` or `flowscale replay`. Bad input ends in one line on standard error and exit
-    status 2, before anything is computed."""
+    """Run the command, `flowscale bench`, `flowscale replay` or `flowscale resume`.
+
+    A bad end is told in one line on standard error. Exit status 2: bad input, before anything is computed. 1: the
+    search failed, or a replay differs. 130: interrupted. A search that stopped leaves its best so far with its account,
+    and goes on by `flowscale resume`.
+    """
     argv = sys.argv[1:] if argv is None else list(argv)
     if argv[:1] == ["bench"]:
         from .experiments import bench
 
         return bench.main(argv[1:])
-    told_before = None
     try:
+        if argv[:1] == ["replay"] and ".jsonl:" in "".join(argv[1:2]):
+            return replay_row(*argv[1:])
+        told_before, state = None, None
         if argv[:1] == ["replay"]:
             told_before = read_account(argv[1:])
             argv = told_before["command"]
+        elif argv[:1] == ["resume"]:
+            state, argv = read_search(argv[1:])
+        job = prepared(parser().parse_args(argv), told_before)
     except (ValueError, OSError) as error:
-        print(f"flowscale replay: {error}", file=sys.stderr)
+        say(line_of(error))
         sys.exit(2)
-    args = parser().parse_args(argv)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("default", UserWarning)
-            warnings.showwarning = lambda message, *_: print(f"flowscale: {message}", file=sys.stderr)
-            job = prepare(args)
-    except (ValueError, OSError) as error:
-        print(f"flowscale: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    account = run(job)
+        account = run(job, state)
+    finally:
+        clear(job.args.out)
     print(table(account))
-    print(f"picture: {args.out}   account: {args.out.with_suffix('.json')}")
+    print(f"picture: {job.args.out}   account: {job.args.out.with_suffix('.json')}")
     if told_before is not None:
-        different = [key for key in ("plain", "found", "trace") if known(account[key]) != known(told_before[key])]
-        print(f"replayed; differs in: {', '.join(different)}" if different else "replayed: the same numbers")
-        sys.exit(1 if different else 0)
+        sys.exit(compared(account, told_before, job.args.out))
+    if "stopped" in account:
+        sys.exit(ended(account, job.args))
+
+
+def prepared(args: argparse.Namespace, told_before: dict[str, Any] | None) -> Job:
+    """What `prepare` makes, with its warnings a line each, and room for the results.
+
+    To replay an account of a search that stopped, it will stop there again. Raises what `prepare` and `reserve` do.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("default", UserWarning)
+        warnings.showwarning = lambda message, *_: say(str(message))
+        job = prepare(args)
+    reserve(args.out)
+    if told_before is None or "stopped" not in told_before:
+        return job
+    reward = until(job.problem.reward, told_before["found"]["reward_calls"])
+    return replace(job, problem=replace(job.problem, reward=reward))
+
+
+def ended(account: dict[str, Any], args: argparse.Namespace) -> int:
+    """The exit status of a search that stopped, with one line on what remains."""
+    saved, spent = saved_at(args.out), account["found"]["nfe"]
+    more = f"; go on by: flowscale resume {saved}" if saved.exists() else ""
+    say(f"stopped after {spent} of {args.nfe} NFE, the best so far is saved ({account['stopped']}){more}")
+    return 130 if account["stopped"] == INTERRUPTED else 1
+
+
+def compared(account: dict[str, Any], told_before: dict[str, Any], out: Path) -> int:
+    """The exit status of a replay, with one line on what differs."""
+    saved_at(out).unlink(missing_ok=True)
+    different = [key for key in ("plain", "found", "trace") if known(account, key) != known(told_before, key)]
+    same = "replayed: the same picture and numbers"
+    print(f"replayed; differs in: {', '.join(different)}" if different else same)
+    return 1 if different else 0
 
 
 def read_account(argv: Sequence[str]) -> dict[str, Any]:
@@ -133,9 +176,141 @@ def read_account(argv: Sequence[str]) -> dict[str, Any]:
     return account
 
 
-def known(part: Any) -> Any:
-    """A part of an account without its seconds."""
-    return {key: value for key, value in part.items() if key != "seconds"} if isinstance(part, dict) else part
+def known(account: dict[str, Any], key: str) -> Any:
+    """A part of an account without its seconds; of a search that stopped without its NFE too.
+
+    It is replayed up to the reward call it had come to. It may have been stopped between two evaluations.
+    """
+    part = account[key]
+    chance = ("seconds", "nfe", "left") if "stopped" in account else ("seconds",)
+    return {name: value for name, value in part.items() if name not in chance} if isinstance(part, dict) else part
+
+
+def until(reward: Reward, judged: int) -> Reward:
+    """The reward, which interrupts when the search has judged so many rows: where a search stopped is found again."""
+    rows = -1  # the plain sample is judged first, and alone
+
+    def limited(x: Tensor) -> Tensor:
+        nonlocal rows
+        if rows >= judged:
+            raise KeyboardInterrupt
+        rows += len(x)
+        return reward(x)
+
+    return limited
+
+
+def replay_row(place: str, runner: str = "flowscale_lite.experiments.bench:replayed", *more: str) -> None:
+    """`flowscale replay rows.jsonl:17`: run the task of the row in that line again. Rows that the bench did not write
+    need the function that made them, `flowscale replay rows.jsonl:17 module:function`."""
+    path, _, number = place.rpartition(":")
+    module, _, function = runner.partition(":")
+    if more or not number.isdigit() or not function:
+        raise ValueError("expected the line of a sweep's row: flowscale replay rows.jsonl:17 [module:function]")
+    from .experiments.sweep import replay
+
+    try:
+        found, different = replay(path, int(number), getattr(importlib.import_module(module), function))
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"no function {runner}: {error}") from error
+    print(json.dumps(found))
+    print(f"replayed; differs in: {', '.join(different)}" if different else "replayed: the same numbers")
+    sys.exit(1 if different else 0)
+
+
+# ------------------------------------------------------------------------------------------- what outlives a failure
+INTERRUPTED = "interrupted"
+
+
+def say(text: str) -> None:
+    """One line on standard error, at once."""
+    print(f"flowscale: {text}", file=sys.stderr, flush=True)
+
+
+def line_of(error: BaseException) -> str:
+    """An error in one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def parts(out: Path) -> tuple[Path, Path]:
+    """Where account and picture are written before they get their names."""
+    return out.with_suffix(".json.part"), out.with_suffix(".png.part")
+
+
+def reserve(out: Path, size: int = 2**20) -> None:
+    """Room for account and picture, a mebibyte each: should the disk become full, they can be written.
+
+    Raises OSError: it is full already, or may not be written to.
+    """
+    try:
+        for part in parts(out):
+            part.write_bytes(os.urandom(size))
+    except OSError:
+        clear(out)
+        raise
+
+
+def clear(out: Path) -> None:
+    """Give the reserved room back."""
+    for part in parts(out):
+        part.unlink(missing_ok=True)
+
+
+def fill(part: Path, data: bytes) -> None:
+    """Write a file, whole or not at all, in the room that was reserved."""
+    with part.open("r+b") as file:
+        file.write(data)
+        file.truncate()
+    part.replace(part.with_suffix(""))
+
+
+def saved_at(out: Path) -> Path:
+    """Where a search under way is saved."""
+    return out.with_suffix(".search")
+
+
+def save_search(found: Search, args: argparse.Namespace) -> bool:
+    """Save the search as it is, with its command, as safetensors. Says so if that fails, and whether it did not."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    path = saved_at(args.out)
+    part = path.with_name(path.name + ".part")
+    state = {name: tensor.cpu().clone().contiguous() for name, tensor in found.state().items()}
+    try:
+        save_file(state, part, {"command": json.dumps(command(args))})
+        part.replace(path)
+    except (OSError, SafetensorError) as error:
+        part.unlink(missing_ok=True)
+        say(f"the search goes on, but can no longer be saved: {line_of(error)}")
+        return False
+    return True
+
+
+def read_search(argv: Sequence[str]) -> tuple[dict[str, Tensor], list[str]]:
+    """The state of a saved search, and its command. Raises ValueError or OSError: there is none."""
+    from safetensors import SafetensorError, safe_open
+
+    if len(argv) != 1:
+        raise ValueError("expected a saved search: flowscale resume out.search")
+    path = Path(argv[0])
+    if not path.is_file():
+        raise FileNotFoundError(f"no saved search at {path}")
+    try:
+        with safe_open(path, "pt") as file:
+            words = json.loads((file.metadata() or {})["command"])
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dict
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(f"{path} is no search that flowscale saved: {line_of(error)}") from error
+    return state, [*words, "--out", str(path.with_suffix(".png"))]
+
+
+def failure(error: BaseException) -> str:
+    """What stopped a search, and where, in one line."""
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {line_of(error)}, {Path(last.filename).name} line {last.lineno}"
 
 
 def prepare(args: argparse.Namespace) -> Job:
@@ -148,6 +323,7 @@ def prepare(args: argparse.Namespace) -> Job:
     check_numbers(args)
     check_output(args.out)
     reward = named_reward(args) if scene is None else shapes.CountReward(scene)
+    say(f"loading {args.model or 'tiny-flux/schnell'}")
     from . import flux  # diffusers takes seconds to import: only once the words are right
 
     pipe = flux.load(args.model or locate("tiny-flux/schnell"), args.device)
@@ -163,7 +339,7 @@ def prepare(args: argparse.Namespace) -> Job:
         problem = replace(problem, look_ahead=look_ahead.sibling(sibling))
     method.check(problem, args.nfe)
     if name == "refine" and model.multi_step:
-        print("flowscale: refine is made for few-step models; on this one beam finds more", file=sys.stderr)
+        say("refine is made for few-step models; on this one beam finds more")
     return Job(args, model, problem, kernel, name, method, scene)
 
 
@@ -246,35 +422,82 @@ def suited_times(args: argparse.Namespace, name: str, kernel: str, model: FlowMo
     return model.times(args.steps)
 
 
-def run(job: Job) -> dict[str, Any]:
-    """Draw the plain picture and search for a better one; writes picture and account, returns the account."""
-    import matplotlib.pyplot as plt
-    from torch import Generator
+def run(job: Job, state: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
+    """Draw the plain picture and search for a better one; writes picture and account, returns the account.
+
+    A search that stops on the way is told of as far as it came, with the reason as `stopped`. `state` is that of a
+    saved search to go on with.
+    """
+    args = job.args
+    say("drawing a plain sample")
+    try:
+        problem = replace(job.problem, times=job.model.times(args.steps))
+        plain = plain_sample(problem, Generator().manual_seed(args.seed))
+    except (KeyboardInterrupt, Exception) as error:
+        say(f"stopped before the search: {failure(error)}")
+        sys.exit(130 if isinstance(error, KeyboardInterrupt) else 1)
+    found = steps(job.problem, job.method, max_nfe=args.nfe, generator=Generator().manual_seed(args.seed))
+    if state is not None:
+        found.restore(state)
+    start, stopped = time.perf_counter(), watched(found, job)
+    seconds = time.perf_counter() - start
+    result = plain if found.run.seen is None else found.so_far()  # nothing was judged: the plain sample is the best
+    before, after = (job.model.decode(each.best[None]) for each in (plain, result))
+    account = (
+        told(job)
+        | stopped
+        | {
+            "plain": summary(plain, before, job.scene),
+            "found": summary(result, after, job.scene) | spent(found) | {"seconds": round(seconds, 2)},
+            "trace": [step._asdict() for step in found.trace],
+        }
+    )
+    account = finite(account)
+    write(account, before[0], after[0], result, args)
+    return account
+
+
+def watched(found: Search, job: Job) -> dict[str, str]:
+    """Step the search to its end, saved before every step, under a bar or, without a terminal, a line now and then.
+
+    What stops it is returned as `stopped`; after the end the saved search is removed.
+    """
     from tqdm import tqdm
+
+    args, said = job.args, time.monotonic()
+    say(f"searching: {job.name}, {args.nfe} NFE")
+    saving = save_search(found, args)
+    try:
+        with tqdm(total=args.nfe, unit="NFE", disable=None, leave=False) as bar:
+            for step in found:
+                bar.update(step.nfe - bar.n)
+                saving = saving and save_search(found, args)
+                if bar.disable and time.monotonic() > said + 10:
+                    said = time.monotonic()
+                    say(f"{step.nfe} of {args.nfe} NFE")
+    except (KeyboardInterrupt, Exception) as error:
+        return {"stopped": failure(error)}
+    saved_at(args.out).unlink(missing_ok=True)
+    return {}
+
+
+def write(account: dict[str, Any], before: Tensor, after: Tensor, result: Result, args: argparse.Namespace) -> None:
+    """Account and picture. What cannot be written or drawn is said in one line, and the account is printed then."""
+    import matplotlib.pyplot as plt
 
     from . import plots
 
-    args = job.args
-    plain = plain_sample(replace(job.problem, times=job.model.times(args.steps)), Generator().manual_seed(args.seed))
-    start = time.perf_counter()
-    found = steps(job.problem, job.method, max_nfe=args.nfe, generator=Generator().manual_seed(args.seed))
-    with tqdm(total=args.nfe, unit="NFE", disable=None, leave=False) as bar:
-        for step in found:
-            bar.update(step.nfe - bar.n)
-    seconds, result = time.perf_counter() - start, found.result()
-    before, after = (job.model.decode(each.best[None]) for each in (plain, result))
-    account = told(job) | {
-        "plain": summary(plain, before, job.scene),
-        "found": summary(result, after, job.scene) | {"seconds": round(seconds, 2)},
-        "trace": [step._asdict() for step in result.trace],
-    }
-    account = finite(account)
     text = json.dumps(account, indent=1, allow_nan=False) + "\n"
-    args.out.with_suffix(".json").write_text(text)  # first: the budget is spent, whatever drawing may meet
-    figure = plots.before_after(before[0], after[0], result, title=args.prompt)
-    figure.savefig(args.out, dpi=150)
-    plt.close(figure)
-    return account
+    try:
+        fill(parts(args.out)[0], text.encode())  # first: the budget is spent, whatever drawing may meet
+        figure, png = plots.before_after(before, after, result, title=args.prompt), io.BytesIO()
+        figure.savefig(png, dpi=150)
+        plt.close(figure)
+        fill(parts(args.out)[1], png.getvalue())
+    except Exception as error:
+        print(text)
+        say(f"the account is on standard output, for picture or account could not be written: {failure(error)}")
+        sys.exit(1)
 
 
 def finite(value: Any) -> Any:
@@ -310,7 +533,7 @@ def command(args: argparse.Namespace) -> list[str]:
     return [args.prompt, *(word for key, value in named.items() for word in (f"--{key}", str(value)))]
 
 
-def plain_sample(problem: Problem, generator: Any) -> Result:
+def plain_sample(problem: Problem, generator: Generator) -> Result:
     """One sample of the deterministic flow, what the model draws without a search."""
     max_nfe = (1 + problem.evaluations_ahead()) * problem.cost
     return search(replace(problem, kernel=kernels.ode), BestOfN(1), max_nfe=max_nfe, generator=generator)
@@ -323,13 +546,20 @@ def summary(result: Result, picture: Any, scene: shapes.Scene | None) -> dict[st
         counts = shapes.count(picture)[0].tolist()
         objects["counts"] = {" ".join(kind): n for kind, n in zip(shapes.CLASSES, counts, strict=True) if n}
         objects["exact"] = bool(shapes.exact(scene, picture)[0])
+    pixels = (picture[0].detach().float().cpu().clamp(0, 1) * 255).round().byte().numpy().tobytes()
     return {
         "reward": round(result.reward, 4),
         **objects,
+        "picture": hashlib.sha256(pixels).hexdigest()[:16],
         "nfe": result.nfe,
         "left": result.left,
         "reward_calls": result.reward_calls,
     }
+
+
+def spent(found: Search) -> dict[str, int]:
+    """What a search has spent, whatever it has found."""
+    return {"nfe": found.run.nfe, "left": found.run.left, "reward_calls": found.run.reward_calls}
 
 
 def table(account: dict[str, Any]) -> str:

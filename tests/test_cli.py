@@ -9,7 +9,7 @@ import torch
 from matplotlib import pyplot as plt
 from PIL import Image
 
-from flowscale_lite import cli, judges, plots
+from flowscale_lite import beyond, cli, judges, methods, plots
 from flowscale_lite.tiny.data import locate
 
 PROMPT = "three red circles and two blue squares"
@@ -17,7 +17,9 @@ PROMPT = "three red circles and two blue squares"
 
 def flowscale(capsys, *args: str) -> tuple[str, str]:
     cli.main([*args])
-    return capsys.readouterr()
+    out, err = capsys.readouterr()
+    doing = ("flowscale: loading", "flowscale: drawing", "flowscale: searching")
+    return out, "".join(line for line in err.splitlines(keepends=True) if not line.startswith(doing))
 
 
 def test_picture_table_and_account_agree(capsys, tmp_path):
@@ -66,7 +68,7 @@ def test_a_sibling_drafts_and_the_account_replays(capsys, tmp_path, method):
     assert account["look_ahead"] == "sibling" and account["found"]["nfe"] > 50
     with pytest.raises(SystemExit) as end:
         flowscale(capsys, "replay", str(tmp_path / "out.json"))
-    assert end.value.code == 0 and "the same numbers" in capsys.readouterr().out
+    assert end.value.code == 0 and "the same picture and numbers" in capsys.readouterr().out
     assert (tmp_path / "out.replay.png").exists()
     account["found"]["reward"] += 0.1
     (tmp_path / "out.json").write_text(json.dumps(account))
@@ -191,9 +193,10 @@ def test_what_the_budget_bought_is_saved_even_if_drawing_fails(capsys, monkeypat
         raise MemoryError
 
     monkeypatch.setattr(plots, "before_after", fail)
-    with pytest.raises(MemoryError):
+    with pytest.raises(SystemExit) as end:
         flowscale(capsys, PROMPT, "--nfe", "20", "--steps", "4", "--out", str(tmp_path / "out.png"))
-    assert json.loads((tmp_path / "out.json").read_text())["found"]["nfe"] > 0
+    assert end.value.code == 1 and json.loads((tmp_path / "out.json").read_text())["found"]["nfe"] > 0
+    assert "could not be written: MemoryError" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_pictures_are_drawn_whatever_they_come_from():
@@ -233,6 +236,13 @@ def test_every_method_runs_with_what_suits_the_model(capsys, tmp_path, method, m
     expected = {"rbf": "vp" if model == "schnell" else "ddim", "best-of-n": "ode"}
     assert account["kernel"] == expected.get(method, account["kernel"])
     assert account["found"]["nfe"] + account["found"]["left"] == 64 and account["found"]["nfe"] > 50
+
+
+def test_the_command_knows_every_method():
+    """Also what a contributor adds, as the guide says."""
+    public = [kind for room in (methods, beyond) for kind in vars(room).values() if isinstance(kind, type)]
+    assert set(cli.METHODS.values()) == {kind for kind in public if hasattr(kind, "advance")}
+    assert set(cli.ON_THE_ODE) | set(cli.DRAFTED) <= set(cli.METHODS)
 
 
 def test_more_steps_want_fewer_states():

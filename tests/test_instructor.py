@@ -2,11 +2,10 @@
 
 import re
 
-import pytest
 from test_notebooks import SOURCES, every_notebook
 
 from tools.course import build as notebooks
-from tools.course import measure, nbgrader, rules
+from tools.course import measure, nbgrader
 
 FOLDER = notebooks.ROOT / "notebooks" / "instructor"
 PARTS = ["Objectives", "50 minutes", "90 minutes", "What students get wrong", "Questions, with answers", "Grading"]
@@ -35,9 +34,7 @@ def known(quoted, source):
 
 
 def page(source):
-    """The notes of a notebook, section by section. They are written for its second edition."""
-    if not rules.second_edition(notebooks.read(source).cells):
-        pytest.skip("the notes are those of the second edition")
+    """The notes of a notebook."""
     return (FOLDER / f"{source.stem}.md").read_text(encoding="utf-8")
 
 
@@ -79,13 +76,11 @@ def test_readme_tells_minutes_and_points():
     }
     assert list(rows) == [source.stem for source in SOURCES]
     for source in SOURCES:
-        if rules.second_edition(notebooks.read(source).cells):
-            now = measure.measure(source)
-            for name, said in zip(("core", "exercises", "deeper"), rows[source.stem], strict=False):
-                assert abs(said - now[name]) <= 10, (
-                    f"{source.stem}, {name}: {now[name]} minutes are measured, not {said}"
-                )
-            assert rows[source.stem][-1] == sum(nbgrader.points(source)), source.stem
+        *minutes, points = rows[source.stem]
+        now = measure.measure(source)
+        for name, said in zip(("core", "exercises", "deeper"), minutes, strict=True):
+            assert abs(said - now[name]) <= 10, f"{source.stem}, {name}: {now[name]} minutes are measured, not {said}"
+        assert points == sum(nbgrader.points(source)), source.stem
 
 
 def test_plans_of_courses_add_up_and_name_what_is_there():

@@ -65,7 +65,7 @@ def wheel(tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 def test_wheel_holds_package_and_data_and_nothing_else(wheel):
-    package = {path.relative_to(ROOT).as_posix(): path for path in tracked("flowscale_lite")}
+    package = {path.relative_to(ROOT).as_posix(): path for path in tracked("flowscale_lite", "flowscale.py")}
     data = {path.relative_to(ROOT).as_posix(): path for name in DATA for path in tracked(f"data/{name}")}
     wanted = package | {f"flowscale_lite/{name}": path for name, path in data.items()}
     about = f"flowscale_lite-{PROJECT['version']}.dist-info"
