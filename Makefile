@@ -17,10 +17,10 @@ export HF_HUB_OFFLINE ?= 1
 unexport PYTHONPATH
 
 .DEFAULT_GOAL := help
-.PHONY: help tutorial test mutants gpu-check lab notebooks api release clean
+.PHONY: help tutorial test mutants gpu-check lab notebooks nbgrader nbgrader-check colab-check api release clean
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 18
 
 tutorial: $(VENV)/.notebooks  ## run every notebook headless (ONLY, FORCE=1); one table, results in build/tutorial/
 	@$(PY) -m tools.course.tutorial --jobs $(JOBS) $(if $(FORCE),--force) $(ONLY)
@@ -49,6 +49,15 @@ lab: $(VENV)/.notebooks  ## open JupyterLab on the repository, at notebook 00
 
 notebooks: $(VENV)/.notebooks  ## rebuild notebooks whose source changed (ONLY="03 05", FORCE=1)
 	@$(PY) -m tools.course.build $(if $(FORCE),--force) $(ONLY)
+
+nbgrader: $(VENV)/.notebooks  ## write the notebooks as nbgrader assignments into build/nbgrader/source/ (ONLY)
+	@$(PY) -m tools.course.nbgrader $(ONLY)
+
+nbgrader-check: $(VENV)/.notebooks build/nbgrader-venv/.done  ## nbgrader grades a right and a wrong submission of each (ONLY)
+	@$(PY) -m tools.course.nbgrader --check build/nbgrader-venv/bin/nbgrader $(ONLY)
+
+colab-check: $(VENV)/.dev  ## run each notebook twice as on Colab: empty folder, its versions, the built wheel (ONLY)
+	@$(PY) -m tools.course.colab $(ONLY)
 
 release: $(VENV)/.dev  ## check notebooks, build wheel and sdist into dist/, print the tag's notes; publishes nothing
 	@$(PY) -m tools.course.build --check
@@ -80,3 +89,10 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(PY)
 	@$(PIP) install -c constraints.txt -e ".[notebooks,dev]"
 	@$(PIP) install -c constraints.txt --no-deps --upgrade --target $(VENV)/torchao torchao
 	@touch $@ $(VENV)/.notebooks
+
+# nbgrader brings a database and a server of its own, so it stands apart; it runs submissions with the kernel of $(VENV).
+build/nbgrader-venv/.done: constraints.txt | $(PY)
+	@echo "Installing nbgrader (minutes, once)"
+	@$(PYTHON) -m venv build/nbgrader-venv
+	@build/nbgrader-venv/bin/pip --disable-pip-version-check -qq install -c constraints.txt nbgrader
+	@touch $@

@@ -5,6 +5,7 @@ rest write a small sample to a temporary folder and break it one rule at a time:
 checks nothing.
 """
 
+import argparse
 import asyncio
 import base64
 import html
@@ -20,6 +21,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from PIL import Image
+from test_repository import tracked
 
 from tools.course import build as notebooks
 from tools.course import measure, rehearsal, rules, tutorial
@@ -462,12 +464,66 @@ def test_progress_bars_and_live_widgets_are_not_kept():
     assert notebooks.lasting(output(**{"text/plain": "50% of all"}))
 
 
-def test_setup_cell_leaves_the_big_libraries_alone():
-    code = notebooks.SETUP.format(**notebooks.project())
-    installs = [line for line in code.splitlines() if "pip install" in line and line.strip().startswith("%")]
-    assert len(installs) == 1 and "--no-deps" in installs[0]
-    assert not re.search("torch|diffusers|transformers", code)
-    assert f"--branch v{notebooks.project()['version']}" in code
+SETUP = notebooks.SETUP.format(**notebooks.project())
+
+
+@pytest.fixture
+def pip(monkeypatch):
+    """Run the set-up cell where the package is missing, on Colab or not; returns what it ran."""
+
+    def run(colab=True, code=0):
+        ran, done = [], argparse.Namespace(returncode=code)
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+        monkeypatch.setattr(subprocess, "run", lambda args, **_: ran.append(args) or done)
+        monkeypatch.setitem(sys.modules, "google.colab" if colab else "elsewhere", sys)
+        exec(SETUP, {})
+        return ran
+
+    return run
+
+
+def test_setup_cell_installs_our_wheel_and_nothing_else(pip, capsys):
+    ((python, *arguments),) = pip()
+    assert python == sys.executable
+    about = notebooks.project()
+    wheel = f"/releases/download/v{about['version']}/flowscale_lite-{about['version']}-py3-none-any.whl"
+    assert arguments == ["-m", "pip", "install", "--quiet", "--no-deps", about["repository"] + wheel]
+    assert not re.search(r"torch|diffusers|transformers|clone -|chdir|%cd", SETUP)
+    assert capsys.readouterr().out.count("\n") == 1
+
+
+def test_setup_cell_says_in_one_line_what_to_do(pip):
+    with pytest.raises(ModuleNotFoundError, match=r"^flowscale_lite is missing: run `make lab` in .*\.whl$"):
+        pip(colab=False)
+    with pytest.raises(ConnectionError, match=r"^could not install https://\S+\.whl: open it in a browser, .*again$"):
+        pip(code=1)
+
+
+def test_setup_cell_does_nothing_where_the_package_is(monkeypatch, capsys):
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("it ran something"))
+    exec(SETUP, {})
+    assert capsys.readouterr().out == ""
+
+
+def test_one_setting_holds_the_address():
+    """All that is built takes it from pyproject.toml; two pages are written by hand and must agree."""
+    address, root = notebooks.project()["repository"], notebooks.ROOT
+    assert re.findall(r"git clone (\S+)", (root / "README.md").read_text(encoding="utf-8")) == [address]
+    assert f"\nrepository-code: {address}\n" in (root / "CITATION.cff").read_text(encoding="utf-8")
+    assert [path for path in tracked("*.py", "Makefile") if address in path.read_text(encoding="utf-8")] == []
+
+
+def test_notebooks_are_not_executed_again_where_only_text_changed(write, monkeypatch):
+    source = write(("# %%\nlimit", "# %%\nlimit"))
+    first = notebooks.build(source)
+    source.write_text(source.read_text(encoding="utf-8").replace("two and two", "one and three"), encoding="utf-8")
+    monkeypatch.setattr(notebooks, "execute", lambda *_, **__: pytest.fail("it was executed"))
+    assert notebooks.build(source) == first and notebooks.differences(source) == []
+    with pytest.raises(pytest.fail.Exception):
+        notebooks.build(source, force=True)
+    source.write_text(source.read_text(encoding="utf-8").replace("limit = 3", "limit = 2"), encoding="utf-8")
+    with pytest.raises(pytest.fail.Exception):
+        notebooks.build(source)
 
 
 def test_tutorial_reports_and_fails(built, tmp_path, capsys):

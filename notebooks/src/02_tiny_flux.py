@@ -813,33 +813,55 @@ assert (random_pairs > 5 * own_pairs).all() and own_pairs.max() < 0.2
 # %% [markdown]
 # ## Deeper: training, in the open
 #
-# The loss is (1.6) of [notebook 01](01_flow_matching.ipynb), with the prompt as one more input. Times are drawn "logit-normal": the logistic function of a Gaussian number of mean 0.7 and scale 1.1, which leans to the noise. `Denoiser` is the trainable half of a FLUX pipeline. We start from random weights, with the last layer at zero, so that at first it says 0 whatever it sees.
+# The loss is (1.6) of [notebook 01](01_flow_matching.ipynb), with the prompt as one more input. Times are drawn "logit-normal": the logistic function of a Gaussian number of mean 0.7 and scale 1.1, which leans to the noise. Of a copy of dev we train the text encoders and the transformer, and leave the autoencoder as it is. We start from random weights, with the last layer at zero, so that at first it says 0 whatever it sees.
 
 # %%
+from copy import deepcopy
+
 from torch import nn
 
-from tools.train.tiny_flux import Denoiser, sample_times
-
-g = torch.Generator().manual_seed(0)
-model = Denoiser()
-for name, weight in model.named_parameters():
+g, young = torch.Generator().manual_seed(0), deepcopy(dev)
+model = nn.ModuleList([young.text_encoder, young.text_encoder_2, young.transformer])
+for name, weight in model.requires_grad_(True).named_parameters():
     if weight.ndim > 1:
         nn.init.xavier_uniform_(weight, generator=g)
-    elif name.endswith("bias"):
-        nn.init.zeros_(weight)
-nn.init.zeros_(model.transformer.proj_out.weight)
+    else:
+        nn.init.constant_(weight, 0.0 if name.endswith("bias") else 1.0)
+nn.init.zeros_(young.transformer.proj_out.weight)
 lessons = [shapes.random_scene(draws) for _ in range(384)]
 x0_all = pack(to_latents(shapes.to_tensor(shapes.render(lessons, draws))))
-word_ids = model.tokenize([scene.wording(draws) for scene in lessons])
+
 
 # %%
+def read(prompts):
+    """The token ids of prompts, for CLIP and for T5, each (K, 16)."""
+    rules = {"padding": "max_length", "max_length": 16, "truncation": True}
+    readers = young.tokenizer, young.tokenizer_2
+    return [reader(prompts, return_tensors="pt", **rules).input_ids for reader in readers]
+
+
+def denoise(tokens, t, clip, t5):
+    """The velocity at tokens (K, 16, 32) and times (K,), as above, with gradients."""
+    return young.transformer(
+        hidden_states=tokens,
+        timestep=t,
+        guidance=torch.ones(len(t)),
+        pooled_projections=young.text_encoder(clip).pooler_output,
+        encoder_hidden_states=young.text_encoder_2(t5)[0],
+        txt_ids=torch.zeros(16, 3),
+        img_ids=young._prepare_latent_image_ids(1, 4, 4, "cpu", torch.float32),
+    ).sample
+
+
+# %%
+clip_ids, t5_ids = read([scene.wording(draws) for scene in lessons])
 optimizer, live = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.98)), []
 for _ in range(60):
     pick = torch.randint(384, (32,), generator=g)
     x0, eps_ = x0_all[pick], torch.randn(32, 16, 32, generator=g)
-    t = sample_times(32, g)
-    words = model.encode(*(ids[pick] for ids in word_ids))
-    v = model(torch.lerp(x0, eps_, t[:, None, None]), t, words, torch.ones(32))
+    t = torch.sigmoid(1.1 * torch.randn(32, generator=g) + 0.7)
+    x = torch.lerp(x0, eps_, t[:, None, None])
+    v = denoise(x, t, clip_ids[pick], t5_ids[pick])
     loss = (v - (eps_ - x0)).square().mean()
     optimizer.zero_grad()
     loss.backward()
@@ -851,7 +873,6 @@ for _ in range(60):
 # Sixty steps of 32 pictures. What does it draw now? Beside it the stored model, which saw 7,000 steps of 128 (and then a thousand more to learn guidance).
 
 # %% alt="Upper row, five samples of the network trained for sixty steps: shapes of all colours, some blurred, many more than the prompt asks for. Lower row, the stored dev from the same noises: yellow circles and blue triangles."
-young = model.pipeline(dev.vae, dev.scheduler)
 words = encode(young, [TEXT])
 rows = {"60 steps": sample(young, noise[:5], 10, words, 1.0)[0]}
 rows["stored dev"] = sample(dev, noise[:5], 10, text)[0]
