@@ -5,8 +5,13 @@ JOBS ?= 2
 ONLY ?=
 FORCE ?=
 
+BOOK ?= $(VENV)/book
+BROWSER ?= $(VENV)/browser
+SOURCE := build/book/source
 COVERAGE := build/coverage.txt
 PY := $(VENV)/bin/python
+# What an extra of pyproject.toml names, without the package itself.
+extra = $$($(PY) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["$(1)"])')
 PIP := $(PY) -m pip --disable-pip-version-check -qq
 # Notebooks and tests run JOBS at a time, each on one thread: fastest on two cores, and repeatable.
 export OMP_NUM_THREADS ?= 1
@@ -17,7 +22,8 @@ export HF_HUB_OFFLINE ?= 1
 unexport PYTHONPATH
 
 .DEFAULT_GOAL := help
-.PHONY: help tutorial test mutants gpu-check lab notebooks nbgrader nbgrader-check colab-check api release clean
+.PHONY: help tutorial test mutants gpu-check lab notebooks nbgrader nbgrader-check colab-check book slides browser-test api \
+	release clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -30,7 +36,7 @@ test: $(VENV)/.dev  ## all that must hold: ruff, mypy, built notebooks, pytest (
 	@$(PY) -m mypy --no-error-summary
 	@$(PY) -m tools.course.build --check
 	@mkdir -p build
-	@$(PY) -m slipcover --source flowscale_lite --out $(COVERAGE) -m pytest -q -n $(JOBS) --dist worksteal -m "not apart"
+	@$(PY) -m slipcover --source flowscale_lite --out $(COVERAGE) -m pytest -q -n $(JOBS) --dist worksteal -m "not apart" --ignore tests/browser
 	@awk '/summary/ {print "pytest ran " $$NF " % of the lines of flowscale_lite; by file: $(COVERAGE)"}' $(COVERAGE)
 	@PYTHONPATH=$(VENV)/torchao $(PY) -m pytest -q -n $(JOBS) -m apart tests/test_memory.py tests/test_gpu_check.py
 	@$(PY) -m tools.course.rehearsal --jobs $(JOBS)
@@ -58,6 +64,19 @@ nbgrader-check: $(VENV)/.notebooks build/nbgrader-venv/.done  ## nbgrader grades
 
 colab-check: $(VENV)/.dev  ## run each notebook twice as on Colab: empty folder, its versions, the built wheel (ONLY)
 	@$(PY) -m tools.course.colab $(ONLY)
+
+book: $(VENV)/.dev $(BOOK)/.stamp  ## build the book from the notebooks into build/book/: search, API, cheat sheet; no network to read it
+	@$(PY) -m tools.course.book $(SOURCE)
+	@mkdir -p $(SOURCE)/vendor/mathjax && cp $(BOOK)/node_modules/mathjax/es5/tex-svg-full.js $(SOURCE)/vendor/mathjax/
+	@$(BOOK)/bin/python tools/course/sheet.py book/cheat_sheet.md $(SOURCE)/book/cheat_sheet.pdf
+	@$(BOOK)/bin/jupyter-book build -q -W --keep-going --path-output build/book $(SOURCE)
+	@echo "The book: build/book/_build/html/index.html"
+
+slides: $(VENV)/.notebooks $(BOOK)/.stamp  ## build slides of every notebook's core into build/slides/ (ONLY="03 05")
+	@$(PY) -m tools.course.slides --js $(BOOK)/node_modules $(ONLY)
+
+browser-test: book slides $(BROWSER)/.stamp  ## open book, slides and JupyterLab in Chromium; skipped where there is none
+	@PYTHONPATH=$(BROWSER) $(PY) -m pytest -q -rs tests/browser
 
 release: $(VENV)/.dev  ## check notebooks, build wheel and sdist into dist/, print the tag's notes; publishes nothing
 	@$(PY) -m tools.course.build --check
@@ -95,4 +114,17 @@ build/nbgrader-venv/.done: constraints.txt | $(PY)
 	@echo "Installing nbgrader (minutes, once)"
 	@$(PYTHON) -m venv build/nbgrader-venv
 	@build/nbgrader-venv/bin/pip --disable-pip-version-check -qq install -c constraints.txt nbgrader
+	@touch $@
+
+# The book's tools stand apart: they want other versions of what the notebooks use. Node comes with them, for npm.
+$(BOOK)/.stamp: pyproject.toml constraints.txt book/package-lock.json | $(PY)
+	@echo "Installing what the book and the slides need (minutes, once)"
+	@$(PYTHON) -m venv $(BOOK)
+	@$(BOOK)/bin/python -m pip --disable-pip-version-check -qq install -c constraints.txt $(call extra,book)
+	@cp book/package.json book/package-lock.json $(BOOK)/
+	@$(BOOK)/bin/npm ci --prefix $(BOOK) --no-audit --no-fund --loglevel=error
+	@touch $@
+
+$(BROWSER)/.stamp: pyproject.toml constraints.txt | $(PY)
+	@$(PIP) install -c constraints.txt --upgrade --target $(BROWSER) $(call extra,browser)
 	@touch $@

@@ -48,6 +48,9 @@ def tasks() -> list[experiments.Task]:
 
 def table(rows: list[experiments.Row]) -> str:
     """Markdown: a line for every track, budget and method; intervals are 95 %, clustered by prompt."""
+    tracks = [*bench.TRACKS]
+    names = {name: i for track in bench.TRACKS.values() for i, name in enumerate(track.entries)}
+    rows = sorted(rows, key=lambda r: (tracks.index(r["track"]), r["budget"], names[r["method"]]))
     titles = {"exact": "exact", "held_out": "held-out exact", "nfe": "NFE spent"}
     titles |= {"reward_calls": "reward calls", "seconds": "CPU s"}
     lines = experiments.table(rows, ["track", "budget", "method"], list(titles))
@@ -80,9 +83,6 @@ def main() -> None:
     rows = experiments.read(PATH)
     if not args.print:
         rows = experiments.sweep(tasks(), bench.run, PATH, workers=args.workers, title="runs")
-    tracks = [*bench.TRACKS]
-    names = {name: i for track in bench.TRACKS.values() for i, name in enumerate(track.entries)}
-    rows.sort(key=lambda r: (tracks.index(r["track"]), r["budget"], names[r["method"]]))
     insert(Path("BENCH.md"), "bench", table(rows))
     insert(Path("README.md"), "headline", headline(rows))
     print(table(rows))
