@@ -22,10 +22,11 @@ export HF_HUB_OFFLINE ?= 1
 unexport PYTHONPATH
 
 .DEFAULT_GOAL := help
-.PHONY: help tutorial test mutants lab notebooks book slides browser-test api release clean
+.PHONY: help tutorial test mutants gpu-check lab notebooks nbgrader nbgrader-check colab-check book slides browser-test api \
+	release clean
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 18
 
 tutorial: $(VENV)/.notebooks  ## run every notebook headless (ONLY, FORCE=1); one table, results in build/tutorial/
 	@$(PY) -m tools.course.tutorial --jobs $(JOBS) $(if $(FORCE),--force) $(ONLY)
@@ -37,11 +38,14 @@ test: $(VENV)/.dev  ## all that must hold: ruff, mypy, built notebooks, pytest (
 	@mkdir -p build
 	@$(PY) -m slipcover --source flowscale_lite --out $(COVERAGE) -m pytest -q -n $(JOBS) --dist worksteal -m "not apart" --ignore tests/browser
 	@awk '/summary/ {print "pytest ran " $$NF " % of the lines of flowscale_lite; by file: $(COVERAGE)"}' $(COVERAGE)
-	@PYTHONPATH=$(VENV)/torchao $(PY) -m pytest -q -n $(JOBS) -m apart tests/test_memory.py
+	@PYTHONPATH=$(VENV)/torchao $(PY) -m pytest -q -n $(JOBS) -m apart tests/test_memory.py tests/test_gpu_check.py
 	@$(PY) -m tools.course.rehearsal --jobs $(JOBS)
 
 mutants: $(VENV)/.dev  ## plant mistakes in a copy; which test catches which (ONLY="SMC" picks some)
 	@$(PY) -m tools.mutants --jobs $(JOBS) $(if $(ONLY),--only "$(ONLY)")
+
+gpu-check: $(VENV)/.notebooks  ## what this code does on this machine's GPU, without a download; record in data/results/gpu/
+	@$(PY) -m tools.runs.gpu_check
 
 # Whoever is root here, in a container, means it.
 lab: $(VENV)/.notebooks  ## open JupyterLab on the repository, at notebook 00
@@ -51,6 +55,15 @@ lab: $(VENV)/.notebooks  ## open JupyterLab on the repository, at notebook 00
 
 notebooks: $(VENV)/.notebooks  ## rebuild notebooks whose source changed (ONLY="03 05", FORCE=1)
 	@$(PY) -m tools.course.build $(if $(FORCE),--force) $(ONLY)
+
+nbgrader: $(VENV)/.notebooks  ## write the notebooks as nbgrader assignments into build/nbgrader/source/ (ONLY)
+	@$(PY) -m tools.course.nbgrader $(ONLY)
+
+nbgrader-check: $(VENV)/.notebooks build/nbgrader-venv/.done  ## nbgrader grades a right and a wrong submission of each (ONLY)
+	@$(PY) -m tools.course.nbgrader --check build/nbgrader-venv/bin/nbgrader $(ONLY)
+
+colab-check: $(VENV)/.dev  ## run each notebook twice as on Colab: empty folder, its versions, the built wheel (ONLY)
+	@$(PY) -m tools.course.colab $(ONLY)
 
 book: $(VENV)/.dev $(BOOK)/.stamp  ## build the book from the notebooks into build/book/: search, API, cheat sheet; no network to read it
 	@$(PY) -m tools.course.book $(SOURCE)
@@ -95,6 +108,13 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(PY)
 	@$(PIP) install -c constraints.txt -e ".[notebooks,dev]"
 	@$(PIP) install -c constraints.txt --no-deps --upgrade --target $(VENV)/torchao torchao
 	@touch $@ $(VENV)/.notebooks
+
+# nbgrader brings a database and a server of its own, so it stands apart; it runs submissions with the kernel of $(VENV).
+build/nbgrader-venv/.done: constraints.txt | $(PY)
+	@echo "Installing nbgrader (minutes, once)"
+	@$(PYTHON) -m venv build/nbgrader-venv
+	@build/nbgrader-venv/bin/pip --disable-pip-version-check -qq install -c constraints.txt nbgrader
+	@touch $@
 
 # The book's tools stand apart: they want other versions of what the notebooks use. Node comes with them, for npm.
 $(BOOK)/.stamp: pyproject.toml constraints.txt book/package-lock.json | $(PY)

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+import importlib
+import io
 import json
 import math
+import os
 import runpy
 import sys
 import time
+import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import Generator, Tensor
+
 from . import __version__, kernels, look_ahead, schedules
 from .beyond import Cascade, Draft, Refine
 from .methods import RBF, SMC, SVDD, Beam, BestOfN, Blockwise, SearchOverPaths, ZeroOrder
-from .search import Method, Problem, Result, search, steps
+from .search import Method, Problem, Result, Search, search, steps
 from .tiny import shapes
 from .tiny.data import locate
 
@@ -62,6 +69,7 @@ class Job:
     name: str
     method: Method
     scene: shapes.Scene | None
+    held_out: Reward | None
 
 
 def parser() -> argparse.ArgumentParser:
@@ -81,6 +89,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--draft", metavar="MODEL", help=sibling)
     judge = f"{', '.join(JUDGES)}, or path/to/file.py:function of pictures (K, 3, H, W) -> (K,) (default: a counter)"
     p.add_argument("--reward", help=judge)
+    p.add_argument(
+        "--held-out", help="a second judge, named like --reward, that sees the two pictures of the table only"
+    )
+    p.add_argument("--width", type=int, help="of the picture in pixels (default: what the model was made for)")
+    p.add_argument("--height", type=int)
+    gib = "plan for so many GiB of the device's memory: precision, offloading, rows at a time (default: no plan)"
+    p.add_argument("--memory", type=float, metavar="GIB", help=gib)
     p.add_argument("--device", default="cpu")
     p.add_argument("--out", type=Path, default=Path("out.png"), help="picture; the account goes beside it as .json")
     p.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
@@ -88,37 +103,73 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command, `flowscale bench` or `flowscale replay`. Bad input ends in one line on standard error and exit
-    status 2, before anything is computed."""
+    """Run the command, `flowscale bench`, `flowscale replay` or `flowscale resume`.
+
+    A bad end is told in one line on standard error. Exit status 2: bad input, before anything is computed. 1: the
+    search failed, or a replay differs. 130: interrupted. A search that stopped leaves its best so far with its account,
+    and goes on by `flowscale resume`.
+    """
     argv = sys.argv[1:] if argv is None else list(argv)
     if argv[:1] == ["bench"]:
         from .experiments import bench
 
         return bench.main(argv[1:])
-    told_before = None
     try:
+        if argv[:1] == ["replay"] and ".jsonl:" in "".join(argv[1:2]):
+            return replay_row(*argv[1:])
+        told_before, state = None, None
         if argv[:1] == ["replay"]:
             told_before = read_account(argv[1:])
             argv = told_before["command"]
+        elif argv[:1] == ["resume"]:
+            state, argv = read_search(argv[1:])
+        job = prepared(parser().parse_args(argv), told_before)
     except (ValueError, OSError) as error:
-        print(f"flowscale replay: {error}", file=sys.stderr)
+        say(line_of(error))
         sys.exit(2)
-    args = parser().parse_args(argv)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("default", UserWarning)
-            warnings.showwarning = lambda message, *_: print(f"flowscale: {message}", file=sys.stderr)
-            job = prepare(args)
-    except (ValueError, OSError) as error:
-        print(f"flowscale: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    account = run(job)
+        account = run(job, state)
+    finally:
+        clear(job.args.out)
     print(table(account))
-    print(f"picture: {args.out}   account: {args.out.with_suffix('.json')}")
+    print(f"picture: {job.args.out}   account: {job.args.out.with_suffix('.json')}")
     if told_before is not None:
-        different = [key for key in ("plain", "found", "trace") if known(account[key]) != known(told_before[key])]
-        print(f"replayed; differs in: {', '.join(different)}" if different else "replayed: the same numbers")
-        sys.exit(1 if different else 0)
+        sys.exit(compared(account, told_before, job.args.out))
+    if "stopped" in account:
+        sys.exit(ended(account, job.args))
+
+
+def prepared(args: argparse.Namespace, told_before: dict[str, Any] | None) -> Job:
+    """What `prepare` makes, with its warnings a line each, and room for the results.
+
+    To replay an account of a search that stopped, it will stop there again. Raises what `prepare` and `reserve` do.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("default", UserWarning)
+        warnings.showwarning = lambda message, *_: say(str(message))
+        job = prepare(args)
+    reserve(args.out)
+    if told_before is None or "stopped" not in told_before:
+        return job
+    reward = until(job.problem.reward, told_before["found"]["reward_calls"])
+    return replace(job, problem=replace(job.problem, reward=reward))
+
+
+def ended(account: dict[str, Any], args: argparse.Namespace) -> int:
+    """The exit status of a search that stopped, with one line on what remains."""
+    saved, spent = saved_at(args.out), account["found"]["nfe"]
+    more = f"; go on by: flowscale resume {saved}" if saved.exists() else ""
+    say(f"stopped after {spent} of {args.nfe} NFE, the best so far is saved ({account['stopped']}){more}")
+    return 130 if account["stopped"] == INTERRUPTED else 1
+
+
+def compared(account: dict[str, Any], told_before: dict[str, Any], out: Path) -> int:
+    """The exit status of a replay, with one line on what differs."""
+    saved_at(out).unlink(missing_ok=True)
+    different = [key for key in ("plain", "found", "trace") if known(account, key) != known(told_before, key)]
+    same = "replayed: the same picture and numbers"
+    print(f"replayed; differs in: {', '.join(different)}" if different else same)
+    return 1 if different else 0
 
 
 def read_account(argv: Sequence[str]) -> dict[str, Any]:
@@ -133,9 +184,141 @@ def read_account(argv: Sequence[str]) -> dict[str, Any]:
     return account
 
 
-def known(part: Any) -> Any:
-    """A part of an account without its seconds."""
-    return {key: value for key, value in part.items() if key != "seconds"} if isinstance(part, dict) else part
+def known(account: dict[str, Any], key: str) -> Any:
+    """A part of an account without its seconds; of a search that stopped without its NFE too.
+
+    It is replayed up to the reward call it had come to. It may have been stopped between two evaluations.
+    """
+    part = account[key]
+    chance = ("seconds", "nfe", "left") if "stopped" in account else ("seconds",)
+    return {name: value for name, value in part.items() if name not in chance} if isinstance(part, dict) else part
+
+
+def until(reward: Reward, judged: int) -> Reward:
+    """The reward, which interrupts when the search has judged so many rows: where a search stopped is found again."""
+    rows = -1  # the plain sample is judged first, and alone
+
+    def limited(x: Tensor) -> Tensor:
+        nonlocal rows
+        if rows >= judged:
+            raise KeyboardInterrupt
+        rows += len(x)
+        return reward(x)
+
+    return limited
+
+
+def replay_row(place: str, runner: str = "flowscale_lite.experiments.bench:replayed", *more: str) -> None:
+    """`flowscale replay rows.jsonl:17`: run the task of the row in that line again. Rows that the bench did not write
+    need the function that made them, `flowscale replay rows.jsonl:17 module:function`."""
+    path, _, number = place.rpartition(":")
+    module, _, function = runner.partition(":")
+    if more or not number.isdigit() or not function:
+        raise ValueError("expected the line of a sweep's row: flowscale replay rows.jsonl:17 [module:function]")
+    from .experiments.sweep import replay
+
+    try:
+        found, different = replay(path, int(number), getattr(importlib.import_module(module), function))
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"no function {runner}: {error}") from error
+    print(json.dumps(found))
+    print(f"replayed; differs in: {', '.join(different)}" if different else "replayed: the same numbers")
+    sys.exit(1 if different else 0)
+
+
+# ------------------------------------------------------------------------------------------- what outlives a failure
+INTERRUPTED = "interrupted"
+
+
+def say(text: str) -> None:
+    """One line on standard error, at once."""
+    print(f"flowscale: {text}", file=sys.stderr, flush=True)
+
+
+def line_of(error: BaseException) -> str:
+    """An error in one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def parts(out: Path) -> tuple[Path, Path]:
+    """Where account and picture are written before they get their names."""
+    return out.with_suffix(".json.part"), out.with_suffix(".png.part")
+
+
+def reserve(out: Path, size: int = 2**20) -> None:
+    """Room for account and picture, a mebibyte each: should the disk become full, they can be written.
+
+    Raises OSError: it is full already, or may not be written to.
+    """
+    try:
+        for part in parts(out):
+            part.write_bytes(os.urandom(size))
+    except OSError:
+        clear(out)
+        raise
+
+
+def clear(out: Path) -> None:
+    """Give the reserved room back."""
+    for part in parts(out):
+        part.unlink(missing_ok=True)
+
+
+def fill(part: Path, data: bytes) -> None:
+    """Write a file, whole or not at all, in the room that was reserved."""
+    with part.open("r+b") as file:
+        file.write(data)
+        file.truncate()
+    part.replace(part.with_suffix(""))
+
+
+def saved_at(out: Path) -> Path:
+    """Where a search under way is saved."""
+    return out.with_suffix(".search")
+
+
+def save_search(found: Search, args: argparse.Namespace) -> bool:
+    """Save the search as it is, with its command, as safetensors. Says so if that fails, and whether it did not."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    path = saved_at(args.out)
+    part = path.with_name(path.name + ".part")
+    state = {name: tensor.cpu().clone().contiguous() for name, tensor in found.state().items()}
+    try:
+        save_file(state, part, {"command": json.dumps(command(args))})
+        part.replace(path)
+    except (OSError, SafetensorError) as error:
+        part.unlink(missing_ok=True)
+        say(f"the search goes on, but can no longer be saved: {line_of(error)}")
+        return False
+    return True
+
+
+def read_search(argv: Sequence[str]) -> tuple[dict[str, Tensor], list[str]]:
+    """The state of a saved search, and its command. Raises ValueError or OSError: there is none."""
+    from safetensors import SafetensorError, safe_open
+
+    if len(argv) != 1:
+        raise ValueError("expected a saved search: flowscale resume out.search")
+    path = Path(argv[0])
+    if not path.is_file():
+        raise FileNotFoundError(f"no saved search at {path}")
+    try:
+        with safe_open(path, "pt") as file:
+            words = json.loads((file.metadata() or {})["command"])
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dict
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(f"{path} is no search that flowscale saved: {line_of(error)}") from error
+    return state, [*words, "--out", str(path.with_suffix(".png"))]
+
+
+def failure(error: BaseException) -> str:
+    """What stopped a search, and where, in one line."""
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {line_of(error)}, {Path(last.filename).name} line {last.lineno}"
 
 
 def prepare(args: argparse.Namespace) -> Job:
@@ -147,48 +330,68 @@ def prepare(args: argparse.Namespace) -> Job:
     scene = None if args.reward else shapes.parse(args.prompt)
     check_numbers(args)
     check_output(args.out)
-    reward = named_reward(args) if scene is None else shapes.CountReward(scene)
+    reward = named_reward(args.reward, args) if scene is None else shapes.CountReward(scene)
+    held_out = named_reward(args.held_out, args) if args.held_out else None
+    say(f"loading {args.model or 'tiny-flux/schnell'}")
     from . import flux  # diffusers takes seconds to import: only once the words are right
 
-    pipe = flux.load(args.model or locate("tiny-flux/schnell"), args.device)
-    model = flux.FlowModel.encode(pipe, args.prompt, guidance=args.guidance)
+    pipes, rows = load(args)
+    sides = {"height": args.height, "width": args.width, "guidance": args.guidance, **rows}
+    model, *drafting = (flux.FlowModel.encode(pipe, args.prompt, **sides) for pipe in pipes)
     name = args.method or ("draft" if args.draft else "beam" if model.multi_step else "rbf")
     method, kernel = suited_method(args, name, model), suited_kernel(args, name, model)
     times = suited_times(args, name, kernel, model)
     problem = model.problem(reward, KERNELS[kernel](), times=times)
-    if args.draft:
-        sibling = flux.FlowModel.encode(flux.load(args.draft, args.device), args.prompt, guidance=args.guidance)
+    for sibling in drafting:
         if sibling.shape != model.shape:
             raise ValueError(f"--draft {args.draft} has latents of {sibling.shape}, the model of {model.shape}")
         problem = replace(problem, look_ahead=look_ahead.sibling(sibling))
     method.check(problem, args.nfe)
     if name == "refine" and model.multi_step:
-        print("flowscale: refine is made for few-step models; on this one beam finds more", file=sys.stderr)
-    return Job(args, model, problem, kernel, name, method, scene)
+        say("refine is made for few-step models; on this one beam finds more")
+    return Job(args, model, problem, kernel, name, method, scene, held_out)
 
 
-def named_reward(args: argparse.Namespace) -> Reward:
+def load(args: argparse.Namespace) -> tuple[list[Any], dict[str, int]]:
+    """The model's pipeline, and the draft's if there is one; with --memory by a plan, which is printed first."""
+    from . import flux
+    from .flux import memory
+
+    path = args.model or locate("tiny-flux/schnell")
+    if args.memory is None:
+        return [flux.load(each, args.device) for each in (path, args.draft) if each], {}
+    sides = {side: value for side in ("height", "width") if (value := getattr(args, side))}
+    dtype = memory.best_dtype(args.device)
+    plan = memory.plan(path, args.memory, dtype=dtype, guidance=args.guidance, draft=args.draft, **sides)
+    print(plan)
+    pipes = memory.load_planned(
+        path, plan, args.device, draft=args.draft, prompts=[args.prompt], guidance=args.guidance
+    )
+    return list(pipes) if args.draft else [pipes], {"chunk": plan.chunk}
+
+
+def named_reward(name: str, args: argparse.Namespace) -> Reward:
     """The reward asked for: a judge by its name, or a function of pictures (K, 3, H, W) -> (K,) by its file.
 
     Raises ValueError if there is no such file or function, or the file cannot be run; what loading a judge raises.
     """
-    if args.reward in JUDGES:
+    if name in JUDGES:
         from . import judges
 
-        if args.reward == "vqascore":
+        if name == "vqascore":
             return judges.vqa_score(judges.VisionLanguage.load(device=args.device), args.prompt)
-        clip = judges.Clip.load("pickscore" if args.reward == "pickscore" else "clip-l", device=args.device)
-        return (judges.pick_score if args.reward == "pickscore" else judges.clip_score)(clip, args.prompt)
-    path, _, name = args.reward.rpartition(":")
+        clip = judges.Clip.load("pickscore" if name == "pickscore" else "clip-l", device=args.device)
+        return (judges.pick_score if name == "pickscore" else judges.clip_score)(clip, args.prompt)
+    path, _, function = name.rpartition(":")
     if not Path(path).is_file():
         choices = f"one of {', '.join(JUDGES)}, or path/to/file.py:function with an existing file"
-        raise ValueError(f"--reward must be {choices}; got {args.reward!r}")
+        raise ValueError(f"--reward must be {choices}; got {name!r}")
     try:
-        found = runpy.run_path(path).get(name)
+        found = runpy.run_path(path).get(function)
     except Exception as error:
         raise ValueError(f"--reward {path} cannot be run: {error!r}") from error
     if not callable(found):
-        raise ValueError(f"--reward: {path} has no function {name!r}")
+        raise ValueError(f"--reward: {path} has no function {function!r}")
     return found
 
 
@@ -196,6 +399,8 @@ def check_numbers(args: argparse.Namespace) -> None:
     """Raises ValueError if a number is out of range, or if options exclude one another."""
     if args.nfe < 1 or args.steps < 1:
         raise ValueError(f"--nfe and --steps must be at least 1; got {args.nfe} and {args.steps}")
+    if any(side is not None and side < 1 for side in (args.width, args.height)):
+        raise ValueError(f"--width and --height must be at least 1; got {args.width} and {args.height}")
     if not -(2**63) <= args.seed < 2**64:
         raise ValueError(f"--seed must be an integer of 64 bits; got {args.seed}")
     if args.method in ("refine", *DRAFTED) and args.kernel:
@@ -246,35 +451,94 @@ def suited_times(args: argparse.Namespace, name: str, kernel: str, model: FlowMo
     return model.times(args.steps)
 
 
-def run(job: Job) -> dict[str, Any]:
-    """Draw the plain picture and search for a better one; writes picture and account, returns the account."""
-    import matplotlib.pyplot as plt
-    from torch import Generator
+def run(job: Job, state: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
+    """Draw the plain picture and search for a better one; writes picture and account, returns the account.
+
+    A search that stops on the way is told of as far as it came, with the reason as `stopped`. `state` is that of a
+    saved search to go on with.
+    """
+    args = job.args
+    say("drawing a plain sample")
+    try:
+        problem = replace(job.problem, times=job.model.times(args.steps))
+        plain = plain_sample(problem, Generator().manual_seed(args.seed))
+    except (KeyboardInterrupt, Exception) as error:
+        say(f"stopped before the search: {failure(error)}")
+        sys.exit(130 if isinstance(error, KeyboardInterrupt) else 1)
+    found = steps(job.problem, job.method, max_nfe=args.nfe, generator=Generator().manual_seed(args.seed))
+    if state is not None:
+        found.restore(state)
+    start, stopped = time.perf_counter(), watched(found, job)
+    seconds = time.perf_counter() - start
+    result = plain if found.run.seen is None else found.so_far()  # nothing was judged: the plain sample is the best
+    before, after = (job.model.decode(each.best[None]) for each in (plain, result))
+    account = (
+        told(job)
+        | stopped
+        | judged(job, before, after)
+        | {
+            "plain": summary(plain, before, job.scene),
+            "found": summary(result, after, job.scene) | spent(found) | {"seconds": round(seconds, 2)},
+            "trace": [step._asdict() for step in found.trace],
+        }
+    )
+    account = finite(account)
+    write(account, before[0], after[0], result, args)
+    return account
+
+
+def judged(job: Job, *pictures: Tensor) -> dict[str, list[float]]:
+    """The held-out judge's scores of single pictures (1, 3, H, W), if there is such a judge and it does not fail."""
+    if job.held_out is None:
+        return {}
+    try:
+        return {"held_out": [round(float(job.held_out(picture)[0]), 4) for picture in pictures]}
+    except Exception as error:  # the search's budget is spent, so its account is written in any case
+        say(f"the held-out judge failed: {failure(error)}")
+        return {}
+
+
+def watched(found: Search, job: Job) -> dict[str, str]:
+    """Step the search to its end, saved before every step, under a bar or, without a terminal, a line now and then.
+
+    What stops it is returned as `stopped`; after the end the saved search is removed.
+    """
     from tqdm import tqdm
+
+    args, said = job.args, time.monotonic()
+    say(f"searching: {job.name}, {args.nfe} NFE")
+    saving = save_search(found, args)
+    try:
+        with tqdm(total=args.nfe, unit="NFE", disable=None, leave=False) as bar:
+            for step in found:
+                bar.update(step.nfe - bar.n)
+                saving = saving and save_search(found, args)
+                if bar.disable and time.monotonic() > said + 10:
+                    said = time.monotonic()
+                    say(f"{step.nfe} of {args.nfe} NFE")
+    except (KeyboardInterrupt, Exception) as error:
+        return {"stopped": failure(error)}
+    saved_at(args.out).unlink(missing_ok=True)
+    return {}
+
+
+def write(account: dict[str, Any], before: Tensor, after: Tensor, result: Result, args: argparse.Namespace) -> None:
+    """Account and picture. What cannot be written or drawn is said in one line, and the account is printed then."""
+    import matplotlib.pyplot as plt
 
     from . import plots
 
-    args = job.args
-    plain = plain_sample(replace(job.problem, times=job.model.times(args.steps)), Generator().manual_seed(args.seed))
-    start = time.perf_counter()
-    found = steps(job.problem, job.method, max_nfe=args.nfe, generator=Generator().manual_seed(args.seed))
-    with tqdm(total=args.nfe, unit="NFE", disable=None, leave=False) as bar:
-        for step in found:
-            bar.update(step.nfe - bar.n)
-    seconds, result = time.perf_counter() - start, found.result()
-    before, after = (job.model.decode(each.best[None]) for each in (plain, result))
-    account = told(job) | {
-        "plain": summary(plain, before, job.scene),
-        "found": summary(result, after, job.scene) | {"seconds": round(seconds, 2)},
-        "trace": [step._asdict() for step in result.trace],
-    }
-    account = finite(account)
     text = json.dumps(account, indent=1, allow_nan=False) + "\n"
-    args.out.with_suffix(".json").write_text(text)  # first: the budget is spent, whatever drawing may meet
-    figure = plots.before_after(before[0], after[0], result, title=args.prompt)
-    figure.savefig(args.out, dpi=150)
-    plt.close(figure)
-    return account
+    try:
+        fill(parts(args.out)[0], text.encode())  # first: the budget is spent, whatever drawing may meet
+        figure, png = plots.before_after(before, after, result, title=args.prompt), io.BytesIO()
+        figure.savefig(png, dpi=150)
+        plt.close(figure)
+        fill(parts(args.out)[1], png.getvalue())
+    except Exception as error:
+        print(text)
+        say(f"the account is on standard output, for picture or account could not be written: {failure(error)}")
+        sys.exit(1)
 
 
 def finite(value: Any) -> Any:
@@ -306,11 +570,15 @@ def told(job: Job) -> dict[str, Any]:
 
 def command(args: argparse.Namespace) -> list[str]:
     """The options that ask for the same search again, all but where it is written."""
-    named = {key: value for key, value in vars(args).items() if key not in ("prompt", "out") and value is not None}
+    named = {
+        key.replace("_", "-"): value
+        for key, value in vars(args).items()
+        if key not in ("prompt", "out") and value is not None
+    }
     return [args.prompt, *(word for key, value in named.items() for word in (f"--{key}", str(value)))]
 
 
-def plain_sample(problem: Problem, generator: Any) -> Result:
+def plain_sample(problem: Problem, generator: Generator) -> Result:
     """One sample of the deterministic flow, what the model draws without a search."""
     max_nfe = (1 + problem.evaluations_ahead()) * problem.cost
     return search(replace(problem, kernel=kernels.ode), BestOfN(1), max_nfe=max_nfe, generator=generator)
@@ -323,13 +591,20 @@ def summary(result: Result, picture: Any, scene: shapes.Scene | None) -> dict[st
         counts = shapes.count(picture)[0].tolist()
         objects["counts"] = {" ".join(kind): n for kind, n in zip(shapes.CLASSES, counts, strict=True) if n}
         objects["exact"] = bool(shapes.exact(scene, picture)[0])
+    pixels = (picture[0].detach().float().cpu().clamp(0, 1) * 255).round().byte().numpy().tobytes()
     return {
         "reward": round(result.reward, 4),
         **objects,
+        "picture": hashlib.sha256(pixels).hexdigest()[:16],
         "nfe": result.nfe,
         "left": result.left,
         "reward_calls": result.reward_calls,
     }
+
+
+def spent(found: Search) -> dict[str, int]:
+    """What a search has spent, whatever it has found."""
+    return {"nfe": found.run.nfe, "left": found.run.left, "reward_calls": found.run.reward_calls}
 
 
 def table(account: dict[str, Any]) -> str:
@@ -343,4 +618,7 @@ def table(account: dict[str, Any]) -> str:
         seconds = str(entry.get("seconds", ""))
         numbers = (str(entry["nfe"]), str(entry["reward_calls"]), seconds)
         lines.append((name, f"{entry['reward']:.2f}", right, *numbers, f"  {counts}"))
-    return "\n".join("{:18}{:>8}{:>7}{:>7}{:>14}{:>9}{}".format(*line).rstrip() for line in lines)
+    told = ["{:18}{:>8}{:>7}{:>7}{:>14}{:>9}{}".format(*line).rstrip() for line in lines]
+    if "held_out" in account:
+        told.append("held out: plain {:.2f}, found {:.2f}".format(*account["held_out"]))
+    return "\n".join(told)

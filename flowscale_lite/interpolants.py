@@ -161,6 +161,6 @@ def convert(velocity: Velocity, src: Interpolant, dst: Interpolant) -> Velocity:
         u = src.time_of_ratio((s / a).view(-1))  # a = 0 gives inf, which every path understands
         b, r, _, _ = src.coeffs(u, x)
         y = x * (torch.hypot(b, r) / torch.hypot(a, s))
-        return dst.velocity(*src.endpoints(y, velocity(y, u), u), t)
+        return dst.velocity(*src.endpoints(y, velocity(y.clone(), u.clone()), u), t)
 
     return converted

@@ -64,7 +64,7 @@ def sibling(velocity: Velocity, path: Interpolant = LINEAR) -> LookAhead:
 
     def estimate(_: Velocity, x: Tensor, v: Tensor, t: float) -> Tensor:
         times = x.new_full((len(x),), t)
-        v = velocity(x, times).to(x.dtype)
+        v = velocity(x.clone(), times.clone()).to(x.dtype)
         if torch.is_grad_enabled() and x.requires_grad and not v.requires_grad:
             raise ValueError("the sibling's velocity is not differentiable: no_grad or detach cuts its answer off")
         return path.endpoints(x, v, times)[0]

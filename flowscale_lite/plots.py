@@ -83,10 +83,16 @@ def ticks(axis: Axis, values: Sequence[float]) -> None:
 
 
 def reward_trace(ax: Axes, result: Result) -> None:
-    """Look-ahead reward of what each step kept, and the mean of what it drew, against the NFE spent."""
+    """Look-ahead reward of what each step kept, and the mean of what it drew, against the NFE spent.
+
+    Steps that keep what they have not judged, as those of a method that starts anew every round, show the best so far.
+    """
     steps = [step for step in result.trace if step.reward_calls]
     spent = [step.nfe for step in steps]
-    ax.plot(spent, [step.accepted for step in steps], marker="o", markersize=4, label="kept")
+    kept, label = np.array([step.accepted for step in steps]), "kept"
+    if np.isnan(kept[:-1]).any():
+        kept, label = np.fmax.accumulate(np.array([step.best for step in steps])), "best so far"
+    ax.plot(spent, kept, marker="o", markersize=4, label=label)
     ax.plot(spent, [step.mean for step in steps], marker="s", markersize=3, label="mean drawn")
     ax.set(xlabel="NFE spent", ylabel="look-ahead reward")
     ax.legend(fontsize=8)

@@ -52,13 +52,14 @@ class Problem:
     def __post_init__(self) -> None:
         object.__setattr__(self, "times", schedules.check(self.times))
         object.__setattr__(self, "shape", tuple(self.shape))
-        if any(size < 1 for size in self.shape):
+        if not all(isinstance(size, int) and size >= 1 for size in self.shape):
             raise ValueError(f"every side of a sample must be at least 1; got shape {self.shape}")
         if self.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"dtype must be float32 or float64; got {self.dtype}")
         for name in ("cost", "gradient_cost", "gradient_chunk"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
+            none = value is None and name == "gradient_chunk"
+            if not none and (type(value) is not int or value < 1):
                 raise ValueError(f"{name} must be an integer of at least 1; got {value!r}")
 
     def evaluations_ahead(self, t: float | None = None) -> int:
@@ -100,7 +101,7 @@ class Particles:
         return len(self.x)
 
     def __getitem__(self, rows: Tensor | slice) -> Particles:
-        moved = {name: getattr(self, name)[rows] for name in _TENSORS}
+        moved = {name: getattr(self, name)[rows] for name in PARTICLE_TENSORS}
         return Particles(t=self.t, carry={k: c[rows] for k, c in self.carry.items()}, **moved)
 
     def top(self, k: int) -> Particles:
@@ -124,12 +125,12 @@ class Particles:
         """Particles of one common time in one batch; a ValueError if times differ."""
         if len({p.t for p in parts}) != 1:
             raise ValueError(f"only particles of one time can be joined; got times {[p.t for p in parts]}")
-        joined = {name: torch.cat([getattr(p, name) for p in parts]) for name in _TENSORS}
+        joined = {name: torch.cat([getattr(p, name) for p in parts]) for name in PARTICLE_TENSORS}
         carry = {k: torch.cat([p.carry[k] for p in parts]) for k in parts[0].carry}
         return Particles(t=parts[0].t, carry=carry, **joined)
 
 
-_TENSORS = tuple(f.name for f in fields(Particles) if f.name not in ("t", "carry"))
+PARTICLE_TENSORS = tuple(f.name for f in fields(Particles) if f.name not in ("t", "carry"))
 
 
 class Step(NamedTuple):

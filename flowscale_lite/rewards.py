@@ -18,11 +18,11 @@ class Reward(Protocol):
 def chunked(fn: Callable[[Tensor], Tensor], chunk: int) -> Callable[[Tensor], Tensor]:
     """The row-wise function fn applied to `chunk` rows at a time, the answers joined: the same numbers in less memory.
 
-    Raises ValueError: chunk < 1.
+    fn is given copies, and its answers are copied, so it may edit and reuse its tensors. Raises ValueError: chunk < 1.
     """
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1; got {chunk}")
-    return lambda x: torch.cat([fn(rows) for rows in x.split(chunk)])
+    return lambda x: torch.cat([fn(rows.clone()).clone() for rows in x.split(chunk)])
 
 
 def decoded(decode: Callable[[Tensor], Tensor], reward: Reward, chunk: int = 16) -> Reward:

@@ -8,16 +8,16 @@ neither forget to pay nor overspend. The budget is in NFE: velocity evaluations,
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Generator, Tensor
 
 from .kernels import Kernel
 from .look_ahead import LookAhead
-from .problem import Particles, Problem, Result, Step
+from .problem import PARTICLE_TENSORS, Particles, Problem, Result, Step
 
 
 class Method(Protocol):
@@ -47,7 +47,7 @@ class Run:
         self.nfe = self.reward_calls = self.gradients = 0
         self.seen: tuple[Tensor, float, float] | None = None  # best estimate scored: x0 (*D), its reward, its time
         self._drawn = 0
-        self._scored: list[Tensor] = []
+        self._scored: list[Tensor] = []  # rewards of this step
 
     @property
     def left(self) -> int:
@@ -79,7 +79,7 @@ class Run:
     def transition(self, p: Particles, *, s: float | None = None, kernel: Kernel | None = None) -> tuple[Tensor, float]:
         """(mean (K, *D), std) of the law that `propose` draws from, for particles that are evaluated; free."""
         s = self.next_time(p.t) if s is None else s
-        return (kernel or self.problem.kernel)(self.problem.path, p.x, p.v, p.t, s)
+        return (kernel or self.problem.kernel)(self.problem.path, p.x.clone(), p.v.clone(), p.t, s)
 
     def propose(
         self, p: Particles, copies: int = 1, *, s: float | None = None, kernel: Kernel | None = None
@@ -109,7 +109,7 @@ class Run:
         if missing < len(p):
             return p.put(new, self.evaluate(p[new]))
         self._charge(len(p))
-        v, x0 = self._velocity(p.x, p.t)
+        v, x0 = self._evaluated(p.x, p.t)
         return replace(p, v=v, x0=x0)
 
     def score(self, p: Particles, look_ahead: LookAhead | None = None) -> Particles:
@@ -130,7 +130,8 @@ class Run:
             p = self.evaluate(p)
         if p.t > 0 and ahead.estimate is not None:
             self._charge(len(p) * (ahead.price - ahead.evaluates))
-            p = replace(p, x0=ahead.estimate(self.problem.velocity, p.x, p.v, p.t))
+            x0 = ahead.estimate(self._velocity, p.x.clone(), p.v.clone(), p.t)
+            p = replace(p, x0=_own("look-ahead", x0, p.x, p.t))
         return replace(p, reward=self._judge(p.x0, p.t))
 
     def gradient(self, p: Particles) -> Tensor:
@@ -152,9 +153,9 @@ class Run:
             x = x.detach().requires_grad_()
             v = x0 = torch.full_like(x, math.nan)
             if ahead.evaluates:
-                v, x0 = self._velocity(x, t)
+                v, x0 = self._evaluated(x, t)
             if ahead.estimate is not None:
-                x0 = ahead.estimate(self.problem.velocity, x, v, t)
+                x0 = _own("look-ahead", ahead.estimate(self._velocity, x.clone(), v.clone(), t), x, t)
             try:
                 r = self._judge(x0, t)
             except RuntimeError as error:
@@ -172,11 +173,11 @@ class Run:
 
     def _judge(self, x0: Tensor, t: float) -> Tensor:
         """Rewards (K,) of estimates, counted and noted: the one place that calls the reward."""
-        r = self.problem.reward(x0)
+        r = self.problem.reward(x0.clone())
         if not isinstance(r, Tensor) or r.shape != (len(x0),):
             got = tuple(r.shape) if isinstance(r, Tensor) else type(r).__name__
             raise ValueError(f"reward must return a tensor of shape ({len(x0)},), one number a row; got {got}")
-        r = r.to(x0)
+        r = r.to(x0, copy=True)
         if not r.isfinite().all():
             raise ValueError(f"reward must be finite; row {int((~r.isfinite()).nonzero()[0])} at t = {t:g} is not")
         self.reward_calls += len(x0)
@@ -187,17 +188,15 @@ class Run:
             self.seen = x0[i].detach().clone(), float(known[i]), t  # cloned, so as not to hold the whole batch
         return r
 
-    def _velocity(self, x: Tensor, t: float) -> tuple[Tensor, Tensor]:
+    def _evaluated(self, x: Tensor, t: float) -> tuple[Tensor, Tensor]:
         """Velocity and posterior mean, each (K, *D)."""
         times = x.new_full((len(x),), t)
-        v = self.problem.velocity(x, times)
-        if not isinstance(v, Tensor) or v.shape != x.shape:
-            got = tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__
-            raise ValueError(f"velocity must return a tensor of its input's shape {tuple(x.shape)}; got {got}")
-        v = v.to(x.dtype)
-        if not v.isfinite().all():
-            raise ValueError(f"velocity must be finite; at t = {t:g} it is not in every row")
+        v = self._velocity(x, times)
         return v, self.problem.path.endpoints(x, v, times)[0]
+
+    def _velocity(self, x: Tensor, times: Tensor) -> Tensor:
+        """The model's velocity (K, *D), checked."""
+        return _own("velocity", self.problem.velocity(x.clone(), times.clone()), x, float(times[0]))
 
     def _charge(self, evaluations: int) -> None:
         price = evaluations * self.problem.cost
@@ -224,11 +223,29 @@ class Run:
         return Step(p.t, *spent, float(scored.max()), float(scored.mean()), len(p), float(top.reward), int(top.parent))
 
 
+def _own(name: str, answer: Any, x: Tensor, t: float) -> Tensor:
+    """A copy of what a model answered for the states x (K, *D) at time t.
+
+    Whoever is asked is given copies, and what it answers is copied: it may edit its input and use its output again.
+    Raises ValueError: the answer has another shape, or is not finite.
+    """
+    if not isinstance(answer, Tensor) or answer.shape != x.shape:
+        got = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
+        raise ValueError(f"{name} must return a tensor of its input's shape {tuple(x.shape)}; got {got}")
+    answer = answer.to(x.dtype, copy=True)
+    if not answer.isfinite().all():
+        raise ValueError(f"{name} must be finite; at t = {t:g} it is not in every row")
+    return answer
+
+
 class Search(Iterator[Step]):
     """A search in progress: every `next` is one step of the method, and returns its record.
 
     `particles` are those kept by the last step, None before the first. Whoever steps the search may look at them, and
     may put a choice of them in their place. `run` knows what has been spent and seen, `trace` holds the records.
+
+    A step that fails or is interrupted raises. `so_far` then has the best so far, and the next `next` takes the step
+    again as if it had not been tried: what the failed try spent is counted until then.
     """
 
     def __init__(self, problem: Problem, method: Method, *, max_nfe: int, generator: Generator):
@@ -240,25 +257,69 @@ class Search(Iterator[Step]):
         self.run, self.method = Run(problem, max_nfe=max_nfe, generator=generator), method
         self.particles: Particles | None = None
         self.trace: list[Step] = []
+        self._open: dict[str, Tensor] | None = None  # the state before a step that has not ended
 
     @torch.no_grad()
     def __next__(self) -> Step:
+        if self._open is not None:
+            self.restore(self._open)
         p = self.particles
+        if p is not None and p.t == 0:
+            raise StopIteration
+        self._open = self.state()
         if p is None:
             p = self.method.start(self.run)
-        elif p.t == 0:
-            raise StopIteration
         else:
             p = self.method.advance(replace(p, parent=torch.arange(len(p), device=p.x.device)), self.run)
         self.particles = self.run.score(p) if p.t == 0 else p
         self.trace.append(self.run.record(self.particles))
+        self._open = None
         return self.trace[-1]
 
-    def result(self) -> Result:
-        """The best finished sample, with the account of what was spent; a ValueError if the search has steps left."""
-        p, run = self.particles, self.run
-        if p is None or p.t > 0 or run.seen is None:
-            raise ValueError("the search is not finished: step it until its particles are at t = 0")
+    def state(self) -> dict[str, Tensor]:
+        """All that `restore` needs to go on after the last step that ended, as tensors, the generator's included."""
+        if self._open is not None:
+            return self._open
+        p, run, double = self.particles, self.run, torch.float64
+        state = {"generator": run.generator.get_state(), "trace": torch.tensor(self.trace, dtype=double)}
+        state["spent"] = torch.tensor([run.nfe, run.reward_calls, run.gradients])
+        if run.seen is not None:
+            state |= {"seen": run.seen[0], "seen.numbers": torch.tensor(run.seen[1:], dtype=double)}
+        if p is not None:
+            state |= {"t": torch.tensor(p.t, dtype=double)} | {name: getattr(p, name) for name in PARTICLE_TENSORS}
+            state |= {f"carry.{name}": value for name, value in p.carry.items()}
+        return state
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a `state` of a search of the same problem, method and budget, to the same result."""
+        run, device = self.run, self.run.problem.device
+        run.generator.set_state(state["generator"].cpu())
+        run.nfe, run.reward_calls, run.gradients = state["spent"].tolist()
+        run.seen, run._drawn, run._scored = None, 0, []
+        self.particles = self._open = None
+        self.trace = []
+        for t, nfe, calls, drawn, best, mean, kept, accepted, parent in state["trace"].tolist():
+            counts = int(nfe), int(calls), int(drawn)
+            self.trace.append(Step(t, *counts, best, mean, int(kept), accepted, int(parent)))
+        if "seen" in state:
+            reward, t = state["seen.numbers"].tolist()
+            run.seen = state["seen"].to(device), reward, t
+        if "x" in state:
+            tensors = {name: state[name].to(device) for name in PARTICLE_TENSORS}
+            carry = {name[6:]: value.to(device) for name, value in state.items() if name.startswith("carry.")}
+            self.particles = Particles(float(state["t"]), carry=carry, **tensors)
+
+    def so_far(self) -> Result:
+        """`result`; before the end, of the best estimate judged so far, taken as the sample, and what was spent so far.
+
+        Raises ValueError: nothing has been judged yet.
+        """
+        run, p = self.run, self.particles
+        if run.seen is None:
+            raise ValueError("nothing has been judged yet")
+        if p is None or p.t > 0:
+            x, zero = run.seen[0][None], run.seen[0].new_zeros(1)
+            p = Particles(0.0, x, torch.zeros_like(x), x, zero + run.seen[1], zero, zero.long())
         top = p.best()
         return Result(
             best=top.x[0],
@@ -274,6 +335,12 @@ class Search(Iterator[Step]):
             particles=p,
         )
 
+    def result(self) -> Result:
+        """The best finished sample, with the account of what was spent; a ValueError if the search has steps left."""
+        if self.particles is None or self.particles.t > 0:
+            raise ValueError("the search is not finished: step it until its particles are at t = 0")
+        return self.so_far()
+
 
 def steps(problem: Problem, method: Method, *, max_nfe: int, generator: Generator) -> Search:
     """The search as an iterator of its steps: for progress bars, films, a person who chooses, and pauses.
@@ -288,7 +355,10 @@ def steps(problem: Problem, method: Method, *, max_nfe: int, generator: Generato
 
 
 def search(problem: Problem, method: Method, *, max_nfe: int, generator: Generator) -> Result:
-    """Runs a method on a problem to the end; arguments and errors are those of `steps`."""
+    """Runs a method on a problem to the end; arguments and errors are those of `steps`.
+
+    If it may fail or be interrupted, loop over `steps` instead: what was found until then is in its `so_far()`.
+    """
     found = steps(problem, method, max_nfe=max_nfe, generator=generator)
     for _ in found:
         pass

@@ -84,6 +84,7 @@ def test_stored_rows_replay():
 
 
 def test_nothing_is_tuned_on_the_test_list():
-    """No tool but the one that fills the paper's table reads it; the bench is the other reader."""
-    readers = [p.name for p in sorted((ROOT / "tools").rglob("*.py")) if "prompts/test.txt" in p.read_text()]
-    assert readers == ["paper.py"]
+    """No tool but the one that fills the paper's table reads it; the bench is the other reader, of compose.txt too."""
+    for name, expected in {"test": ["paper.py"], "compose": []}.items():
+        tools = sorted((ROOT / "tools").rglob("*.py"))
+        assert [p.name for p in tools if f"prompts/{name}.txt" in p.read_text()] == expected

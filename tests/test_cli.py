@@ -9,7 +9,7 @@ import torch
 from matplotlib import pyplot as plt
 from PIL import Image
 
-from flowscale_lite import cli, judges, plots
+from flowscale_lite import beyond, cli, judges, methods, plots
 from flowscale_lite.tiny.data import locate
 
 PROMPT = "three red circles and two blue squares"
@@ -17,7 +17,9 @@ PROMPT = "three red circles and two blue squares"
 
 def flowscale(capsys, *args: str) -> tuple[str, str]:
     cli.main([*args])
-    return capsys.readouterr()
+    out, err = capsys.readouterr()
+    doing = ("flowscale: loading", "flowscale: drawing", "flowscale: searching")
+    return out, "".join(line for line in err.splitlines(keepends=True) if not line.startswith(doing))
 
 
 def test_picture_table_and_account_agree(capsys, tmp_path):
@@ -66,7 +68,7 @@ def test_a_sibling_drafts_and_the_account_replays(capsys, tmp_path, method):
     assert account["look_ahead"] == "sibling" and account["found"]["nfe"] > 50
     with pytest.raises(SystemExit) as end:
         flowscale(capsys, "replay", str(tmp_path / "out.json"))
-    assert end.value.code == 0 and "the same numbers" in capsys.readouterr().out
+    assert end.value.code == 0 and "the same picture and numbers" in capsys.readouterr().out
     assert (tmp_path / "out.replay.png").exists()
     account["found"]["reward"] += 0.1
     (tmp_path / "out.json").write_text(json.dumps(account))
@@ -106,6 +108,10 @@ def test_accounts_of_two_kernels_of_one_kind_replay(capsys, tmp_path, kernel):
         ([PROMPT, "--device", "abacus"], "abacus"),
         ([PROMPT, "--device", "meta"], "no such device: 'meta'"),
         ([PROMPT, "--seed", str(2**64)], "64 bits"),
+        ([PROMPT, "--width", "0"], "--width and --height must be at least 1"),
+        ([PROMPT, "--width", "60"], "multiples of"),
+        ([PROMPT, "--held-out", "beauty"], "got 'beauty'"),
+        ([PROMPT, "--memory", "0.2"], "does not fit into 0.2 GiB"),
         ([PROMPT, "--guidance", "nan"], "finite"),
         ([PROMPT, "--out", "folder.png"], "--out must name a .png file"),
         ([PROMPT, "--out", "folder/account.png"], "--out must name a .png file"),
@@ -146,6 +152,25 @@ def test_a_reward_of_ones_own_takes_any_words(capsys, tmp_path):
     assert account["command"][account["command"].index("--reward") + 1] == f"{file}:red"
 
 
+def test_size_memory_and_a_held_out_judge(capsys, tmp_path):
+    """The second judge sees the two pictures of the table only, and the account replays."""
+    file, out = tmp_path / "mine.py", tmp_path / "out.png"
+    file.write_text(
+        "seen = []\n"
+        "def wide(pictures):\n    assert pictures.shape[2:] == (64, 96)\n    return pictures.mean((1, 2, 3))\n"
+        "def once(pictures):\n    seen.append(1)\n    assert len(seen) <= 2\n    return pictures.amax((1, 2, 3))\n"
+    )
+    args = ["a red drawing", "--reward", f"{file}:wide", "--held-out", f"{file}:once", "--width", "96"]
+    args += ["--memory", "4", "--nfe", "40", "--steps", "4", "--draft", str(locate("tiny-flux/schnell"))]
+    text, _ = flowscale(capsys, *args, "--model", str(locate("tiny-flux/dev")), "--out", str(out))
+    account = json.loads(out.with_suffix(".json").read_text())
+    assert text.index("drafting") < text.index("reward"), "the memory plan comes first"
+    assert "held out: plain {:.2f}, found {:.2f}".format(*account["held_out"]) in text
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["replay", str(out.with_suffix(".json"))])
+    assert stop.value.code == 0
+
+
 @pytest.mark.parametrize(
     ("reward", "message"),
     [
@@ -173,7 +198,7 @@ def test_judges_are_loaded_by_name_for_the_whole_prompt(monkeypatch, name):
     monkeypatch.setattr(judges.VisionLanguage, "load", lambda device: asked.append(("vlm", device)) or "vlm")
     for score in ("clip_score", "pick_score", "vqa_score"):
         monkeypatch.setattr(judges, score, lambda model, prompt, score=score: (score, model, prompt))
-    made = cli.named_reward(cli.parser().parse_args(["three cats", "--reward", name, "--device", "cpu"]))
+    made = cli.named_reward(name, cli.parser().parse_args(["three cats", "--reward", name, "--device", "cpu"]))
     expected = {"clip": ("clip_score", "clip"), "pickscore": ("pick_score", "clip"), "vqascore": ("vqa_score", "vlm")}
     assert made == (*expected[name], "three cats")
     assert asked == [({"clip": "clip-l", "pickscore": "pickscore", "vqascore": "vlm"}[name], "cpu")]
@@ -191,9 +216,10 @@ def test_what_the_budget_bought_is_saved_even_if_drawing_fails(capsys, monkeypat
         raise MemoryError
 
     monkeypatch.setattr(plots, "before_after", fail)
-    with pytest.raises(MemoryError):
+    with pytest.raises(SystemExit) as end:
         flowscale(capsys, PROMPT, "--nfe", "20", "--steps", "4", "--out", str(tmp_path / "out.png"))
-    assert json.loads((tmp_path / "out.json").read_text())["found"]["nfe"] > 0
+    assert end.value.code == 1 and json.loads((tmp_path / "out.json").read_text())["found"]["nfe"] > 0
+    assert "could not be written: MemoryError" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_pictures_are_drawn_whatever_they_come_from():
@@ -233,6 +259,13 @@ def test_every_method_runs_with_what_suits_the_model(capsys, tmp_path, method, m
     expected = {"rbf": "vp" if model == "schnell" else "ddim", "best-of-n": "ode"}
     assert account["kernel"] == expected.get(method, account["kernel"])
     assert account["found"]["nfe"] + account["found"]["left"] == 64 and account["found"]["nfe"] > 50
+
+
+def test_the_command_knows_every_method():
+    """Also what a contributor adds, as the guide says."""
+    public = [kind for room in (methods, beyond) for kind in vars(room).values() if isinstance(kind, type)]
+    assert set(cli.METHODS.values()) == {kind for kind in public if hasattr(kind, "advance")}
+    assert set(cli.ON_THE_ODE) | set(cli.DRAFTED) <= set(cli.METHODS)
 
 
 def test_more_steps_want_fewer_states():

@@ -35,3 +35,16 @@ def test_a_reward_without_scale_is_refused():
         weighted([], torch.rand(4, 2))
     with pytest.raises(ValueError, match="least must be positive"):
         lexicographic(column(0), column(1), 0.0)
+
+
+def test_a_reward_that_edits_its_pictures_leaves_the_others_alone():
+    def rude(x):
+        r = x.mean((1, 2, 3))
+        x.zero_()
+        return r
+
+    x = torch.rand(5, 3, 4, 4)
+    plain = lambda x: x[:, 0].mean((1, 2))  # noqa: E731
+    mean = lambda x: x.mean((1, 2, 3))  # noqa: E731
+    for made in (lambda a: weighted([(a, 1.0), (plain, 1.0)], x), lambda a: lexicographic(a, plain, 0.5)):
+        assert torch.equal(made(rude)(x), made(mean)(x)) and x.any()

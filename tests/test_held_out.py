@@ -28,6 +28,13 @@ def test_judge_reads_new_renders(judge):
     assert (counts == np.stack([scene.target for scene in scenes])).all(1).mean() >= 0.99
 
 
+def test_judge_reads_three_groups(judge):
+    rng = np.random.default_rng(7)
+    scenes = [shapes.parse(prompt) for prompt in locate("prompts/compose.txt").read_text().splitlines()]
+    right = [judge.exact(s, shapes.to_tensor(shapes.render([s] * 5, rng))).mean() for s in scenes]
+    assert np.mean(right) >= 0.99
+
+
 @pytest.mark.parametrize("relation", shapes.RELATIONS)
 def test_judge_knows_relations(judge, relation):
     scene = Scene((Group(3, "red", "circle"), Group(2, "blue", "square")), relation)

@@ -5,6 +5,7 @@ import itertools
 import math
 import sys
 import types
+from dataclasses import replace
 from importlib import metadata
 
 import httpx
@@ -15,7 +16,8 @@ from conftest import seeded
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from tiny_families import BUILDERS, build
 
-from flowscale_lite import RBF, ddim, flux, search
+from flowscale_lite import RBF, ddim, flux, look_ahead, ode, search
+from flowscale_lite.beyond import Draft
 from flowscale_lite.flux import FlowModel, cost, families, hub, memory
 from flowscale_lite.flux.cost import GPUS
 from flowscale_lite.flux.memory import plan
@@ -132,7 +134,7 @@ def test_every_model_has_a_plan_that_fits_on_every_gpu(name, gpu):
     for stage, takes in one.stages.items():
         assert takes == pytest.approx(by_hand[stage], rel=0.005)
         assert takes <= gib - one.keep
-    more = added_up(name, memory.replace(one, chunk=one.chunk + 1))
+    more = added_up(name, replace(one, chunk=one.chunk + 1))
     assert one.chunk == 16 or more["velocities"] > gib - one.keep - 0.05, "one more row would have fitted"
     assert all(f"{takes:.1f} GiB" in str(one) for takes in one.stages.values()) and name in str(one)
 
@@ -148,6 +150,38 @@ def test_what_is_chosen_for_flux():
         ("full", "resident", False, 16),
         ("full", "resident", False, 16),
     ]
+
+
+@pytest.mark.parametrize(
+    "gib, chosen",
+    [
+        (15.6, ("nf4", False, "dropped")),
+        (23.5, ("nf4", False, "dropped")),
+        (39.5, ("full", True, "resident")),
+        (79.1, ("full", False, "resident")),
+    ],
+    ids=["16", "24", "40", "80"],
+)
+def test_a_drafting_transformer_has_its_place_on_every_card(gib, chosen):
+    """FLUX.1-schnell drafts for dev. GiB that CUDA finds on cards of 16, 24, 40 and 80 GB."""
+    one = plan("FLUX.1-dev", gib, draft="FLUX.1-schnell")
+    assert (one.weights, one.turns, one.text) == chosen
+    one = replace(one, chunk=1, decode_chunk=1)
+    alone, second = replace(one, draft=None, turns=False), memory.sizes("FLUX.1-schnell").transformer
+    more = second.gib(one.weights)
+    for stage, takes in one.stages.items():
+        beside = 0 if one.turns or (stage == "prompts" and one.text == "dropped") else more
+        assert takes == pytest.approx(alone.stages[stage] + beside), stage
+    both = alone.parts["transformer"] + more
+    assert one.host == pytest.approx(both if one.turns else 0) and 0.99 < more / alone.parts["transformer"] < 1
+    assert "drafting" in str(one) and "drafting" not in str(alone) and ("taking turns" in str(one)) == one.turns
+
+
+def test_two_transformers_that_take_turns_need_host_memory_and_a_draft():
+    little = plan("FLUX.1-dev", 39.5, draft="FLUX.1-schnell", host=40)
+    assert not little.turns and little.weights == "int8", "of which both are on the card"
+    with pytest.raises(ValueError, match="exclude one another"):
+        plan("FLUX.1-dev", 39.5, turns=True)
 
 
 def test_a_plan_gets_no_worse_with_more_memory_and_less_keeps_it_within():
@@ -207,7 +241,7 @@ def test_a_guided_z_image_is_counted(monkeypatch):
         pipe = BUILDERS["ZImagePipeline"]()
     once, twice = (memory.count_sizes(pipe, 64, 64, scale).row for scale in (0.0, 5.0))
     family = families.FAMILIES["ZImagePipeline"]
-    told = memory.replace(family, options={"cfg_truncation": None})
+    told = replace(family, options={"cfg_truncation": None})
     monkeypatch.setitem(families.FAMILIES, "ZImagePipeline", told)
     encoded = family.blank(pipe.transformer.config, 512)
     encoded |= {f"negative_{name}": value for name, value in encoded.items()}
@@ -308,6 +342,51 @@ def test_each_place_for_the_models_gives_the_same_picture(usual, fields):
     if one.text == "offloaded":
         assert len(pipe._all_hooks) == 3 and not hasattr(pipe.vae, "_hf_hook"), "all but the autoencoder change places"
     assert type(pipe.transformer.dtype) is torch.dtype and prompt.device.type == "cpu"
+
+
+DRAFT = locate("tiny-flux/schnell")
+
+
+def drafted(pipes):
+    """Velocities of both models, and the picture of a search with the one and by the other."""
+    one, other = (FlowModel.encode(pipe, TEXT, guidance=2.0, chunk=2) for pipe in pipes)
+    x, t = torch.randn(2, *one.shape, generator=seeded()), torch.full((2,), 0.8)
+    velocities = torch.stack([other(x, t), one(x, t), other(x, t)])  # there and back
+    problem = one.problem(shapes.CountReward(shapes.parse(TEXT)), ode, 3)
+    problem = replace(problem, look_ahead=look_ahead.sibling(other))
+    return velocities, one.decode(search(problem, Draft(init=2), max_nfe=10, generator=seeded()).best[None])
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"text": "resident"}, {"text": "dropped"}, {"turns": True}, {"turns": True, "text": "dropped"},
+     {"group_offload": True}],
+    ids=["resident", "dropped", "turns", "turns, dropped", "streamed"],
+)  # fmt: skip
+def test_a_drafting_pair_draws_as_two_pipelines_do(fields):
+    one = tiny_plan(draft=DRAFT, **fields)
+    pipe, second = memory.load_planned(TINY, one, "cpu", draft=DRAFT, prompts=[TEXT])
+    for name, part in pipe.components.items():
+        assert (part is getattr(second, name)) == (name not in ("transformer", "scheduler") or part is None), name
+    assert one.turns == hasattr(pipe.transformer, "_hf_hook") or one.group_offload
+    for found, expected in zip(drafted((pipe, second)), drafted([hub.load(TINY), hub.load(DRAFT)]), strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+def test_each_of_a_pair_reads_as_much_text_as_it_was_made_for(monkeypatch):
+    """Also where the encoders are dropped, and with them the tokenizers: dev 512 tokens, schnell 256."""
+    one, limits = tiny_plan(draft=DRAFT, text="dropped"), []
+    monkeypatch.setattr(
+        families.Family, "tokens", lambda self, pipe, config=None: limits.append(self.most(config)) or 16
+    )
+    memory.load_planned(TINY, one, "cpu", draft=DRAFT, prompts=[TEXT])
+    assert limits == [512, 256]
+
+
+def test_a_draft_must_be_in_plan_and_call():
+    for one, draft in ((tiny_plan(), DRAFT), (tiny_plan(draft=DRAFT), None)):
+        with pytest.raises(ValueError, match="a draft must be given to `plan`"):
+            memory.load_planned(TINY, one, "cpu", draft=draft)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

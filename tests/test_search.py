@@ -311,7 +311,8 @@ def test_models_of_other_types_are_read_in_the_states():
 @pytest.mark.parametrize(
     ("field", "value"),
     [("times", (1.0, 0.5)), ("dtype", torch.bfloat16), ("shape", (2, 0))]
-    + [(name, value) for name in ("cost", "gradient_cost", "gradient_chunk") for value in (0, -1, 1.5)],
+    + [(name, value) for name in ("cost", "gradient_cost", "gradient_chunk") for value in (0, -1, 1.5, True)]
+    + [("cost", None), ("gradient_cost", None), ("shape", (2, 1.5))],
 )
 def test_what_is_no_problem(field, value):
     with pytest.raises(ValueError, match={"times": "exactly 0"}.get(field, field)):

@@ -54,7 +54,8 @@ def test_every_wording_is_read_back(seed):
         ("a sunny day", "no known object"),
         ("two red cats", "no known object"),
         ("six red circles and five blue squares", "at most 10"),
-        ("one red circle and two blue squares and one green square", "one or two groups"),
+        ("a red circle and a blue square and a green square and a red square", "one to three groups"),
+        ("a red circle and two blue squares left of a green square", "only stand between the first two"),
         ("one red circle and two red circles", "different kinds"),
         ("three red circles and two purple squares", "not understood: two, purple, squares"),
         ("eleven red circles and two blue squares", "not understood: eleven, red, circles"),
@@ -88,6 +89,19 @@ def test_relations_are_drawn_and_judged(relation):
     opposite = shapes.to_tensor(shapes.render([Scene(scene.groups[::-1], relation)] * 50, np.random.default_rng(0)))
     assert (shapes.residual(scene, opposite) == 0).all() and not shapes.exact(scene, opposite).any()
     assert (CountReward(scene)(opposite) < -0.5).all()
+
+
+def test_three_groups_are_read_drawn_and_judged():
+    for prompt in prompts.lists()["compose"]:
+        scene = shapes.parse(prompt)
+        assert len(scene.groups) == 3 and scene.caption() == prompt
+        assert shapes.parse(scene.wording(np.random.default_rng(0))).relation == scene.relation
+        images = shapes.to_tensor(shapes.render([scene] * 4, np.random.default_rng(0)))
+        assert shapes.exact(scene, images).all()
+        if scene.relation:
+            first, second, third = scene.groups
+            other = Scene((second, first, third), scene.relation)
+            assert not shapes.exact(other, images).any() and shapes.exact(Scene(scene.groups), images).all()
 
 
 @pytest.mark.parametrize(("pixels", "cost"), [(3.2, 0.6), (0.0, 1.0), (-3.2, 1.4), (16.0, 0.0)])
@@ -179,4 +193,6 @@ def test_prompt_lists_are_what_their_generator_writes():
         assert len(set(expected)) == len(expected) >= 50
     hard, held_out = ({shapes.parse(p) for p in prompts.lists()[name]} for name in ("hard", "held_out"))
     assert not hard & held_out
+    mixed = [shapes.parse(p).groups for p in prompts.lists()["compose"]]
+    assert all(len({g.colour for g in groups}) == 2 == len({g.shape for g in groups}) for groups in mixed)
     assert all(5 <= scene.total <= 10 and len(scene.groups) == 2 for scene in hard | held_out)

@@ -46,30 +46,28 @@ class Entry(NamedTuple):
 
 
 class Track(NamedTuple):
-    """A model, what is rewarded, and the sampler of a method that names none."""
+    """A model, what is rewarded, the sampler of a method that names none, and the list of prompts."""
 
     model: str
     reward: Callable[[shapes.Scene], Any]
     sampler: Sampler
     entries: dict[str, Entry]
+    prompts: str = "test"
 
 
 _ODE, _LEVELS = SAMPLERS["ODE"], Sampler(kernels.ode, schedules.levels(10))
 _MULTI = Sampler(kernels.ddim(), schedules.logit_normal(10))
 _GUIDE = Guide(0.1, normalised=True, below=0.9)
+_FEW_STEP = {
+    "best-of-n": Entry(lambda nfe: BestOfN(), _ODE),
+    "svdd": Entry(lambda nfe: SVDD(init=max(1, nfe // 20))),
+    "rbf, published": Entry(lambda nfe: RBF.published(init=max(1, nfe // 20))),
+    "rbf": Entry(RBF.few_step),
+    "refine": Entry(Refine.few_step, _LEVELS),
+}
 TRACKS = {
-    "few-step": Track(
-        "schnell",
-        shapes.CountReward,
-        SAMPLERS["VP-SDE"],
-        {
-            "best-of-n": Entry(lambda nfe: BestOfN(), _ODE),
-            "svdd": Entry(lambda nfe: SVDD(init=max(1, nfe // 20))),
-            "rbf, published": Entry(lambda nfe: RBF.published(init=max(1, nfe // 20))),
-            "rbf": Entry(RBF.few_step),
-            "refine": Entry(Refine.few_step, _LEVELS),
-        },
-    ),
+    "few-step": Track("schnell", shapes.CountReward, SAMPLERS["VP-SDE"], _FEW_STEP),
+    "compose": Track("schnell", shapes.CountReward, SAMPLERS["VP-SDE"], _FEW_STEP, "compose"),
     "multi-step": Track(
         "dev",
         shapes.CountReward,
@@ -96,8 +94,8 @@ TRACKS = {
 
 
 def tasks(track: str, methods: Sequence[str], budgets: Sequence[int], prompts: int, seeds: Sequence[int]) -> list[Task]:
-    """Every method at every budget on the first prompts of the test list."""
-    texts = locate("prompts/test.txt").read_text(encoding="utf-8").splitlines()[:prompts]
+    """Every method at every budget on the first prompts of the track's list."""
+    texts = locate(f"prompts/{TRACKS[track].prompts}.txt").read_text(encoding="utf-8").splitlines()[:prompts]
     return [
         {"track": track, "method": method, "budget": budget, "prompt": text, "seed": seed}
         for budget in budgets
@@ -135,8 +133,21 @@ def problem_of(track: Track, entry: Entry, text: str) -> tuple[Problem, Any]:
     return problem, model
 
 
-def run(task: Task, entry: Entry | None = None) -> Row:
-    """One search and its verdicts; seconds are CPU time of one thread. The entry is the stored one of that name."""
+def replayed(row: Row) -> Row:
+    """The row's search once more. Raises ValueError: the file of its method has changed since, or is not there."""
+    if row.get("source") is None:
+        return run(row)
+    entry, digest = imported(row["source"])
+    if digest != row["digest"]:
+        raise ValueError(f"{row['source']} has changed since the row was made")
+    return run(row, entry, row["source"])
+
+
+def run(task: Task, entry: Entry | None = None, source: str | None = None) -> Row:
+    """One search and its verdicts; seconds are CPU time of one thread. The entry is the stored one of that name.
+
+    `source` is where an entry that is not stored comes from, which its row tells.
+    """
     track = TRACKS[task["track"]]
     entry = entry or track.entries[task["method"]]
     problem, model = problem_of(track, entry, task["prompt"])
@@ -151,6 +162,7 @@ def run(task: Task, entry: Entry | None = None) -> Row:
         "nfe": found.nfe,
         "reward_calls": found.reward_calls,
         "seconds": round(seconds, 3),
+        **({"source": source} if source else {}),
     }
 
 
@@ -220,7 +232,13 @@ def main(argv: Sequence[str]) -> None:
         entry, digest = (None, "stored") if known else imported(args.method)
         name = args.method if known else args.method.rpartition(":")[2]
         todo = [task | {"digest": digest} for task in tasks(args.track, [name], budgets, prompts, seeds)]
-        rows = sweep(todo, functools.partial(run, entry=entry), args.out, retries=0, title=name)
+        source = None if known else args.method
+        rows = sweep(todo, functools.partial(run, entry=entry, source=source), args.out, retries=0, title=name)
+    except KeyboardInterrupt:
+        print(
+            f"flowscale bench: interrupted; the rows done are in {args.out}: the same command goes on", file=sys.stderr
+        )
+        sys.exit(130)
     except ExceptionGroup as group:
         error = group.exceptions[0]
         print(f"flowscale bench: {name} failed: {type(error).__name__}: {error}", *error.__notes__, file=sys.stderr)

@@ -46,16 +46,17 @@ same length, but not the same to the last digit of a step. "VP-SDE, on VP" conve
 METHODS: dict[str, Method] = {
     "best-of-n": BestOfN(50),
     "search over paths": SearchOverPaths(paths=2),
-    "smc": SMC(50, tau=0.5, scheme="multinomial"),
+    "smc": SMC(50, tau=0.5, scheme="multinomial", tempering=0.0),
     "code": Blockwise(chains=2, copies=25),
     "svdd": SVDD(chains=2, copies=25),
     "rbf": RBF.published(),
 }
-"""SMC's temperature is ours, since it depends on the reward's unit. Search over paths makes as many copies as the
-budget pays for; the paper's 5 a path would spend 148. In the paper's code SVDD and CoDe draw 25 identical states before
-the first step, and count them; here they are drawn once, so both spend 452 of the 500 evaluations."""
+"""SMC's temperature is ours, since it depends on the reward's unit; it does not temper. Search over paths makes as many
+copies as the budget pays for; the paper's 5 a path would spend 148. In the paper's code SVDD and CoDe draw
+25 identical states before the first step, and count them; here they are drawn once, so both spend 452 of the 500."""
 
 CONTROLS: dict[str, Method] = {
+    "plain": BestOfN(1),
     "svdd, 25 first noises": SVDD(chains=2, init=25, copies=25),
     "svdd, one chain, 50 first noises": SVDD(chains=1, init=50),
     "code, 25 first noises": Blockwise(chains=2, init=25, copies=25),

@@ -49,6 +49,23 @@ def read(path: str | Path) -> list[Row]:
     return rows
 
 
+def replay(path: str | Path, line: int, run: Runner) -> tuple[Row, list[str]]:
+    """Run the task of the row in that line of a results file, from 1, once more, by the function that made it.
+
+    Returns what it found, and the names in which the row says otherwise; seconds aside.
+    Raises ValueError: there is no such line, or the row is another function's.
+    """
+    rows = read(path)
+    if not 1 <= line <= len(rows):
+        raise ValueError(f"{path} has {len(rows)} rows, and none in line {line}")
+    row = rows[line - 1]
+    try:
+        found = json.loads(json.dumps(run(row)))
+    except KeyError as error:
+        raise ValueError(f"{path}, line {line} is not a row of {run.__module__}: it has no {error}") from error
+    return found, [name for name, value in found.items() if name != "seconds" and row.get(name) != value]
+
+
 def sweep(
     tasks: Iterable[Task],
     run: Runner,

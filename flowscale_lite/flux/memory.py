@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import diffusers
 import psutil
 import torch
@@ -38,6 +39,7 @@ CHOICES: Mapping[str, tuple[Any, ...]] = {
     "text_weights": ("full", "nf4"),
     "group_offload": (False, True),
     "tiling": (False, True),
+    "turns": (False, True),
 }
 """What the fields of a MemoryPlan can be."""
 LIBRARIES = {"int8": "torchao", "fp8": "torchao", "nf4": "bitsandbytes"}
@@ -144,6 +146,10 @@ class MemoryPlan:
         text_weights: how text encoders are held.
         group_offload: the transformer's weights wait in host memory and pass through the GPU layer by layer.
         tiling: pictures are decoded in tiles, with some change where they overlap.
+        draft: the transformer of a second model, which drafts with the same autoencoder and text encoders; held as the
+            other is. None if there is none.
+        turns: of the two transformers, the one that is not in use waits in host memory. `Draft` and `Cascade` change
+            from one to the other once a search.
         chunk, decode_chunk: rows to a forward pass, pictures to a decode.
 
     A field that is not one of `CHOICES`, or a chunk that is no positive whole number, raises ValueError.
@@ -159,6 +165,8 @@ class MemoryPlan:
     text_weights: str = "full"
     group_offload: bool = False
     tiling: bool = False
+    draft: Weights | None = field(default=None, repr=False)
+    turns: bool = False
     chunk: int = 1
     decode_chunk: int = 1
 
@@ -186,6 +194,7 @@ class MemoryPlan:
         return {
             "transformer": sizes.transformer.gib(self.weights, bytes_of["transformer"]),
             "text encoders": sizes.text.gib(self.text_weights, bytes_of["default"]),
+            "drafting": self.draft.gib(self.weights, bytes_of["transformer"]) if self.draft else 0.0,
             "autoencoder": sizes.vae.gib(size=bytes_of["vae"]),
             "a row": sizes.row * bytes_of["transformer"] / 2,
             "a decode": (sizes.tile if self.tiling else sizes.decode) * bytes_of["vae"] / 2,
@@ -199,7 +208,9 @@ class MemoryPlan:
         """
         part = self.parts
         text, vae = part["text encoders"], part["autoencoder"]
-        resident = vae + (0.5 if self.group_offload else part["transformer"]) + text * (self.text == "resident")
+        both = (part["transformer"], part["drafting"])
+        resident = vae + (0.5 if self.group_offload else max(both) if self.turns else sum(both))
+        resident += text * (self.text == "resident")
         return {
             "prompts": 0.5 + {"resident": resident, "offloaded": text + vae, "dropped": text}[self.text],
             "velocities": resident + self.chunk * part["a row"],
@@ -214,35 +225,44 @@ class MemoryPlan:
     @property
     def host(self) -> float:
         """GiB of host memory taken by what waits there."""
-        text = self.parts["text encoders"] if self.text == "offloaded" else 0.0
-        return text + (self.parts["transformer"] if text or self.group_offload else 0.0)
+        part = self.parts
+        text = part["text encoders"] if self.text == "offloaded" else 0.0
+        waits = bool(text) or self.group_offload or self.turns
+        return text + (part["transformer"] + part["drafting"] if waits else 0.0)
 
     def summary(self) -> str:
         """The plan in a few words, for a table."""
         words = {
             self.dtype if self.weights == "full" else self.weights: True,
+            "with a drafting transformer": self.draft is not None,
+            "taking turns": self.turns,
             "group offload": self.group_offload,
             f"text {self.text}": True,
             "text in nf4": self.text_weights == "nf4",
             "tiles": self.tiling,
         }
-        return f"{', '.join(word for word in words if words[word])}, {self.chunk} rows: {self.peak:.1f} GiB"
+        rows = "1 row" if self.chunk == 1 else f"{self.chunk} rows"
+        return f"{', '.join(word for word in words if words[word])}, {rows}: {self.peak:.1f} GiB"
 
     def __str__(self) -> str:
         lines = [f"{self.model}: {self.summary()} of {self.free:.1f} free, {self.keep:.1f} kept"]
         for name, gib in {**self.parts, **{f"while {stage}": gib for stage, gib in self.stages.items()}}.items():
+            if gib == 0:
+                continue
             lines.append(f"  {name:17} {gib:6.1f} GiB" if gib >= 0.1 else f"  {name:17} {1024 * gib:6.1f} MiB")
         return "\n".join(lines)
 
 
 def plan(
     model: str | Path, free: float, *, dtype: str = "bfloat16", host: float = math.inf, keep: float = 1.0,
-    height: int = 1024, width: int = 1024, guidance: float | None = None, rows: int = 16, **fixed: Any,
+    height: int = 1024, width: int = 1024, guidance: float | None = None, rows: int = 16,
+    draft: str | Path | None = None, **fixed: Any,
 ) -> MemoryPlan:  # fmt: skip
     """The first plan that fits, of those that cost least in quality first, and in speed second.
 
-    In order: all in 16 bits beside one another; text encoders in host memory, or dropped; pictures decoded in tiles;
-    the same with the transformer in int8; in nf4; in 16 bits, but streamed from host memory, which is slow.
+    In order: all in 16 bits beside one another; text encoders in host memory, or dropped; two transformers that take
+    turns; pictures decoded in tiles; the same with transformers in int8; in nf4; in 16 bits, but streamed from host
+    memory, which is slow.
 
     Args:
         free, host: GiB of GPU and of host memory; see `free_gib`.
@@ -250,6 +270,7 @@ def plan(
         keep: GiB to leave free, for what is not counted and for the models that judge.
         guidance: the scale, which may double a row; the default of the pipeline's call if None.
         rows: the most rows to a forward pass.
+        draft: a second model of the same latents and text encoders, of which the transformer is held as well.
         fixed: fields of MemoryPlan that are not to be chosen, such as weights="nf4" or chunk=4. To have fp8, which
             takes what int8 takes, it must be fixed.
 
@@ -257,10 +278,14 @@ def plan(
     """
     if not isinstance(rows, int) or rows < 1:
         raise ValueError(f"rows must be a whole number of at least 1; got {rows}")
-    start = MemoryPlan(Path(model).name, sizes(model, height, width, guidance), free, keep, dtype, **fixed)
-    candidates = [replace(start, **fields) for fields in _candidates() if (fields | fixed) == (fixed | fields)]
+    second = None if draft is None else sizes(draft, height, width, guidance).transformer
+    counted = sizes(model, height, width, guidance)
+    start = MemoryPlan(Path(model).name, counted, free, keep, dtype, draft=second, **fixed)
+    candidates = [
+        replace(start, **fields) for fields in _candidates(draft is not None) if (fields | fixed) == (fixed | fields)
+    ]
     if not candidates:
-        needs = "text='offloaded' and group_offload=True each need full weights, and not the other"
+        needs = "text='offloaded', group_offload=True and, for a draft, turns=True each need full weights, and no other"
         raise ValueError(f"these choices exclude one another: {fixed}; {needs}")
     for one in candidates:
         if one.peak <= free - keep and one.host <= host:
@@ -271,13 +296,17 @@ def plan(
     raise ValueError(f"{start.model} does not fit into {room}; {smallest}")
 
 
-def _candidates() -> Iterator[dict[str, Any]]:
+def _candidates(draft: bool) -> Iterator[dict[str, Any]]:
     """The fields that `plan` chooses, of all plans that can be carried out, best first."""
     held = [("full", False), ("int8", False), ("fp8", False), ("nf4", False), ("full", True)]
     texts = [("resident", "full"), ("offloaded", "full"), ("dropped", "full"), ("dropped", "nf4"), ("resident", "nf4")]
-    for (weights, streamed), tiling, (text, text_weights) in itertools.product(held, (False, True), texts):
-        if text != "offloaded" or (weights, streamed) == held[0]:  # others cannot change places with text encoders
-            one = {"weights": weights, "group_offload": streamed, "tiling": tiling}
+    places = [(*text, False) for text in texts]
+    if draft:  # whose transformer cannot change places with text encoders too
+        del places[1]
+        places[2:2] = [("resident", "full", True), ("dropped", "full", True)]
+    for (weights, streamed), tiling, (text, text_weights, turns) in itertools.product(held, (False, True), places):
+        if (weights, streamed) == held[0] or not (turns or text == "offloaded"):  # others cannot change places
+            one = {"weights": weights, "group_offload": streamed, "tiling": tiling, "turns": turns}
             yield one | {"text": text, "text_weights": text_weights}
 
 
@@ -307,59 +336,80 @@ def best_dtype(device: str | torch.device = "cuda") -> str:
 
 
 def load_planned(
-    model: str | Path, plan: MemoryPlan, device: str = "cuda", *, prompts: Sequence[str] = (),
-    guidance: float | None = None, negative: str = "", max_tokens: int | None = None,
+    model: str | Path, plan: MemoryPlan, device: str = "cuda", *, draft: str | Path | None = None,
+    prompts: Sequence[str] = (), guidance: float | None = None, negative: str = "", max_tokens: int | None = None,
 ) -> Any:  # fmt: skip
     """Load a pipeline as planned, ready for `FlowModel.encode(pipe, text, chunk=plan.chunk)`.
 
+    With `draft`, the model whose transformer the plan counts as drafting, it returns two pipelines, the model's and the
+    draft's. They share the autoencoder and the text encoders, which are the model's.
+
     The prompts are encoded at once; a plan that drops the text encoders needs all that will be used. `guidance`,
     `negative` and `max_tokens` are what `FlowModel.encode` will be given with them. Raises ValueError if the prompts or
-    a library that the plan needs are missing, and what `hub.load` does.
+    a library that the plan needs are missing, or only one of plan and call has a draft, and what `hub.load` does.
     """
     hub.check_device(device)
     for kind in {plan.weights, plan.text_weights} & LIBRARIES.keys():
         library = LIBRARIES[kind]
         if importlib.util.find_spec(library) is None:
             raise ValueError(f"{kind} weights need {library}: pip install {library}, or plan for another kind")
-    if plan.text == "dropped" and not prompts:
+    dropped, models = plan.text == "dropped", [model] if draft is None else [model, draft]
+    if dropped and not prompts:
         raise ValueError("the plan drops text encoders once prompts are encoded: give `prompts`, or text='resident'")
+    if (draft is None) != (plan.draft is None):
+        raise ValueError("a draft must be given to `plan`, which counts it, and to `load_planned`, which loads it")
 
-    config = hub.skeleton(model).transformer.config if plan.text == "dropped" else None
-
-    def encode(pipe: Any) -> None:
+    def encode(pipe: Any, config: Any = None) -> None:
         family = families.family(pipe)
         against = negative if family.guided(pipe, family.guidance(pipe, guidance)) else None
         for prompt in prompts:
             encode_text(pipe, prompt, against, max_tokens, config)
 
-    known, absent = {}, []
-    if plan.text == "dropped":
+    known, absent = [], []
+    if dropped:
         encoder = _fetch(model, plan, ["transformer", "vae"]).to(device)
-        encode(encoder)
-        known = KNOWN[encoder]
+        for one in models:  # each reads as many tokens as it was made for
+            KNOWN[encoder] = {}
+            encode(encoder, hub.skeleton(one).transformer.config)
+            known.append(KNOWN[encoder])
         absent = [name for name in hub.index(model) if name.startswith(("text_encoder", "tokenizer"))]
         del encoder
         gc.collect()
         torch.cuda.empty_cache()
-    pipe = _fetch(model, plan, absent)
-    KNOWN[pipe] = known
-    _place(pipe, plan, torch.device(device))
-    encode(pipe)
-    return pipe
+    pipes = [_fetch(model, plan, absent)]
+    if draft is not None:
+        pipes.append(_beside(pipes[0], draft, plan))
+    for pipe, texts in zip(pipes, known, strict=dropped):
+        KNOWN[pipe] = texts
+    place(pipes[0], plan, torch.device(device), *pipes[1:])
+    for pipe in pipes:
+        encode(pipe)
+    return pipes[0] if draft is None else tuple(pipes)
+
+
+def _beside(pipe: Any, draft: str | Path, plan: MemoryPlan) -> Any:
+    """A pipeline of the parts of another, with the transformer and the scheduler of `draft`."""
+    own = _fetch(draft, plan, [name for name in pipe.components if name not in ("transformer", "scheduler")])
+    if own.transformer.config.in_channels != pipe.transformer.config.in_channels:
+        raise ValueError(f"{draft} draws other latents, so it cannot draft for this model")
+    parts = pipe.components | {"transformer": own.transformer, "scheduler": own.scheduler}
+    beside = type(pipe)(**parts, **families.settings(own.config))
+    beside.set_progress_bar_config(disable=True)
+    return beside
 
 
 def _fetch(model: str | Path, plan: MemoryPlan, absent: Collection[str]) -> Any:
     """The pipeline in the plan's precisions, without some of its parts."""
     configs = {}
     if plan.weights != "full":
-        configs["transformer"] = _quantisation(diffusers, plan.weights, plan.dtypes["transformer"])
+        configs["transformer"] = quantisation(diffusers, plan.weights, plan.dtypes["transformer"])
     if plan.text_weights != "full":
         for name in (name for name in hub.index(model) if name.startswith("text_encoder")):
-            configs[name] = _quantisation(transformers, plan.text_weights, plan.dtypes["default"])
+            configs[name] = quantisation(transformers, plan.text_weights, plan.dtypes["default"])
     return hub.fetch(model, plan.dtypes, absent, configs)
 
 
-def _quantisation(library: Any, kind: str, dtype: torch.dtype) -> Any:
+def quantisation(library: Any, kind: str, dtype: torch.dtype) -> Any:
     """The configuration by which diffusers or transformers quantises a model that computes in `dtype`."""
     if kind == "nf4":
         return library.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_compute_dtype=dtype)
@@ -368,20 +418,28 @@ def _quantisation(library: Any, kind: str, dtype: torch.dtype) -> Any:
     return library.TorchAoConfig(Int8WeightOnlyConfig() if kind == "int8" else Float8WeightOnlyConfig())
 
 
-def _place(pipe: Any, plan: MemoryPlan, device: torch.device) -> None:
-    """Move the parts to where the plan has them."""
+def place(pipe: Any, plan: MemoryPlan, device: torch.device, *drafting: Any) -> None:
+    """Move the parts to where the plan has them; those of a drafting pipeline, if one is given, as well."""
     if plan.tiling:
         pipe.vae.enable_tiling()
         if hasattr(pipe.vae, "tile_latent_min_size"):  # whose tiles are as large as the pictures it was trained on
             pipe.vae.tile_sample_min_size //= 2
             pipe.vae.tile_latent_min_size //= 2
-    if plan.text == "offloaded":
-        pipe.model_cpu_offload_seq = pipe.model_cpu_offload_seq.replace("->vae", "")
-        pipe._exclude_from_cpu_offload = [*pipe._exclude_from_cpu_offload, "vae"]  # a search decodes at every step
-        pipe.enable_model_cpu_offload(device=device)
-    elif plan.group_offload:
-        others = [name for name in pipe.components if name != "transformer"]
-        stream = device.type == "cuda"
-        pipe.enable_group_offload(device, offload_type="leaf_level", use_stream=stream, exclude_modules=others)
-    else:
-        pipe.to(device)
+    if plan.turns:
+        for name, part in pipe.components.items():
+            if isinstance(part, nn.Module) and name != "transformer":
+                nn.Module.to(part, device)
+        one, other = (accelerate.cpu_offload_with_hook(p.transformer, device)[1] for p in (pipe, *drafting))
+        one.hook.prev_module_hook, other.hook.prev_module_hook = other, one  # each sends the other away
+        return
+    for each in (pipe, *drafting):
+        if plan.text == "offloaded":
+            each.model_cpu_offload_seq = each.model_cpu_offload_seq.replace("->vae", "")
+            each._exclude_from_cpu_offload = [*each._exclude_from_cpu_offload, "vae"]  # a search decodes at every step
+            each.enable_model_cpu_offload(device=device)
+        elif plan.group_offload:
+            others = [name for name in each.components if name != "transformer"]
+            stream = device.type == "cuda"
+            each.enable_group_offload(device, offload_type="leaf_level", use_stream=stream, exclude_modules=others)
+        else:
+            each.to(device)

@@ -20,11 +20,11 @@ def weighted(parts: Sequence[tuple[Reward, float]], sample: Tensor) -> Reward:
         raise ValueError("weighted needs at least one pair of a reward and its weight")
     scales = []
     for number, (reward, weight) in enumerate(parts):
-        r = reward(sample).float()
+        r = reward(sample.clone()).float()
         if len(r) < 2 or not r.std() > 0:
             raise ValueError(f"reward {number} is the same on all {len(r)} pictures of the sample: it has no scale")
         scales.append((reward, weight / float(r.std()), float(r.mean())))
-    return lambda x: torch.stack([scale * (reward(x).float() - mean) for reward, scale, mean in scales]).sum(0)
+    return lambda x: torch.stack([scale * (reward(x.clone()).float() - mean) for reward, scale, mean in scales]).sum(0)
 
 
 def lexicographic(first: Reward, second: Reward, least: float) -> Reward:
@@ -34,4 +34,6 @@ def lexicographic(first: Reward, second: Reward, least: float) -> Reward:
     """
     if not least > 0:
         raise ValueError(f"least must be positive; got {least}")
-    return lambda x: (first(x).float() / least).round() + torch.atan(second(x).float()) / torch.pi * 0.999
+    return lambda x: (
+        (first(x.clone()).float() / least).round() + torch.atan(second(x.clone()).float()) / torch.pi * 0.999
+    )

@@ -7,16 +7,25 @@ from numbers import Integral
 import torch
 
 from ..search import Particles, Problem, Run
+from .gradient import Guide
 
 
 def require_positive(method: object, *names: str) -> None:
-    """Raises ValueError if a field so named is no integer of at least 1; None, where it is the default, will do."""
+    """Raises ValueError if a field so named is no integer of at least 1; None, where it is the default, will do.
+
+    Likewise if the `guide` is no Guide, or if a switch is neither True nor False.
+    """
     for name in names:
         value = getattr(method, name)
         if value is None and getattr(type(method), name, 1) is None:  # a number that the budget decides
             continue
-        if not isinstance(value, Integral) or value < 1:
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name} must be an integer of at least 1; got {value!r}")
+    for name, value in vars(method).items():
+        if name == "guide" and not isinstance(value, Guide | None):
+            raise ValueError(f"guide must be a Guide or None; got {value!r}")
+        if isinstance(getattr(type(method), name, None), bool) and not isinstance(value, bool):
+            raise ValueError(f"{name} must be True or False; got {value!r}")
 
 
 def require_noise(problem: Problem) -> None:

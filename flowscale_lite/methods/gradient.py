@@ -37,6 +37,8 @@ class Guide:
     def __post_init__(self) -> None:
         if not 0 < self.strength < math.inf:
             raise ValueError(f"strength must be positive; got {self.strength}")
+        if not isinstance(self.normalised, bool):
+            raise ValueError(f"normalised must be True or False; got {self.normalised!r}")
         for name, value in (("below", self.below), ("floor", self.floor)):
             if not 0 < value <= 1:
                 raise ValueError(f"{name} must lie in (0, 1]; got {value}")

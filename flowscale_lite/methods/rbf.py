@@ -39,6 +39,8 @@ class RBF:
 
     def __post_init__(self) -> None:
         require_positive(self, "init", "batch", "chains")
+        if isinstance(self.rule, type) or not hasattr(self.rule, "take"):
+            raise ValueError(f"rule must be a stopping rule such as FirstImprovement(); got {self.rule!r}")
 
     @classmethod
     def published(cls, init: int = 25, chains: int = 2, batch: int = 1) -> RBF:

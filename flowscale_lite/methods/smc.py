@@ -21,15 +21,17 @@ class SMC:
     At each time a particle of look-ahead reward v has the potential exp(f), f = lambda(t) v/tau with
     lambda(t) = (1 - t)^tempering. Its weight is multiplied by exp of the gain in f since the time before. The gains of
     every line of descent multiply to exp(r/tau) of its finished sample, so the target is the same whatever the options,
-    and only the variance differs. When the effective sample size falls below `threshold`, particles are resampled and
-    their weights made equal. Sources: Wu et al. (arXiv 2306.17775); for tempering DAS, Kim et al. (arXiv 2501.05803).
+    and only the variance differs: by far where tau is small against the spread of rewards. When the effective sample
+    size falls below `threshold`, particles are resampled and their weights made equal. Sources: Wu et al. (arXiv
+    2306.17775); for tempering DAS, Kim et al. (arXiv 2501.05803).
 
     Attributes:
         particles: their number K; None for as many as the budget pays for, less than one being left.
         tau: temperature.
         scheme: of resampling, a name in `resampling.SCHEMES`.
         threshold: fraction of K; 0 never resamples (importance sampling), 1 does so whenever the weights differ.
-        tempering: exponent of lambda; 0 weighs at full strength from the start, 1 lets the strength grow linearly.
+        tempering: exponent of lambda; 1 lets the strength grow linearly, 0 weighs at full strength from the start and
+            so, where tau is small, resamples by look-aheads that say little: a poor estimator (`tests/test_smc.py`).
         init: initial noises for each particle; K of them are drawn by weight, which leaves the target as it is.
         guide: steers the particles by the gradient of the look-ahead reward; weights correct for it, so that the target
             is the same.
@@ -39,7 +41,7 @@ class SMC:
     tau: float = 1.0
     scheme: Literal["multinomial", "stratified", "systematic", "residual"] = "systematic"
     threshold: float = 0.5
-    tempering: float = 0.0
+    tempering: float = 1.0
     init: int = 1
     guide: Guide | None = None
 

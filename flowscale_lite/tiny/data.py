@@ -12,8 +12,7 @@ def locate(name: str) -> Path:
     """The path of a shipped file or folder, e.g. locate("tiny-flux/dev").
 
     It is looked for in the folder that the environment variable FLOWSCALE_DATA names. Where that is not set, an
-    installed package looks in its own `data` folder, and a clone of the repository in the clone's. The stored runs,
-    `results`, are in the repository only.
+    installed package looks in its own `data` folder, and a clone of the repository in the clone's.
 
     Raises:
         FileNotFoundError: it is not there. The message says where it was looked for and what to do.
@@ -27,6 +26,4 @@ def locate(name: str) -> Path:
     if (folder / name).exists():
         return folder / name
     where = f"{folder}, which FLOWSCALE_DATA names" if chosen else str(folder)
-    if installed and name.startswith("results"):
-        where += "; stored runs are in the repository, not in the installed package"
     raise FileNotFoundError(f"no {name} in {where}: clone the repository and set FLOWSCALE_DATA to its data folder")

@@ -66,6 +66,6 @@ def _related(scene: shapes.Scene, cells: NDArray[np.int64]) -> NDArray[np.bool_]
     axis, sign = shapes.AXIS[str(scene.relation)]
     place = sign * np.indices(cells.shape[1:])[axis]
     first, second = (
-        np.where(cells == group.kind, place, fill) for group, fill in zip(scene.groups, (-9, 9), strict=True)
+        np.where(cells == group.kind, place, fill) for group, fill in zip(scene.groups[:2], (-9, 9), strict=True)
     )
     return first.max((1, 2)) < second.min((1, 2))

@@ -1,8 +1,9 @@
 """The small data set: coloured shapes on a 64 x 64 canvas, their captions, exact and smooth counts, and rewards.
 
-A picture holds 1 to 10 objects in one or two groups. Objects sit on a jittered 4 x 4 grid, so they never touch. When a
-picture is drawn, it is known which objects it holds, how many and where. Counting is image processing by numpy and
-scipy without any learnt weights, so it cannot share the mistakes of a network.
+A picture holds 1 to 10 objects in one to three groups; the models were trained on one and two. Objects sit on a
+jittered 4 x 4 grid, so they never touch. When a picture is drawn, it is known which objects it holds, how many and
+where. Counting is image processing by numpy and scipy without any learnt weights, so it cannot share the mistakes of a
+network.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -71,7 +73,10 @@ class Group:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a prompt asks for: one or two groups, and perhaps a relation that each pair of their objects obeys."""
+    """What a prompt asks for: one to three groups, and perhaps a relation between the first two.
+
+    Each object of the first group obeys the relation with each object of the second.
+    """
 
     groups: tuple[Group, ...]
     relation: str | None = None
@@ -89,7 +94,7 @@ class Scene:
 
     def caption(self) -> str:
         """The plain wording, e.g. "three red circles and two blue squares"."""
-        return f" {self.relation or 'and'} ".join(group.words() for group in self.groups)
+        return _sentence([group.words() for group in self.groups], self.relation or "and")
 
     def wording(self, rng: np.random.Generator) -> str:
         """One of many wordings: digits or words, the groups in any order, a frame such as "a picture of ..."."""
@@ -104,7 +109,13 @@ class Scene:
         }
         if self.relation is None:
             rng.shuffle(groups)
-        return str(rng.choice(FRAMES)).format(f" {links.get(self.relation, self.relation)} ".join(groups))
+        link = str(links.get(self.relation, self.relation))
+        return str(rng.choice(FRAMES)).format(_sentence(groups, link))
+
+
+def _sentence(groups: Sequence[str], link: str) -> str:
+    """One to three groups in words, with `link` between the first two and "and" before the third."""
+    return " and ".join([f" {link} ".join(groups[:2]), *groups[2:]])
 
 
 _GROUP = re.compile(
@@ -118,8 +129,9 @@ def parse(prompt: str) -> Scene:
     """Read a prompt into a Scene.
 
     Raises:
-        ValueError: the prompt names no known object, more than two groups, one kind twice or too many objects, or has
-            a word that is not understood. (What is left out of the scene would be left out of the picture.)
+        ValueError: the prompt names no known object, more than three groups, one kind twice or too many objects, has
+            a relation elsewhere than between the first two, or has a word that is not understood. (What is left out of
+            the scene would be left out of the picture.)
     """
     text = prompt.lower()
     found = list(_GROUP.finditer(text))
@@ -132,10 +144,13 @@ def parse(prompt: str) -> Scene:
     unknown = [word for word in re.findall(r"[\w.-]*\w", _GROUP.sub(" ", text)) if word not in _FILLER]
     if unknown:
         raise ValueError(f"{prompt!r} holds words that are not understood: {', '.join(unknown)}")
-    if len(groups) > 2 or len({g.kind for g in groups}) < len(groups):
-        raise ValueError(f"{prompt!r} names {len(groups)} groups: expected one or two groups of different kinds")
-    between = text[found[0].end() : found[1].start()] if len(groups) == 2 else ""
-    relation = next((r for r in RELATIONS if re.search(rf"\b{r}\b", between)), None)
+    if len(groups) > 3 or len({g.kind for g in groups}) < len(groups):
+        raise ValueError(f"{prompt!r} names {len(groups)} groups: expected one to three groups of different kinds")
+    between = [text[a.end() : b.start()] for a, b in pairwise(found)]
+    relations = [next((r for r in RELATIONS if re.search(rf"\b{r}\b", words)), None) for words in between]
+    if any(relations[1:]):
+        raise ValueError(f"{prompt!r} has a relation after the second group: it may only stand between the first two")
+    relation = relations[0] if relations else None
     scene = Scene(groups, relation)
     if scene.total > MAX_OBJECTS:
         raise ValueError(f"{prompt!r} asks for {scene.total} objects: at most {MAX_OBJECTS} fit")
@@ -195,20 +210,23 @@ def arrange(scenes: Sequence[Scene], rng: np.random.Generator) -> Layout:
 
 
 def _cells(scene: Scene, rng: np.random.Generator) -> list[list[int]]:
-    """The cells of each group. A relation cuts the grid along a line that leaves room for both groups."""
+    """The cells of each group. A relation cuts the grid along a line that leaves room for the first two groups."""
     counts = [group.count for group in scene.groups]
     order = np.arange(CELLS * CELLS).reshape(CELLS, CELLS)
     if scene.relation is None:
         cells = rng.permutation(order.ravel())
-        return [cells[: counts[0]].tolist(), cells[counts[0] : sum(counts)].tolist()][: len(counts)]
+        return [part.tolist() for part in np.split(cells[: sum(counts)], np.cumsum(counts)[:-1])]
     lines = order.T if scene.relation in ("left of", "right of") else order  # one row of `lines` is one step along it
     if scene.relation in ("right of", "below"):
         lines = lines[::-1]
     cuts = [c for c in range(1, CELLS) if c * CELLS >= counts[0] and (CELLS - c) * CELLS >= counts[1]]
     cut = int(rng.choice(cuts))
-    return [
-        rng.permutation(side.ravel())[:n].tolist() for side, n in zip((lines[:cut], lines[cut:]), counts, strict=True)
-    ]
+    sides = zip((lines[:cut], lines[cut:]), counts[:2], strict=True)
+    related = [rng.permutation(side.ravel())[:n].tolist() for side, n in sides]
+    if len(counts) == 2:
+        return related
+    free = np.setdiff1d(order, np.concatenate(related))  # the third group stands anywhere
+    return [*related, rng.permutation(free)[: counts[2]].tolist()]
 
 
 # Half extents of each shape when its area is that of a circle of radius 1.
@@ -442,7 +460,7 @@ def _gaps(scene: Scene, found: Detections) -> list[Array]:
     axis, sign = AXIS[str(scene.relation)]
     place = sign * found.centre[:, axis] / CELL
     rows = [
-        [place[found.sure & (found.picture == k) & (found.kind == group.kind)] for group in scene.groups]
+        [place[found.sure & (found.picture == k) & (found.kind == group.kind)] for group in scene.groups[:2]]
         for k in range(found.pictures)
     ]
     return [second[None, :] - first[:, None] for first, second in rows]

@@ -58,19 +58,19 @@ fig.suptitle(TEXT)
 plt.show()
 
 # %% [markdown]
-# Count them: all four are wrong. The model that drew them is a `FluxPipeline` of the library diffusers, built like FLUX.1-schnell, with two text encoders, a transformer and an autoencoder. Only it is some six
-# thousand times smaller, and knows nothing but coloured shapes ([notebook 02](02_tiny_flux.ipynb)). Large models miscount too.
+# Count them: all four are wrong. The model that drew them is a `FluxPipeline` of the library diffusers, built like FLUX.1-schnell, with two text encoders, a transformer and an autoencoder. But it is about six
+# thousand times smaller, and it knows nothing but coloured shapes ([notebook 02](02_tiny_flux.ipynb)). Large models miscount too.
 #
-# We leave the model as it is. We only let it try more often. Would 25 tries do? Write down yes or no, before you go on.
+# We leave the model as it is. We only let it try more often.
 #
 # ## Twenty-five tries
 #
-# To choose among pictures we need a judge. Ours counts. It looks for blobs of colour and compares each with an ideal circle, square and triangle. A prompt asks for $n_k^*$ objects of kind $k$ (there are twelve kinds), and a picture shows $n_k$.
-# The *reward* of a picture is the sum of the squared mistakes, with a minus, so that 0 is the best:
+# To choose among pictures we need a judge. Ours counts. It looks for blobs of colour and compares each with an ideal circle, square and triangle. A kind $k$ is a colour and a shape, such as "red circle"; there are twelve. A prompt asks for $n_k^*$ objects of kind $k$, and a picture shows $n_k$.
+# The *reward* of a picture is minus the sum of the squared mistakes, so that 0 is the best:
 #
 # $$r(x) = -\sum_{k} \big(n_k(x) - n_k^*\big)^2. \tag{0.1}$$
 #
-# (`CountReward` is a smooth version. A faint object counts for less than one. [Notebook 03](03_rewards_and_best_of_n.ipynb) says why.)
+# (`CountReward` is a smooth version: a faint object counts for less than one. So a right picture has a reward just below 0. [Notebook 03](03_rewards_and_best_of_n.ipynb) says why it is smooth.)
 
 # %%
 scene = shapes.parse(TEXT)
@@ -80,18 +80,22 @@ reward = shapes.CountReward(scene)
 def seen(picture):
     """What the counter sees in one picture (3, H, W), a line for each kind."""
     counts = shapes.count(picture[None])[0]
-    kinds = zip(counts, shapes.CLASSES, strict=True)
-    return "\n".join(f"{n} {colour} {shape}" for n, (colour, shape) in kinds if n)
+    lines = []
+    for n, (colour, shape) in zip(counts, shapes.CLASSES, strict=True):
+        if n:
+            lines.append(f"{n} {colour} {shape}" + ("s" if n > 1 else ""))
+    return "\n".join(lines)
 
 
+# %%
 for picture, value in zip(pictures, reward(pictures), strict=True):
     print(f"reward {value:6.2f}:", seen(picture).replace("\n", ", "))
 
 # %% [markdown]
-# Now the 25 tries. We write the sampler ourselves, for we shall change it soon. A state $x_t$ mixes a picture $x_0$ with noise $\varepsilon$, namely $x_t = (1 - t)\,x_0 + t\,\varepsilon$. So $t = 1$ is pure noise and $t = 0$ is the picture. The model was trained to
-# predict the *velocity*, the direction $\varepsilon - x_0$ from picture to noise. We walk against it, from $t = 1$ to $0$, in ten steps:
+# Now the 25 tries. We write the sampler ourselves, because we shall change it soon. A state $x_t$ mixes a picture $x_0$ with noise $\varepsilon$, namely $x_t = (1 - t)\,x_0 + t\,\varepsilon$. So $t = 1$ is pure noise and $t = 0$ is the picture. The model was trained to
+# predict the *velocity*, the direction $\varepsilon - x_0$ from picture to noise. We walk against it from $t = 1$ to $0$ in ten steps. Each goes from a time $t$ to a smaller time $s$:
 #
-# $$x_s = x_t + (s - t)\, v(x_t, t), \qquad s < t. \tag{0.2}$$
+# $$x_s = x_t + (s - t)\, v(x_t, t). \tag{0.2}$$
 #
 # One evaluation of the model, for one picture, is one *NFE* ("number of function evaluations"). It is the currency of this series. A picture in ten steps costs 10 NFE, so 25 pictures cost 250.
 
@@ -107,8 +111,11 @@ def sample(velocity, x, times):
     return x, guesses
 
 
-prompt = FlowModel.encode(pipe, TEXT)
+prompt = FlowModel.encode(pipe, TEXT)  # the velocity of this model for this text
 times = prompt.times(10)
+
+# %% [markdown]
+# `FlowModel` is the velocity for one text. It works on *latents*, small codes of pictures; `prompt.decode` turns latents into pictures.
 
 # %%
 same = torch.randn(4, *prompt.shape, generator=torch.Generator().manual_seed(0))
@@ -157,7 +164,7 @@ assert not shapes.exact(scene, pictures).any() and not shapes.exact(scene, tries
 #
 # $$x_{0|t} = x_t - t\, v(x_t, t). \tag{0.3}$$
 #
-# This is the model's *guess* of the finished picture, made at time $t$. The name in the field is *posterior mean*, for it is an average over all pictures that may still come ([notebook 01](01_flow_matching.ipynb)). It costs nothing extra: we kept the guesses above. Here are those of the best try.
+# This is the model's *guess* of the finished picture, made at time $t$. The name in the field is *posterior mean*, because it is an average over all pictures that may still come ([notebook 01](01_flow_matching.ipynb)). It costs nothing extra: we kept the guesses above. Here are those of the best try.
 
 # %% alt="The guess of the finished picture at five times. It shows shapes already at time 1, from pure noise; they change a little and get clear."
 shown = [0, 2, 4, 6, 9]
@@ -169,19 +176,19 @@ plots.strip(axes, views, titles)
 plt.show()
 
 # %% [markdown]
-# The numbers are the rewards of the guesses. Even from pure noise the guess is nearly a picture, so a judge can look at it. That saves a lot: instead of 10 NFE for a finished picture, a look costs 1.
+# The numbers are the rewards of the guesses, called *look-ahead rewards*. With this model, even the guess from pure noise is nearly a picture, so a judge can look at it. That saves a lot: a finished picture costs 10 NFE, a look costs 1.
 #
 # ## Choose at every step
 #
-# Now a plan is near. **Rollover Budget Forcing** (RBF; Kim, Yoon, Hwang and Sung, NeurIPS 2025) does this:
+# So we can choose during the sampling, and not only at its end. **Rollover Budget Forcing** (RBF; Kim, Yoon, Hwang and Sung, NeurIPS 2025) does this:
 #
 # 1. Draw many noises, look at the guess of each, and keep the best.
 # 2. Make the step *random*: add some noise to it, so that one state has many possible children.
 # 3. Draw children one by one. Judge each by the reward of its guess.
-# 4. Take the first child that is better than the best so far, and go on from there. If the step's share of the budget is spent before, take the best child.
-# 5. What a step did not spend rolls over to the next.
+# 4. Take the first child that is better than the best so far, and go on from there. If the step's share of the budget is spent before that happens, take the best child of the step.
+# 5. What a step did not spend is added to the share of the next: it *rolls over*.
 #
-# [Notebook 04](04_ode_to_sde.ipynb) and the four after it build each part. Today we use the package's: `sde(vp_diffusion())` is the paper's random step, and `paper_vp(10)` its ten times. `RBF.few_step` sets the share of the first noises to a quarter of the budget. That is our choice for models of few steps, not the paper's; it was tuned on other prompts.
+# [Notebook 04](04_ode_to_sde.ipynb) and the four after it build each part. Today we use the package: `sde(vp_diffusion())` is the paper's random step, and `paper_vp(10)` its grid of times for ten steps. `RBF.few_step` gives a quarter of the budget, here 62 NFE, to the first noises. That is our choice for models of few steps, not the paper's; it was tuned on other prompts.
 
 # %%
 from flowscale_lite import RBF, BestOfN, ode, paper_vp, sde, search, steps, vp_diffusion
@@ -229,12 +236,12 @@ plots.reward_trace(ax, result)
 plt.show()
 
 # %% [markdown]
-# **Why does the reward kept fall at first?**
+# (Both lines end in one point: the last step, to $t = 0$, has one child and costs no evaluation.) **Why does the reward kept fall at first?**
 #
 # <details><summary>Answer</summary>
 #
-# Look at the lower line, the mean of the children drawn. The first pick is the best of 62 noises. But by step 3 the mean of its descendants has fallen back nearly to that of fresh noises, the first point. The early steps add so much noise that a child keeps little of its parent. So step 0 takes the best of 62, and each later step the best of some twenty: fewer tries, a worse best.
-# Only in the last two or three steps do children resemble their parents, and what has been gained stays.
+# Step 0 keeps the best of 62 noises. Each of the next steps keeps the best of about twenty children: fewer tries, a worse best. Why does the good start not help? The lower line, the mean of the children drawn, shows it. By step 3 it has fallen back nearly to its first point, the mean of fresh noises: the early steps add so much noise that a child keeps little of its parent.
+# Only in the last two or three steps do children resemble their parents. From there on a gain stays.
 #
 # </details>
 #
@@ -266,7 +273,7 @@ assert means[3] < 0.8 * means[0] and (means[8:] > 0.4 * means[0]).all()
 # %% [markdown]
 # ## Was it luck?
 #
-# We have seen one seed, number 3, and it was chosen, for RBF succeeds on it. These are three others.
+# So far we have seen one seed, number 3. We chose it because RBF succeeds on it. These are three others.
 
 # %% tags=["plot"] alt="Two rows of three pictures: best of 25 above, RBF below, for seeds 0, 1 and 2. All six have a mistake; on most seeds RBF's reward is the higher one."
 problems = {"best of 25": prompt.problem(reward, ode), "RBF": by_steps}
@@ -287,7 +294,7 @@ gains = [others["RBF", seed].reward - others["best of 25", seed].reward for seed
 assert sum(gain > 0 for gain in gains) == 2 and max(o.reward for o in others.values()) < -1
 
 # %% [markdown]
-# No success here, by either. RBF's reward is the higher one on two of the three seeds. This prompt is hard, and one picture proves nothing.
+# Here neither method succeeds. RBF's reward is the higher one on two of the three seeds. This prompt is hard, and one picture proves nothing.
 #
 # A fair test needs many prompts, and prompts that nobody tuned anything on. We take the first twelve of `data/prompts/test.txt`. It also needs a second judge. RBF looked at the counter 251 times, and may have found the counter's weak spots. So a small network that was trained to count, and that no search ever sees, judges
 # the final pictures too. A picture is *exact* for a judge if every count is right and, where the prompt says "left of" or "above", every object is on its side.
@@ -349,12 +356,12 @@ assert (exact["RBF"].sum(0) == (9, 8)).all() and (exact["best of 25"].sum(0) == 
 assert not (exact["best of 25"] & ~exact["RBF"]).any()
 
 # %% [markdown]
-# RBF is right on nine of the twelve prompts by the counter and on eight by the judge, best of 25 on three. On five or six prompts only RBF is right, on none only best of 25. If the two were equally good, six of six would point the same way once in 32 times, and five of five once in 16.
+# RBF is right on nine of the twelve prompts by the counter and on eight by the judge, best of 25 on three. By the counter there are six prompts on which only RBF is right; by the judge there are five. On no prompt is only best of 25 right. If the two methods were equally good, all six such prompts would favour the same method once in 32 times, and all five once in 16.
 # So twelve prompts are a good hint, and no more. [Deeper](#Deeper:-fifty-prompts) has fifty prompts.
 #
-# The thin lines on the bars are 95 % intervals of Clopper and Pearson, of twelve prompts with one run each. They are wide.
+# The thin lines on the bars are 95 % intervals (Clopper and Pearson). They are wide, because there is one run for each of only twelve prompts.
 #
-# Equal NFE is not equal time. RBF decodes and judges 251 pictures, best-of-N only 25, and with so small a model that takes RBF about three times as long. With FLUX.1 the velocity is by far the larger part ([notebook 11](11_flux.ipynb)).
+# Equal NFE is not equal time. RBF decodes and judges 251 pictures, best-of-N only 25, and with so small a model that takes RBF about three times as long. With FLUX.1 the evaluations of the model take by far most of the time ([notebook 11](11_flux.ipynb)).
 #
 # ## What goes wrong: a reward that does not say what we mean
 #
@@ -381,11 +388,11 @@ assert result.reward > -0.3 and shapes.count(fooled[None]).sum() == 9
 assert not shapes.exact(scene, fooled[None])[0]
 
 # %% [markdown]
-# The reward is nearly perfect, and the picture is wrong. The search did its work; the reward did not say of which kinds the nine should be. This is why a judge that no search has seen belongs to every result.
+# The reward is nearly perfect, and the picture is wrong. The search did its work, but the reward did not say which kinds the nine should be. A search can also use small errors of a reward. This is why every result needs a second judge, one that no search has seen.
 #
 # ## Your prompt
 #
-# All of the above in ten lines. The model knows the numbers one to ten, red, green, blue, yellow, circles, squares, triangles, and "left of", "right of", "above", "below" between two groups. It has room for ten objects or so.
+# Here is the whole search in ten lines. The model knows the numbers one to ten, red, green, blue, yellow, circles, squares, triangles, and "left of", "right of", "above", "below" between two groups. It has room for about ten objects.
 
 # %% alt="The picture that RBF found for the prompt in the cell."
 text = "three green triangles above four yellow squares"  # your prompt
@@ -401,7 +408,7 @@ ax.title.set_fontsize(8)
 plt.show()
 
 # %% [markdown]
-# Nothing in these lines is about shapes but the reward. With FLUX.1 and a reward of your own they stay the same; [notebook 11](11_flux.ipynb) runs them.
+# In these lines only the reward is about shapes. With FLUX.1 and a reward of your own they stay the same; [notebook 11](11_flux.ipynb) runs them.
 
 # %% [markdown]
 # ## Recap
@@ -468,7 +475,13 @@ def tries_needed(p, sure):
 # ### Exercise 2: design a reward (difficulty 3 of 5, 15 minutes)
 #
 # Write a reward for "as many circles as triangles, and no squares". Its largest value is 0, reached when both hold. Work from smooth counts, `shapes.soft_count(shapes.detect(pictures))`, an array (K, 12) in the order of `shapes.CLASSES`: three shapes for each of
-# four colours. Then search with it, and look: how does the search get away with as little as possible?
+# four colours. **What is the simplest picture with reward 0?** Answer this before you search with your reward.
+#
+# <details><summary>Answer</summary>
+#
+# An empty page: no circles, no triangles, no squares. A search may take such a way out. So a reward should also say what must be there.
+#
+# </details>
 #
 # <details><summary>Hint</summary>
 #
@@ -547,7 +560,7 @@ account = pd.DataFrame(film_trace)[["t", "nfe", "drawn", "best", "mean", "accept
 account.round(3)
 
 # %% [markdown]
-# `nfe` is the sum so far. Step 0 draws the first noises. A step's equal share would be (250 - 62) / 9, about 21. **Which steps found a child better than the best so far before their share was spent, and who got the rest?**
+# `nfe` is the sum so far. Step 0 draws the first noises. A step's equal share would be (250 - 62) / 9, about 21. **Which steps found a child better than the best so far before their share was spent? Which steps got the rest?**
 #
 # <details><summary>Answer</summary>
 #
@@ -558,7 +571,7 @@ account.round(3)
 # %% [markdown]
 # ## Deeper: fifty prompts
 #
-# Stored runs with 250 NFE: fifty hard prompts, three seeds each. Best-of-N is also there with four steps a picture, enough for a few-step model, so that 250 NFE buy 62 pictures. The intervals are bootstrapped over prompts.
+# Stored runs with 250 NFE: fifty hard prompts, three seeds each. `RBF.few_step` was not tuned on them. Best-of-N is also there with four steps a picture, enough for a few-step model, so that 250 NFE buy 62 pictures. The intervals are bootstrapped over prompts.
 
 # %%
 from flowscale_lite.experiments import paired_difference, read, table

@@ -45,7 +45,7 @@ from flowscale_lite import LINEAR, GaussianMixture, plots
 angle = torch.linspace(0, math.pi, 24)
 arc = torch.stack([angle.cos() - 0.5, angle.sin() - 0.1], 1)
 moons = GaussianMixture(1.6 * torch.cat([arc, -arc]), 0.13)  # 48 Gaussians, on two arcs
-u = moons.velocity(LINEAR)
+u = moons.velocity(LINEAR)  # the exact arrows; LINEAR is the straight path of (1.1)
 square = {"xlim": (-3.2, 3.2), "ylim": (-3.2, 3.2), "aspect": "equal"}
 
 # %% alt="Five clouds of points. At time 1 a round cloud of noise; at times 0.7, 0.4 and 0.2 it takes shape; at time 0 two crescents, the two moons."
@@ -71,13 +71,13 @@ plt.show()
 #
 # We make our own examples. Draw a data point $x_0$ and, independently, a noise point $\varepsilon \sim \mathcal N(0, I)$. Join them by a straight line, and walk along it at constant speed:
 #
-# $$x_t = (1 - t)\, x_0 + t\, \varepsilon, \qquad t \in [0, 1]. \tag{1.1}$$
+# $$x_t = (1 - t)\, x_0 + t\, \varepsilon. \tag{1.1}$$
 #
-# At $t = 0$ we are at the data, at $t = 1$ at the noise. (Some papers have it the other way round.) The velocity of this walk is its derivative in $t$,
+# The time $t$ goes from 0 to 1. At $t = 0$ we are at the data, at $t = 1$ at the noise. (Some papers have it the other way round.) The velocity of this walk is its derivative in $t$,
 #
 # $$\frac{\mathrm d x_t}{\mathrm d t} = \varepsilon - x_0, \tag{1.2}$$
 #
-# the same at every time. So of a *single pair* we know everything.
+# the same at every time. So for a *single pair* we know the arrow.
 
 
 # %%
@@ -131,12 +131,13 @@ starts, ends = eps_all[near][:50], x0_all[near][:50]
 fig, ax = plt.subplots(figsize=(4.6, 4.4))
 for a, b in zip(starts, ends, strict=True):
     ax.plot(*torch.stack([a, b]).T, color="0.7", linewidth=0.7, linestyle="-", zorder=1)
-ax.scatter(*starts.T, s=10, color="black", zorder=2)
-ax.scatter(*ends.T, s=14, color="#D55E00", marker="s", zorder=2)
+ax.scatter(*starts.T, s=10, color="black", zorder=2, label="noise")
+ax.scatter(*ends.T, s=14, color="#D55E00", marker="s", zorder=2, label="data")
 style = {"angles": "xy", "scale_units": "xy", "scale": 1, "width": 0.014, "zorder": 4}
-ax.quiver(*here, *(-average), color="#0072B2", **style)
+ax.quiver(*here, *(-average), color="#0072B2", label="minus the average velocity", **style)
 ax.scatter(*here, s=50, facecolors="white", edgecolors="black", zorder=5)
 ax.set(title="pairs through one place at t = 0.6", **square)
+ax.legend(loc="lower left", fontsize=9)
 plt.show()
 
 # %% tags=["check"]
@@ -146,24 +147,26 @@ assert ((average - exact).abs() < 4 * error + 0.03).all() and near.sum() > 500
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# The average. It is what the strip used: the two printed arrows agree, up to the noise of a finite number of pairs. (The blue arrow is *minus* the average, since the sampler walks from noise to data.)
+# The average. It is what the strip used: the two printed arrows agree, up to the error of a finite number of pairs.
 #
 # </details>
+#
+# (The blue arrow is *minus* the average, because the sampler walks from noise to data.)
 #
 # *In words*: the velocity at a place is the average velocity of all pairs that pass there at that time. *As a formula*, it is a conditional expectation,
 #
 # $$u_t(x) = E\big[\varepsilon - x_0 \,\big|\, x_t = x\big]. \tag{1.3}$$
 #
 # Why is the average enough? Think of cars on a wide square. Every car has its own direction. To know how the *density* of cars changes at a place, you need not know the single cars. You only need how many cars flow through that place and which way, all in all: density times average velocity.
-# So let new cars drive, all with the average velocity of the place where they are. They take other roads, but at every place and every time there are as many of them as of the old ones. [Deeper](#Deeper:-why-the-average-is-enough) has the proof.
+# Now let new cars drive. Each takes, at every moment, the average velocity of the place where it is. They drive along other roads, but at every place and every time there are as many of them as of the old cars. [Deeper](#Deeper:-why-the-average-is-enough) has the proof.
 #
 # The sampler is such a new car. It starts at noise and solves
 #
-# $$\frac{\mathrm d x}{\mathrm d t} = u_t(x) \qquad \text{from } t = 1 \text{ down to } 0, \tag{1.4}$$
+# $$\frac{\mathrm d x}{\mathrm d t} = u_t(x) \tag{1.4}$$
 #
-# in small steps, each with one evaluation of the velocity (Euler's method):
+# from $t = 1$ down to $0$, in small steps from $t$ to $s < t$, each with one evaluation of the velocity (Euler's method):
 #
-# $$x_s = x_t + (s - t)\, u_t(x_t), \qquad s < t. \tag{1.5}$$
+# $$x_s = x_t + (s - t)\, u_t(x_t). \tag{1.5}$$
 
 
 # %%
@@ -195,13 +198,13 @@ plt.show()
 #
 # ## Learn the average
 #
-# For pictures we cannot collect thousands of pairs that pass through one place. We need not. The mean of some numbers is the value that has the smallest mean *squared* distance to them. So let a network $u^\theta_t(x)$ predict the velocity of single pairs, and punish the squared error:
+# For pictures we cannot collect thousands of pairs that pass through one place. We do not need to. The mean of some numbers is the value that has the smallest mean *squared* distance to them. So let a network $u^\theta_t(x)$ predict the velocity of single pairs, and punish the squared error:
 #
 # $$L = E\,\big|u^\theta_t(x_t) - (\varepsilon - x_0)\big|^2. \tag{1.6}$$
 #
-# At each place and time the best it can do is the average over the pairs there, which is (1.3). This is *flow matching*. Nobody ever shows the network an average.
+# At each place and time the best prediction is the average over the pairs there, which is (1.3). So the network learns the average, although it only ever sees single pairs. This is *flow matching*.
 #
-# Our first version looks at the place, and gives an arrow.
+# Our first network takes a place $x$ and returns an arrow.
 
 
 # %%
@@ -263,7 +266,7 @@ plt.show()
 #
 # </details>
 #
-# One change: it also sees $t$, as a number and as sines and cosines of it, which make it easier to react to small changes.
+# One change: it also sees $t$. It gets $t$ itself, two sines and two cosines of it, which help it to react to small changes of $t$. With the place these are seven inputs.
 
 
 # %%
@@ -289,13 +292,13 @@ for name, losses in (("first", first_losses), ("second", second_losses)):
     print(f"{name} network, last 200 steps: {losses[-200:].mean():.2f}")
 print(f"exact velocity: {floor:.2f}")
 
-# %% tags=["plot"] alt="Left, samples of the second network: two moons, with a few strays. Right, losses against steps: the first network's stays high; the second's falls within some hundred steps near a dashed line far above zero, the loss of the exact velocity."
+# %% tags=["plot"] alt="Left, samples of the second network: two moons, with a few strays. Right, losses against steps: the first network's stays high; the second's falls within some hundred steps near a dotted line far above zero, the loss of the exact velocity."
 fig, axes = plt.subplots(1, 2, figsize=(8, 3.3))
 axes[0].scatter(*second_samples.T, s=3, color="black")
 axes[0].set(title="second network", **square)
 for losses, name in ((first_losses, "without time"), (second_losses, "with time")):
     axes[1].plot(torch.arange(0, 2000, 25), losses.view(-1, 25).mean(1), label=name)
-axes[1].axhline(float(floor), color="#009E73", linestyle="--", label="exact velocity")
+axes[1].axhline(float(floor), color="#D55E00", linestyle=":", label="exact velocity")
 axes[1].set(xlabel="training step", title="loss (1.6), means of 25 steps", ylim=(0, 5.5))
 axes[1].legend(loc="lower left", fontsize=9)
 plt.show()
@@ -308,17 +311,17 @@ strays = [float((distance > 0.25).float().mean()) for distance in distances]
 assert strays[0] > 2 * strays[1], strays
 
 # %% [markdown]
-# The moons. Now look at the loss. **Why does it stop near 3.3, and not at zero? Could a larger network reach zero?**
+# Now we get the moons. Look at the loss. **Why does it stop near 3.3, and not at zero? Could a larger network reach zero?**
 #
 # <details><summary>Answer</summary>
 #
-# No. Even the exact velocity has a loss of 3.3 (dashed). The loss compares *one* arrow with the many arrows of the pairs that pass, and they disagree. What is left is their spread around their own average. A flow model with a loss far above zero can be perfect. [Deeper](#Deeper:-two-losses) splits the loss into the two parts.
+# No. Even the exact velocity has a loss of 3.3 (dotted). The loss compares *one* arrow with the many arrows of the pairs that pass, and they disagree. What is left is their spread around their own average. A flow model with a loss far above zero can be perfect. [Deeper](#Deeper:-two-losses) splits the loss into the two parts.
 #
 # </details>
 #
 # ## What goes wrong: one step
 #
-# "Each pair's line is straight, so one step must be enough." Try it, with the exact velocity.
+# The line of each pair is straight. So is one large step enough? We try 1, 2, 4 and 16 steps, with the exact velocity.
 
 # %% alt="Samples with 1, 2, 4 and 16 steps. One step: all samples in one point between the moons, marked by a cross. Two and four steps: smeared moons. Sixteen: two moons."
 fig, axes = plt.subplots(1, 4, figsize=(9, 2.7), sharey=True)
@@ -330,9 +333,9 @@ for ax, n in zip(axes, (1, 2, 4, 16), strict=True):
 plt.show()
 
 # %% [markdown]
-# One step sends *every* noise to the cross, the mean of the data. There is no data at all. At $t = 1$ the state is pure noise and says nothing of the data, so the average over all pairs that pass is an average over all data. The roads of single pairs are straight, those of the flow are not: we saw them bend.
+# One step sends *every* noise to the cross, the mean of the data, where no data lies. Why? At $t = 1$ the state is pure noise and says nothing about the data, so the average over all pairs that pass is an average over all data. The lines of single pairs are straight, but the roads of the flow bend, and one step cannot follow a bend.
 #
-# [Notebook 02](02_tiny_flux.ipynb) shows how a model is trained for few steps. Its roads are made straight first.
+# [Notebook 02](02_tiny_flux.ipynb) shows how a model is trained to need only few steps: its roads are made nearly straight.
 #
 # ## Two equations, two unknowns
 #
@@ -347,9 +350,14 @@ plt.show()
 #
 # The left sides are known: where we are, and the velocity there. Two equations, two unknowns. Insert the second in the first:
 #
-# $$x_{0|t} = x - t\, u_t(x), \qquad \varepsilon_{|t} = x + (1 - t)\, u_t(x). \tag{1.8}$$
+# $$
+# \begin{aligned}
+# x_{0|t} &= x - t\, u_t(x), \\
+# \varepsilon_{|t} &= x + (1 - t)\, u_t(x).
+# \end{aligned} \tag{1.8}
+# $$
 #
-# The first is called the **posterior mean**: the average of all data points which the state may still come to. Every search in this series judges it, long before the sample is finished. So look well at what it is, and what it is not.
+# The first is called the **posterior mean**: the average of all data points that the state may still reach. Every search in this series judges it, long before the sample is finished. So it pays to see what it is, and what it is not.
 
 
 # %%
@@ -378,9 +386,9 @@ assert guesses[0].std() < 0.4 and abs(float(moons.mean().norm())) < 0.1
 assert torch.allclose(guess(u, noise, 1.0), moons.mean().float().expand(1000, 2), atol=1e-4)
 
 # %% [markdown]
-# Grey is the density of the data. At $t = 1$ the posterior mean is one point, for all noises nearly the same, and no data lies there. It then opens like a fan. Only near $t = 0$ does it lie on the moons.
+# Grey is the density of the data, orange are the 1,000 samples. At $t = 1$ all posterior means are nearly the same point, and no data lies there. Then they spread. Only near $t = 0$ do they lie on the moons.
 #
-# So the posterior mean is not a likely data point. It is an average, and an average of two moons is no moon. The less the state has decided, the more wrong it is to take the average for the sample. For pictures: an average of many pictures is a blur. This is the weak spot of every search that judges $x_{0|t}$. Remember it when a search fails on a multi-step model.
+# So the posterior mean is not a likely data point. It is an average, and an average of two moons is no moon. The less the state has decided, the more wrong it is to take the average for the sample. An average of many pictures is a blur, and a judge learns little from a blur. This is the weak spot of every search that judges $x_{0|t}$. [Notebook 02](02_tiny_flux.ipynb) shows one model on which it matters, and one on which it hardly does.
 
 # %% [markdown]
 # ## Recap
@@ -447,7 +455,7 @@ def mix_any(x0, eps, t):
 # %% [markdown]
 # ### Exercise 2: predict the velocity (difficulty 3 of 5, 15 minutes)
 #
-# Let the data be just two points on a line, $-1$ and $+1$, each with probability one half. First sketch $u_t(x)$ over $x$ at $t = 0.9$, $0.5$ and $0.1$. Then find it by (1.3), without using `GaussianMixture`.
+# Let the data be just two points on a line, $-1$ and $+1$, each with probability one half. First sketch $u_t(x)$ over $x$ at $t = 0.9$, $0.5$ and $0.1$. Then write a function that computes it by (1.3), without using `GaussianMixture`.
 #
 # <details><summary>Hint</summary>
 #
@@ -507,7 +515,7 @@ def two_point_velocity(x, t):
 # %% [markdown]
 # ### Exercise 3: a better step (difficulty 3 of 5, 15 minutes)
 #
-# Euler's error falls like one over the number of steps. Heun's method tries an Euler step, evaluates the velocity at the trial point too, and goes again from the start with the *mean* of the two. First guess: with equal NFE, which of the two wins at 4 NFE, and which at 64? Then write it; the test prints the answer.
+# Euler's error falls like one over the number of steps. Heun's method first tries an Euler step from $x_t$. It evaluates the velocity at the trial point too. Then it makes the step again from $x_t$, with the *mean* of the two velocities. So a step costs two evaluations (NFE). First guess: with the same NFE, does Euler or Heun win at 4 NFE? And at 64? Then write it; the test prints the answer.
 #
 # <details><summary>Hint</summary>
 #

@@ -105,11 +105,11 @@ ax.axis("off")
 plt.show()
 
 # %% [markdown]
-# This is FLUX (M: million weights, B: billion). Two encoders read the prompt, once. The autoencoder's *latents* are small pictures with many channels; noise of their shape is cut into tokens. At every step the transformer looks at tokens, texts and time, and gives the velocity. At the end the autoencoder decodes.
+# This is FLUX (M: million weights, B: billion). Two encoders read the prompt, once. The model draws *latents*, small pictures with many channels. It starts with noise of their shape, cut into small patches, the *tokens*. At every step the transformer looks at tokens, prompt and time, and gives the velocity. At the end the autoencoder turns the latents into a picture.
 #
-# Our models are diffusers' own classes with smaller numbers. What you see here is FLUX, only small. There are two, named after their large relatives: **dev** and **schnell** (German for fast). They have the same parts and almost the same number of weights. Only the transformers' weights differ.
+# Our models are made of diffusers' own FLUX classes, with smaller numbers. There are two, named after their large relatives: **dev** and **schnell** (German for fast). They have the same parts and almost the same number of weights. Only the transformers' weights differ.
 #
-# We need three functions: texts to vectors, the velocity, and the sampler of [notebook 01](01_flow_matching.ipynb).
+# We need three functions: texts to vectors, the velocity, and the sampler of [notebook 01](01_flow_matching.ipynb). (What `guidance` does comes later.)
 
 
 # %%
@@ -143,7 +143,8 @@ def velocity(pipe, x, t, text, guidance=2.0):
 # %%
 def sample(pipe, x, steps, text, guidance=2.0):
     """The flow from noise x: the last state, and the posterior mean of each step."""
-    times, guesses = FlowModel.encode(pipe, "a red circle").times(steps), []
+    grid = FlowModel.encode(pipe, "a red circle")  # any prompt: only its times are used
+    times, guesses = grid.times(steps), []
     for t, s in pairwise(times):
         v = velocity(pipe, x, t, text, guidance)
         guesses.append(x - t * v)
@@ -181,11 +182,11 @@ plt.show()
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# dev draws a smear: some ink in every cell. This is the average over all pictures of the prompt, for at $t = 1$ the state says nothing of the picture, and one step goes straight to the posterior mean ([notebook 01](01_flow_matching.ipynb), "one step"). schnell draws a picture.
+# dev draws a smear: some ink in every cell. This is the average over all pictures of the prompt, because at $t = 1$ the state says nothing about the picture, and one step goes straight to the posterior mean ([notebook 01](01_flow_matching.ipynb), "one step"). schnell draws a picture.
 #
 # </details>
 #
-# One noise may mislead. So 48 random prompts, one noise each, with the share of pictures in which every count is right:
+# One noise may mislead. So we take 48 random prompts with one noise each, and measure the share of *exact* pictures, those in which every count is right:
 
 
 # %%
@@ -223,9 +224,9 @@ ax.legend()
 plt.show()
 
 # %% [markdown]
-# One step is worth nothing to dev. schnell gets a fifth of the pictures right in one step and two fifths in four. At ten steps these 48 prompts cannot tell the two apart. On 300 prompts (`data/tiny-flux/README.md`) dev is ahead at ten, .65 against .56.
+# In one step dev gets no picture right. schnell gets a fifth of the pictures right in one step and two fifths in four. At ten steps 48 prompts are too few to say which model is better. On 300 prompts (`data/tiny-flux/README.md`) dev is ahead, .65 against .56.
 #
-# ## They see the end from the start, or not
+# ## Which model sees the end from the start?
 #
 # Look at the guesses on the way, the posterior means $x_{0|t} = x_t - t\,u_t(x_t)$. First over time, from one noise:
 
@@ -264,21 +265,21 @@ assert spread["schnell"] > 3 * spread["dev"]
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# For schnell. Its first guesses vary nearly as much as finished pictures, and each is close to the picture that its noise will become. dev's vary little. They are averages, with a hint of where things may stand. A judge that counts in them learns next to nothing.
+# For schnell. Its first guesses vary nearly as much as finished pictures, and each is close to the picture that its noise will become. dev's vary little. They are averages, with at most a hint of where the objects will stand. A judge that counts in them learns next to nothing.
 #
 # </details>
 #
-# This decides how a search can use a model. On schnell, a judge can choose among noises at one evaluation each. On dev it must wait until the pictures have parted, and then most of the steps are spent. [Notebook 03](03_rewards_and_best_of_n.ipynb) measures how much a look is worth at each time.
+# This decides how a search can use a model. On schnell, a judge can choose among noises at one evaluation each. On dev it must wait until the guesses differ, and by then many of the steps are spent. [Notebook 03](03_rewards_and_best_of_n.ipynb) measures how much a look is worth at each time.
 #
 # ## How schnell was made: reflow
 #
-# Why is dev's first guess an average? Because its pairs were drawn at random: one noise was paired with every picture. Lines from one noise lead everywhere.
+# Why is dev's first guess an average? Because its pairs were drawn at random: the same noise may be paired with any picture. So lines from one noise lead everywhere.
 #
-# *Reflow* (Liu, Gong and Liu, 2023) replaces the pairs. Let dev draw its own picture $\Phi(\varepsilon)$ from every noise $\varepsilon$. Then train a new model exactly as before, with the loss (1.6), but on the pairs
+# *Reflow* (Liu, Gong and Liu, 2023) replaces the pairs. Let dev draw a picture from every noise $\varepsilon$; call it $\Phi(\varepsilon)$. Then train a new model exactly as before, with the loss (1.6), but on the pairs
 #
 # $$\big(\Phi(\varepsilon),\, \varepsilon\big) \quad\text{instead of}\quad (x_0,\, \varepsilon). \tag{2.1}$$
 #
-# Now a noise has one partner. Here it is on the moons of [notebook 01](01_flow_matching.ipynb):
+# Now each noise has one partner. Here is the same on the moons of [notebook 01](01_flow_matching.ipynb):
 
 # %%
 angle = torch.linspace(0, torch.pi, 24)
@@ -312,21 +313,21 @@ for ax, (title, paths) in zip(axes, three.items(), strict=True):
 plt.show()
 
 # %% [markdown]
-# Left the pairs from which dev learnt. In the middle dev's flow. Right its pairs of noise and picture: where lines hardly cross, there is nothing to average. The velocity at a place is that of the one line through it, the same all along the line. So one large step is nearly exact, and the first guess is nearly the end.
+# Left: random pairs, as those from which dev learnt. Middle: the flow. Right: the flow's own pairs, as those from which schnell learnt. There the lines hardly cross, so there is hardly anything to average. The velocity at a place is that of the one line through it, the same all along the line. So one large step is nearly exact, and the first guess is nearly the end.
 #
-# Does the new model draw the same pictures? Its *distribution* stays, up to errors of training: the argument of [notebook 01](01_flow_matching.ipynb) never asked how noise and data are paired. [Deeper](#Deeper:-what-reflow-does-to-pairs) has this, and why the lines get shorter.
+# Does the new model draw the same pictures? The *distribution* of its pictures stays the same, up to errors of training: the argument of [notebook 01](01_flow_matching.ipynb) never asked how noise and data are paired. [Deeper](#Deeper:-what-reflow-does-to-pairs) has this, and why the lines get shorter.
 #
-# The price: one round does not make all lines straight, and the new model learns from the old one's mistakes. So schnell is not better than dev at ten steps. It is better at few.
+# What does it cost? One round of reflow does not make all roads straight, and the new model also learns the old one's mistakes. So schnell is better in few steps, but not in ten.
 #
 # ## Guidance
 #
-# dev has one more input, the *guidance scale* $w$. Guidance exaggerates what the prompt says. Take the velocity with the prompt, and that without any prompt, and go further in the direction from the second to the first:
+# dev has one more input, the *guidance scale* $w$. Guidance exaggerates what the prompt says. Take the velocity without any prompt, $u_\varnothing$, and go from it towards the velocity with the prompt, but $w$ times as far:
 #
 # $$u^w = u_\varnothing + w\,(u_{\text{prompt}} - u_\varnothing). \tag{2.2}$$
 #
-# At $w = 1$ it is the plain model. Done by hand this takes two evaluations a step (Ho and Salimans, 2022). FLUX.1-dev was taught to give $u^w$ in one, with $w$ as an input, and so was our dev, for $w$ from 1 to 4. schnell learnt from dev's pictures at $w = 2$ and has no such input.
+# At $w = 1$ it is the plain model. Computed by (2.2) this takes two evaluations a step (Ho and Salimans, 2022). FLUX.1-dev was trained to give $u^w$ in one, with $w$ as an input. So was our dev, for $w$ from 1 to 4. schnell learnt from dev's pictures at $w = 2$ and has no such input.
 #
-# **Guess: does more guidance always count better?**
+# **Guess: does more guidance always make the counts better?**
 
 # %%
 SCALES = (1.0, 2.0, 4.0, 8.0)
@@ -356,11 +357,11 @@ plt.show()
 #
 # </details>
 #
-# (The picture is one on which guidance matters; most look alike at all four.) One warning for later: a guided velocity is no longer an average over the pairs of any path. What [notebook 01](01_flow_matching.ipynb) read off the velocity then holds only approximately. From here on $w = 2$.
+# (We chose a picture on which guidance matters. Most pictures look alike at all four scales.) One warning for later: a guided velocity is no longer an average over pairs of noise and data. So the posterior mean that [notebook 01](01_flow_matching.ipynb) reads off the velocity is only approximate. From here on $w = 2$.
 #
 # ## What goes wrong: counting
 #
-# What can the two models count? For each size, 32 new prompts, ten steps, one sample each.
+# What can the two models count? For one to two objects, three to four and so on, we take 32 new prompts each, ten steps and one sample a prompt. Then we ask for two to four circles together with two to four triangles, or squares.
 
 # %%
 SIZES = ((1, 2), (3, 4), (5, 6), (7, 8), (9, 10))
@@ -407,24 +408,22 @@ assert 0.3 < right["schnell", 4].mean() < 0.5 and right_at[1.0].sum() < right_at
 assert right_at[8.0].sum() < right_at[4.0].sum() and (total == wanted).mean() > 0.6
 
 # %% tags=["plot"] alt="Share of exact pictures with 95 percent intervals, dev and schnell. By number of objects: high for one or two, lower for more, though not falling at every step. Circles with triangles: in the middle. Circles with squares: near zero for both models."
-labels = [f"{low} to {high}" for low, high in SIZES] + [
-    "with\ntriangles",
-    "with\nsquares",
-]
+labels = [f"{low} to {high}" for low, high in SIZES]
+labels += ["circles and\ntriangles", "circles and\nsquares"]
 place = np.array([0, 1, 2, 3, 4, 5.6, 6.6])
 fig, ax = plt.subplots(figsize=(7.5, 3.6))
 for shift, (name, rights), marker in zip((-0.08, 0.08), counted.items(), "os", strict=True):
     plots.intervals(ax, place + shift, shares(rights), marker=marker, label=name, linestyle="")
 ax.axvline(4.8, color="0.8", linestyle="-")
 ax.set(xticks=place, xticklabels=labels, ylim=(0, 1), ylabel="share of 32 prompts exact")
-ax.set(xlabel="number of objects" + 24 * " " + "2 to 4 circles ...")
+ax.set(xlabel="number of objects (left), kinds of objects (right)")
 ax.legend(loc="lower left")
 plt.show()
 
 # %% [markdown]
-# Left: the more objects, the rarer a picture without a mistake, on the whole. Each object is one more chance to fail. schnell loses more than dev.
+# Left: on the whole, the more objects, the fewer pictures are without a mistake. Each object is one more chance to fail. schnell loses more than dev.
 #
-# Right: number is not all. All these prompts ask for four to eight objects, and the two groups come from the same noises; only the word "triangles" is replaced by "squares". Both models are right with triangles many times more often than with squares. With squares the *total* is mostly right, as the printed lines say. So the models mix up what the objects are, and not how many.
+# Right: the number is not the only difficulty. The two groups of prompts differ in one word, "triangles" or "squares", and use the same noises. Both models are right with triangles many times more often than with squares. With squares the *total* is mostly right, as the printed lines say. So the models mix up what the objects are, not how many there are.
 #
 # Prompts of the hard kinds are in `data/prompts/hard.txt`. Among many samples of a hard prompt a few may be right, or nearly so. This is the gap that a search can close. [Notebook 03](03_rewards_and_best_of_n.ipynb) begins with it.
 
@@ -434,14 +433,14 @@ plt.show()
 # - Reflow trains on a model's own pairs (2.1). Their lines hardly cross, so few steps do.
 # - dev's first guess is an average, much alike for every noise; schnell's is nearly the final picture.
 # - Guidance (2.2) exaggerates the prompt; its scale is an input of dev.
-# - Both models miscount many objects, and circles beside squares: work for a search.
+# - Both models often miscount many objects, and circles together with squares. A search may mend this.
 
 # %% [markdown]
 # ## Exercises
 #
 # ### Exercise 1: how would you spend it? (difficulty 3 of 5, 15 minutes)
 #
-# Best-of-N has a budget of NFE. A picture in $n$ steps costs $n$ and is right with probability $p_n$; tries are independent. Write which number of steps gives the best chance that at least one picture is right. First guess for schnell with 20 NFE, when $p_1 = 0.24$, $p_2 = 0.40$, $p_4 = 0.49$, $p_{10} = 0.56$ (random prompts, `data/tiny-flux/README.md`).
+# Best-of-N has a budget of NFE. A picture in $n$ steps costs $n$ NFE and is right with probability $p_n$; tries are independent. Write a function that returns the number of steps with the best chance that at least one picture is right. First guess the answer for schnell and 20 NFE, with $p_1 = 0.24$, $p_2 = 0.40$, $p_4 = 0.49$, $p_{10} = 0.56$ (random prompts, `data/tiny-flux/README.md`).
 #
 # <details><summary>Hint</summary>
 #
@@ -489,7 +488,7 @@ def best_steps(shares, budget):
 #
 # ### Exercise 2: tell them apart (difficulty 3 of 5, 15 minutes)
 #
-# You are given a velocity function and noises, and must say whether the model is a few-step one. You may evaluate the velocity at $t = 1$ only. Return a number that is above 0.4 for few-step models and below for others, whatever the prompt: how much the first guesses of different noises differ.
+# You are given a velocity function and noises, and must say whether the model is a few-step one. You may evaluate the velocity at $t = 1$ only. Return a number that says how much the first guesses of different noises differ. It should be above 0.4 for few-step models and below for others, whatever the prompt.
 #
 # <details><summary>Hint</summary>
 #
@@ -814,33 +813,55 @@ assert (random_pairs > 5 * own_pairs).all() and own_pairs.max() < 0.2
 # %% [markdown]
 # ## Deeper: training, in the open
 #
-# The loss is (1.6) of [notebook 01](01_flow_matching.ipynb), with the prompt as one more input. Times are drawn "logit-normal": the logistic function of a Gaussian number of mean 0.7 and scale 1.1, which leans to the noise. `Denoiser` is the trainable half of a FLUX pipeline. We start from random weights, with the last layer at zero, so that at first it says 0 whatever it sees.
+# The loss is (1.6) of [notebook 01](01_flow_matching.ipynb), with the prompt as one more input. Times are drawn "logit-normal": the logistic function of a Gaussian number of mean 0.7 and scale 1.1, which leans to the noise. Of a copy of dev we train the text encoders and the transformer, and leave the autoencoder as it is. We start from random weights, with the last layer at zero, so that at first it says 0 whatever it sees.
 
 # %%
+from copy import deepcopy
+
 from torch import nn
 
-from tools.train.tiny_flux import Denoiser, sample_times
-
-g = torch.Generator().manual_seed(0)
-model = Denoiser()
-for name, weight in model.named_parameters():
+g, young = torch.Generator().manual_seed(0), deepcopy(dev)
+model = nn.ModuleList([young.text_encoder, young.text_encoder_2, young.transformer])
+for name, weight in model.requires_grad_(True).named_parameters():
     if weight.ndim > 1:
         nn.init.xavier_uniform_(weight, generator=g)
-    elif name.endswith("bias"):
-        nn.init.zeros_(weight)
-nn.init.zeros_(model.transformer.proj_out.weight)
+    else:
+        nn.init.constant_(weight, 0.0 if name.endswith("bias") else 1.0)
+nn.init.zeros_(young.transformer.proj_out.weight)
 lessons = [shapes.random_scene(draws) for _ in range(384)]
 x0_all = pack(to_latents(shapes.to_tensor(shapes.render(lessons, draws))))
-word_ids = model.tokenize([scene.wording(draws) for scene in lessons])
+
 
 # %%
+def read(prompts):
+    """The token ids of prompts, for CLIP and for T5, each (K, 16)."""
+    rules = {"padding": "max_length", "max_length": 16, "truncation": True}
+    readers = young.tokenizer, young.tokenizer_2
+    return [reader(prompts, return_tensors="pt", **rules).input_ids for reader in readers]
+
+
+def denoise(tokens, t, clip, t5):
+    """The velocity at tokens (K, 16, 32) and times (K,), as above, with gradients."""
+    return young.transformer(
+        hidden_states=tokens,
+        timestep=t,
+        guidance=torch.ones(len(t)),
+        pooled_projections=young.text_encoder(clip).pooler_output,
+        encoder_hidden_states=young.text_encoder_2(t5)[0],
+        txt_ids=torch.zeros(16, 3),
+        img_ids=young._prepare_latent_image_ids(1, 4, 4, "cpu", torch.float32),
+    ).sample
+
+
+# %%
+clip_ids, t5_ids = read([scene.wording(draws) for scene in lessons])
 optimizer, live = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.98)), []
 for _ in range(60):
     pick = torch.randint(384, (32,), generator=g)
     x0, eps_ = x0_all[pick], torch.randn(32, 16, 32, generator=g)
-    t = sample_times(32, g)
-    words = model.encode(*(ids[pick] for ids in word_ids))
-    v = model(torch.lerp(x0, eps_, t[:, None, None]), t, words, torch.ones(32))
+    t = torch.sigmoid(1.1 * torch.randn(32, generator=g) + 0.7)
+    x = torch.lerp(x0, eps_, t[:, None, None])
+    v = denoise(x, t, clip_ids[pick], t5_ids[pick])
     loss = (v - (eps_ - x0)).square().mean()
     optimizer.zero_grad()
     loss.backward()
@@ -852,7 +873,6 @@ for _ in range(60):
 # Sixty steps of 32 pictures. What does it draw now? Beside it the stored model, which saw 7,000 steps of 128 (and then a thousand more to learn guidance).
 
 # %% alt="Upper row, five samples of the network trained for sixty steps: shapes of all colours, some blurred, many more than the prompt asks for. Lower row, the stored dev from the same noises: yellow circles and blue triangles."
-young = model.pipeline(dev.vae, dev.scheduler)
 words = encode(young, [TEXT])
 rows = {"60 steps": sample(young, noise[:5], 10, words, 1.0)[0]}
 rows["stored dev"] = sample(dev, noise[:5], 10, text)[0]

@@ -24,7 +24,7 @@
 # - count the price: NFE, reward calls, seconds
 # - watch a reward being gamed, and the judge that notices
 #
-# **Prerequisites.** [Notebooks 01](01_flow_matching.ipynb) (posterior mean) and 02 (tiny-flux). Basic probability.
+# **Prerequisites.** [Notebook 01](01_flow_matching.ipynb) (posterior mean), [notebook 02](02_tiny_flux.ipynb) (tiny-flux), basic probability.
 #
 # **Time.** Core: about 65 minutes. Deeper: about 35 minutes.
 #
@@ -68,7 +68,7 @@ pictures = prompt.decode(latents)
 rewards = shapes.CountReward(shapes.parse(TEXT))(pictures)
 
 # %% [markdown]
-# We asked 64 times for three red circles and two blue squares. The reward is 0 for a right picture, and minus the squared error of the counts for the others.
+# We asked 64 times for three red circles and two blue squares. The reward is minus the squared error of the counts, so a right picture has 0. The figure shows all 64 rewards, between the two worst and the two best pictures.
 
 # %% tags=["plot"] alt="Histogram of 64 rewards from about -26 to 0, most between -20 and -2. On its left the two worst pictures, with many objects too many; on its right the two best, nearly right and right."
 order = rewards.argsort()
@@ -85,7 +85,7 @@ right = shapes.exact(shapes.parse(TEXT), pictures)
 assert right.sum() == 1 and int(rewards.argmax()) == int(np.argmax(right))
 
 # %% [markdown]
-# One of the 64 is right. Now take the best of the first $N$, in random order.
+# One of the 64 is right. Now put the 64 in a random order, and take the best of the first $N$.
 #
 # **Guess: how good is the best of 1, of 4, of 16?** Write down three rewards.
 
@@ -105,7 +105,7 @@ assert [round(reward) for reward in shown] == [-8, -6, -2, 0], shown
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# In this order -8, -6, -2 and 0. Another order gives other numbers; what they have in common is that each step to the right costs four times as much.
+# In this order -8, -6, -2, and 0 for all 64. (We took an order in which the four differ.) Other orders give other numbers. But in every order each step to the right costs four times as much.
 #
 # </details>
 #
@@ -115,9 +115,14 @@ assert [round(reward) for reward in shown] == [-8, -6, -2, 0], shown
 #
 # $$r_{\text{exact}}(x) = -\sum_k \big(n_k(x) - n_k^*\big)^2. \tag{3.1}$$
 #
-# The paper calls the sum RSS, the residual sum of squares. A count is a whole number, and this is a nuisance for a search, as we will see. So let each blob $j$ count as much as it is well drawn. It has a confidence $c_j$ between 0 and 1, which is shared among the shapes that it may be by weights $w_{jk}$:
+# The paper calls the sum RSS, the residual sum of squares. A count is a whole number, and this is a problem for a search, as we will see. So a blob $j$ that is drawn badly should count for less than one. The detector gives each blob a confidence $c_j$ between 0 and 1, and weights $w_{jk}$ that say how much the blob looks like kind $k$:
 #
-# $$r(x) = -\sum_k \big(\tilde n_k(x) - n_k^*\big)^2, \qquad \tilde n_k(x) = \sum_j c_j\, w_{jk}. \tag{3.2}$$
+# $$
+# \begin{aligned}
+# \tilde n_k(x) &= \textstyle\sum_j c_j\, w_{jk}, \\
+# r(x) &= -\textstyle\sum_k \big(\tilde n_k(x) - n_k^*\big)^2.
+# \end{aligned} \tag{3.2}
+# $$
 
 
 # %%
@@ -133,7 +138,7 @@ def smooth_reward(scene, pictures):
 
 
 # %% [markdown]
-# To see the difference we draw a right picture ourselves, and fade in one of its six objects. Three judges look at it: the exact counter, the smooth reward, and a small network that was trained to count on other drawings. The network is our *held-out judge*: no method may see its verdicts.
+# To see the difference we draw a right picture ourselves, and let one of its six objects appear slowly. Three judges look at it: the exact counter, the smooth reward, and a small network that was trained to count on other drawings. The network is our *held-out judge*: no method may see its verdicts.
 
 # %%
 from flowscale_lite.tiny.judge import HeldOutJudge
@@ -163,13 +168,13 @@ assert torch.allclose(smooth_reward(scene, film), shapes.CountReward(scene)(film
 assert [r == 0 for r in shapes.residual(scene, film)] == list(shapes.exact(scene, film))
 
 # %% [markdown]
-# The exact counter sees nothing until it sees everything. A search takes small steps, and asks which of two candidates is on the better way. To such a question the counter often answers "no difference". The smooth reward is the package's `CountReward`; where a prompt has a relation ("above"), each misplaced object costs up to 1.
+# The exact counter jumps: it does not see the object at all, and then sees it whole. The smooth reward climbs. This matters because a search takes small steps, and asks which of two candidates is a little better. To this question the counter often answers "no difference". The smooth reward is the package's `CountReward`; where a prompt has a relation ("above"), each misplaced object costs up to 1.
 #
 # ## Each doubling buys less
 #
 # *Best-of-N in words*: draw $N$ noises, run the ODE, return the picture of highest reward. In the package it is `BestOfN`.
 #
-# How much does it gain on average? Let $F(r)$ be the probability that one sample's reward is at most $r$. The best of $N$ lies below $r$ if all $N$ do, which has probability $F(r)^N$. Written with the quantile function $Q = F^{-1}$, the average of the best is
+# How much does it gain on average? Let $F(r)$ be the probability that one sample's reward is at most $r$. The best of $N$ lies below $r$ if all $N$ do, which has probability $F(r)^N$. Let $Q = F^{-1}$ be the quantile function: a share $u$ of the samples has a reward of at most $Q(u)$. Then the average of the best is
 #
 # $$E\big[\max_{i \le N} r_i\big] = \int_0^1 Q(u)\, N u^{N-1}\, du. \tag{3.5}$$
 #
@@ -213,7 +218,7 @@ table = pd.DataFrame(rows).set_index("prompt")
 table.map(np.mean).round(2)
 
 # %% [markdown]
-# Means over 64 pictures: the reward, and the shares of right ones by the counter and by the held-out judge. The prompts differ widely. We can also count the ties that we warned of.
+# Means over 64 pictures: the reward, and the shares of right ones by the counter and by the held-out judge. The prompts differ widely. We can also count how often two samples have equal rewards.
 
 # %%
 counted = [-shapes.residual(*pair) for pair in zip(scenes, pool, strict=True)]
@@ -226,7 +231,7 @@ for name, values in rewards.items():
 assert equal < 0.1 and 0.28 < np.mean([(v[:, None] == v).mean() for v in counted]) < 0.42
 
 # %% [markdown]
-# For about a third of the pairs a search with the counter could only toss a coin.
+# For about a third of the pairs, a search that uses the counter could only toss a coin.
 #
 # To measure best-of-$N$ we draw sets of $N$ from the 64, many times, and average over the winners. (Up to $N = 16$: larger sets would share too many members.) The same function gives the mean of any property of the winner.
 
@@ -275,11 +280,11 @@ assert sorted(exact.sum(1))[:2] == [1, 1]
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# About two thirds. The formula holds for each prompt with its own $p$, not for the mean. Easy prompts are right already at $N = 4$, and for two prompts the model draws one right picture in 64. For these, $N$ must be of the order of $1/p$.
+# About two thirds. The formula holds for each prompt with its own $p$, not for the mean. Easy prompts are right already at $N = 4$, while for two prompts the model draws one right picture in 64. For these, $N$ must be about $1/p$ or more.
 #
 # </details>
 #
-# Left, each doubling of $N$ buys less. On a large model each doubling costs twice the money.
+# In the left panel each doubling of $N$ buys less. But it costs twice as much.
 #
 # **What would a method have to do to beat this curve?**
 #
@@ -291,9 +296,14 @@ assert sorted(exact.sum(1))[:2] == [1, 1]
 #
 # ## Looking ahead
 #
-# At time $t$ the picture is not finished, but the model has a guess: the posterior mean $x_{0|t}$, the average of all pictures that may still come of the state ([notebook 01](01_flow_matching.ipynb)). The *look-ahead reward* is the reward of this guess,
+# At time $t$ the picture is not finished, but the model has a guess: the posterior mean $x_{0|t}$, the average of all pictures that the state may still become ([notebook 01](01_flow_matching.ipynb)). The *look-ahead reward* is the reward of this guess,
 #
-# $$v_t(x_t) = r\big(x_{0|t}\big), \qquad x_{0|t} = E[x_0 \mid x_t] = x_t - t\,u_t(x_t). \tag{3.3}$$
+# $$
+# \begin{aligned}
+# v_t(x_t) &= r\big(x_{0|t}\big), \\
+# x_{0|t} &= x_t - t\,u_t(x_t).
+# \end{aligned} \tag{3.3}
+# $$
 #
 # (From now on $v$ is this reward; the velocity is $u_t$.) We follow one noise, with dev and with schnell.
 
@@ -316,15 +326,15 @@ plots.picture(axes[1, 4], prompt.decode(quick[3][0][7:8])[0], "finished")
 plt.show()
 
 # %% [markdown]
-# dev's first guess is the average of all layouts: it puts a smear everywhere. schnell was trained to see the end from the start ([notebook 02](02_tiny_flux.ipynb)).
+# dev's first guess is an average of all layouts, so there is something in every cell. schnell was trained to see the end from the start ([notebook 02](02_tiny_flux.ipynb)).
 #
-# What should the look-ahead tell us? The average reward over the futures, $E[r(x_0) \mid x_t]$. The reward of the average future is something else. To second order they differ by
+# What we would like to know is the average reward of all pictures that the state may become, $E[r(x_0) \mid x_t]$. The look-ahead gives something else: the reward of the average picture. To second order they differ by a term with the spread of these pictures:
 #
-# $$E[r(x_0) \mid x_t] \approx r(x_{0|t}) + \tfrac12 \operatorname{tr}\big(H\,\operatorname{Cov}(x_0 \mid x_t)\big), \tag{3.4}$$
+# $$E[r(x_0) \mid x_t] - r(x_{0|t}) \approx \tfrac12 \operatorname{tr}(H C_t), \tag{3.4}$$
 #
-# where $H$ is the matrix of second derivatives of $r$ ([Deeper](#Deeper:-the-reward-of-an-average)). **The less the state has decided, the more wrong the look-ahead is.**
+# where $H$ is the matrix of second derivatives of $r$ and $C_t = \operatorname{Cov}(x_0 \mid x_t)$ ([Deeper](#Deeper:-the-reward-of-an-average)). **The less the state has decided, the more wrong the look-ahead is.**
 #
-# How wrong is that on pictures? A search only needs the *order* of candidates. So we rank 32 noises of a prompt by look-ahead, and by their final reward, and compute the rank correlation.
+# How wrong is it on pictures? A search only needs the *order* of candidates. So we rank 32 noises of a prompt by their look-ahead, and again by their final reward. If both orders are the same, the rank correlation is 1; if they have nothing to do with each other, it is 0.
 #
 # **Guess: for dev and for schnell, at which time does the look-ahead become of use?**
 
@@ -368,7 +378,7 @@ assert trust["dev"][0].mean < trust["dev"][2].mean < trust["dev"][-1].mean
 #
 # </details>
 #
-# This figure decides what a search can do, and we will come back to it.
+# We will come back to this figure: it decides what a search can do with a model.
 #
 # ## The price
 #
@@ -389,11 +399,11 @@ for name, job in jobs.items():
     print(f"{name:16} {1000 * (time.process_time() - start) / 32:5.1f} ms")
 
 # %% [markdown]
-# On FLUX.1 a decoding costs about a seventh of a velocity; on tiny-flux the decoder is large beside the transformer. So the package counts NFE and reward calls, and never adds them up.
+# On FLUX.1 a decoding costs about a seventh of a velocity. On tiny-flux it costs more than a velocity, because the decoder is large beside the transformer. So the package counts NFE and reward calls separately.
 #
 # ## What goes wrong: the reward is not the goal
 #
-# So far the given reward and the held-out judge agreed. Now three rewards that an honest person might have written in a hurry, on the same 384 pictures:
+# So far the given reward and the held-out judge agreed. Here are three rewards that somebody might write in a hurry. We use them on the same $6 \times 64$ pictures:
 #
 # - **counts**, as above;
 # - **total only**: minus the squared error of the number of objects, whatever they are;
@@ -460,75 +470,80 @@ assert [bool(held_out[5, int(np.argmax(v[5]))]) for v in hurried.values()] == [T
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# *More ink*: the more pictures it may choose from, the more crowded the one that it takes.
+# *More ink*: the more pictures it may choose from, the more crowded is the one that it takes.
 #
 # </details>
 #
-# All three searches succeed, by their own account. Only a judge that was not asked tells them apart. That is why results in this series are given by two judges. And a selection among 64 samples cannot leave what the model draws anyway; a search that steers every step can find much stranger pictures ([notebook 09](09_gradients.ipynb)).
+# Left: each reward rises with $N$ (measured in its own standard deviations, so that the three can be compared). So each search succeeds by its own reward. Right: only a judge that was not optimised tells them apart. That is why results in this series are given by two judges. Best-of-$N$ is still a mild case, because it only chooses among pictures that the model draws anyway. A search that steers every step can find much stranger pictures ([notebook 09](09_gradients.ipynb)).
 
 # %% [markdown]
 # ## Recap
 # - A reward is a function of a picture. A smooth one tells candidates apart that a counter calls equal.
-# - Best-of-$N$ gains by (3.5), ever less from each doubling, and hardly helps where the model hardly ever succeeds.
+# - Best-of-$N$ gains less from each doubling (3.5), and hardly helps where the model hardly ever succeeds.
 # - To beat it, a method must know early which pictures go wrong. The look-ahead reward (3.3) judges the posterior mean.
 # - For schnell it says much from the first evaluation on, for dev only late.
-# - A reward that leaves something out is gamed in just that; only a judge that was not optimised notices.
+# - A search uses whatever a reward leaves out; only a judge that was not optimised notices.
 
 # %% [markdown]
 # ## Exercises
 #
-# ### Exercise 1: how many? (difficulty 1 of 5, 5 minutes)
+# ### Exercise 1: how many for all six? (difficulty 2 of 5, 10 minutes)
 #
-# A model gets a prompt right with probability $p$. First guess: with $p = 1/64$, is the best of 64 right for certain? Then return the least $N$ for which best-of-$N$, with a perfect reward, succeeds with probability `wanted` or more.
+# The prompts have different probabilities $p_k$. With a perfect reward, best-of-$N$ gets prompt $k$ right with probability $1 - (1 - p_k)^N$. Return the smallest $N$ for which the mean of these over the prompts is `wanted` or more. First guess $N$ for the six prompts above and `wanted` $= 0.9$. (A single prompt with the mean $p$ of 0.28 would need 7.)
 #
 # <details><summary>Hint</summary>
 #
-# Solve $1 - (1 - p)^N \ge$ wanted for $N$; take care which way an inequality turns when you divide by a logarithm of something below 1. Then round, the right way; a ratio that is whole may come out a hair too large, so take off 1e-12 before.
+# There is no formula for $N$ when the $p_k$ differ. Try $N = 1, 2, 3, \dots$ until the mean is large enough.
 #
 # </details>
 
 
 # %% tags=["exercise"]
 def samples_needed(p, wanted):
-    """0 < p < 1, 0 < wanted < 1 -> the least integer N."""
+    """Probabilities p (n,), each above 0, and 0 < wanted < 1 -> the smallest N."""
     ### BEGIN SOLUTION
-    import math
-
-    return math.ceil(math.log(1 - wanted) / math.log(1 - p) - 1e-12)
+    n = 1
+    while np.mean(1 - (1 - np.asarray(p)) ** n) < wanted:
+        n += 1
+    return n
     ### END SOLUTION
 
 
 # %% tags=["exercise-test"]
-_cases = [(0.02, 0.5), (0.02, 0.95), (0.3, 0.9), (0.7, 0.5), (0.11, 0.99), (0.2, 0.36)]
-for _p, _wanted in [*_cases, (0.7, 0.91)]:
+assert samples_needed([0.5], 0.7) == 2, "one prompt: two tries give 0.75"
+assert samples_needed([0.9, 0.9], 0.5) == 1, "at least one try is needed"
+for _p, _wanted in (([0.5, 0.01], 0.5), ([0.9, 0.02, 0.02], 0.6), ([0.3, 0.1], 0.99)):
     _n = samples_needed(_p, _wanted)
-    _asked = f"p = {_p}, {_wanted} wanted: {_n} samples are too"
-    assert 1 - (1 - _p) ** _n >= _wanted - 1e-9, f"{_asked} few"
-    _less = 1 - (1 - _p) ** (_n - 1)
-    assert _n == 1 or _less < _wanted - 1e-9, f"{_asked} many (rounding?)"
-print("Well done.")
+    _shares = [np.mean([1 - (1 - q) ** m for q in _p]) for m in (_n - 1, _n)]
+    assert _shares[1] >= _wanted, f"p = {_p}: {_n} give {_shares[1]:.3f}, not {_wanted}"
+    assert _shares[0] < _wanted, f"p = {_p}: fewer than {_n} would do"
+_n = samples_needed(exact.mean(1), 0.9)
+print(f"Well done. The six prompts need N = {_n}; the hard ones make it so large.")
 
 
 # %% tags=["wrong-answers"]
-### WRONG: as if successes added up
+### WRONG: puts the mean p into the formula
 def samples_needed(p, wanted):
-    import math
-
-    return math.ceil(wanted / p)
+    return int(np.ceil(np.log(1 - wanted) / np.log(1 - np.mean(p)) - 1e-12))
 
 
-### WRONG: rounds down
+### WRONG: asks that the hardest prompt be right with this probability
 def samples_needed(p, wanted):
-    import math
-
-    return max(1, math.floor(math.log(1 - wanted) / math.log(1 - p)))
+    return int(np.ceil(np.log(1 - wanted) / np.log(1 - np.min(p)) - 1e-12))
 
 
-### WRONG: the logarithm of the success, not of the failure
+### WRONG: averages the numbers that the single prompts need
 def samples_needed(p, wanted):
-    import math
+    each = np.ceil(np.log(1 - wanted) / np.log(1 - np.asarray(p)) - 1e-12)
+    return int(np.ceil(each.mean()))
 
-    return math.ceil(math.log(wanted) / math.log(1 - p))
+
+### WRONG: stops one try too late
+def samples_needed(p, wanted):
+    n = 1
+    while np.mean(1 - (1 - np.asarray(p)) ** n) < wanted:
+        n += 1
+    return n + 1
 
 
 # %% [markdown]
@@ -597,7 +612,7 @@ def split():
 # %% [markdown]
 # ### Exercise 3: an honest look-ahead (difficulty 2 of 5, 10 minutes)
 #
-# For the reward $r(x) = -\tfrac{k}{2}\,\|x - c\|^2$ and a posterior of $x_0$ with mean $m$ and covariance $\text{var} \cdot I$ in $d$ dimensions, return $E[r(x_0) \mid x_t]$. Predict first: is the look-ahead too kind or too hard?
+# For the reward $r(x) = -\tfrac{k}{2}\,\|x - c\|^2$ and a posterior of $x_0$ with mean $m$ and covariance $\text{var} \cdot I$ in $d$ dimensions, return $E[r(x_0) \mid x_t]$. Predict first: is the look-ahead reward of the mean larger or smaller than this?
 #
 # <details><summary>Hint</summary>
 #

@@ -24,7 +24,7 @@
 # - break the balance, and recognise the damage
 # - measure whether noise keeps the distribution of pictures
 #
-# **Prerequisites.** Notebook 01 (velocity, posterior means); 00 or 02 for tiny-flux.
+# **Prerequisites.** [Notebook 01](01_flow_matching.ipynb) (velocity, posterior means), [notebook 02](02_tiny_flux.ipynb) (tiny-flux, guidance, reflow).
 #
 # **Time.** Core: about 70 minutes. Deeper: about 40 minutes.
 #
@@ -51,7 +51,7 @@ times = prompt.times(10)
 
 # %% [markdown]
 # We draw a picture with the flow, and stop at $t = 0.78$, when four of ten steps are done. From this one state we go on six times with the flow (`kernels.ode`), and six times
-# with a sampler that adds fresh noise at every step (`kernels.sde`).
+# with a sampler that adds fresh noise at every step (`kernels.sde`). A *kernel* gives the mean and the standard deviation of the next state.
 
 
 # %%
@@ -65,7 +65,7 @@ def onwards(kernel, x, times, seed=0):
     return x
 
 
-noisy = kernels.sde(kernels.quadratic())
+noisy = kernels.sde(kernels.quadratic())  # the amount of noise is explained below
 first = torch.randn(1, *prompt.shape, generator=torch.Generator().manual_seed(0))
 state = onwards(kernels.ode, first, times[:5])
 
@@ -79,20 +79,20 @@ for row, (name, kernel) in zip(axes, kinds.items(), strict=True):
 plt.show()
 
 # %% [markdown]
-# The flow has no choice, and draws one picture six times. With noise the six pictures differ. A search could draw many and keep the best.
+# The flow leaves no choice: it draws one picture six times. With noise the six pictures differ. A search could draw many and keep the best.
 #
 # **Is that allowed?** The model was trained for the flow, without noise on the way. Do the lower pictures still come from the model's distribution, or from a spoiled one?
 # Write down your guess.
 #
 # <details><summary>Answer, in short</summary>
 #
-# It is allowed, if the right pull comes with the noise, and if the model was trained by flow matching. This notebook shows the first for a toy, exactly, and the second for pictures, by counting.
+# Yes, on two conditions. With the noise we must add a drift that undoes its blur. And the model must be trained by flow matching. This notebook shows the first exactly, for a toy, and the second for pictures, by counting.
 #
 # </details>
 #
 # ## Noise blurs, the score pulls back
 #
-# Our toy is a mixture of three Gaussians on a line. We know its velocity and all its marginals $p_t$ exactly ([notebook 01](01_flow_matching.ipynb)).
+# Our toy is a mixture of three Gaussians on a line. We know its velocity exactly, and so its *marginals* $p_t$, the densities of the states at each time ([notebook 01](01_flow_matching.ipynb)).
 
 # %%
 import math
@@ -168,39 +168,44 @@ plt.show()
 #
 # How strong must the pull be? Give each particle, in a short time $h$, a push of variance $g^2 h$:
 #
-# $$x_{\text{new}} = x + g \sqrt h\, z, \qquad z \sim N(0, I). \tag{4.1}$$
+# $$x_{\text{new}} = x + g \sqrt h\, z, \quad z \sim N(0, I). \tag{4.1}$$
 #
 # *In words*: particles leave crowded places more often than they arrive there, so noise carries density downhill, and the flow of density is proportional to its slope. *As a formula*, this is the heat equation,
 #
-# $$\frac{\partial p}{\partial \ell} = \tfrac12\, g^2\, \Delta p = -\nabla \cdot \big(p\, \big[-\tfrac12\, g^2\, \nabla \log p\big]\big), \tag{4.2}$$
+# $$
+# \begin{aligned}
+# \frac{\partial p}{\partial \ell} &= \tfrac12\, g^2\, \Delta p \\
+# &= -\nabla \cdot \big(p\, \big[-\tfrac12\, g^2\, \nabla \log p\big]\big),
+# \end{aligned} \tag{4.2}
+# $$
 #
-# where $\ell$ is the time that passes. (The factor $\frac12$ comes from Taylor's formula: [Deeper](#Deeper:-where-the-half-comes-from).) The second form uses $\nabla p = p\,\nabla \log p$.
+# where $\ell$ is the time that passes. (The factor $\frac12$ comes from Taylor's formula: [Deeper](#Deeper:-where-the-half-comes-from).) The second line uses $\nabla p = p\,\nabla \log p$.
 # Now compare it with the continuity equation of [notebook 01](01_flow_matching.ipynb), which says how a velocity $a$ moves a density:
 #
 # $$\frac{\partial p}{\partial \ell} = -\nabla \cdot (p\, a). \tag{4.3}$$
 #
 # They have the same form. **To a density, noise of strength $g$ looks like a velocity of $-\tfrac12 g^2$ times the score.** So noise can be paid for with the opposite velocity:
 #
-# $$\underbrace{\;g\, dw\;}_{\text{noise blurs}} \quad\text{and}\quad \underbrace{+\tfrac12\, g^2\, \nabla \log p\; d\ell}_{\text{the score pulls back}} \quad\text{cancel, for every } g. \tag{4.4}$$
+# $$\underbrace{\;g\, dw\;}_{\text{noise blurs}} \text{ and } \underbrace{\tfrac12\, g^2\, \nabla \log p\; d\ell}_{\text{the score pulls back}} \text{ cancel.} \tag{4.4}$$
 #
-# ($g\,dw$ is the usual name for the pushes of (4.1) in the limit of small $h$.) That is the third row of the figure.
+# This holds for every $g$, and is the third row of the figure. ($g\,dw$ is the usual name for the pushes of (4.1) in the limit of small $h$.)
 #
 # ## A density that flows
 #
-# Now let time run again. The sampler goes from noise to data, so its clock is $\ell = 1 - t$, and on this clock the flow moves with $-u_t$. Along the way it carries the density through all $p_t$. Add the pair (4.4) at every moment, with the score of the
-# $p_t$ of that moment: the pair changes nothing, so the density still goes through all $p_t$.
+# Now let time run again. The sampler goes from noise to data, so its clock is $\ell = 1 - t$, and on this clock the flow moves with $-u_t$. Along the way it carries the density through all $p_t$. Now add noise and pull, the pair (4.4), at every moment, with the score of the
+# $p_t$ of that moment. The pair changes nothing, so the density still goes through all $p_t$:
 #
-# $$dx = \big[-u_t + \tfrac12\, g_t^2\, \nabla \log p_t\big]\, d\ell + g_t\, dw \tag{4.5}$$
+# $$dx = \big[\tfrac12 g_t^2 \nabla \log p_t - u_t\big] d\ell + g_t\, dw \tag{4.5}$$
 #
-# Written in $t$, with $d\ell = -dt$, this is the equation of the paper:
+# Written in $t$, with $d\ell = -dt$, this is the equation of the paper, for $t$ from 1 down to 0:
 #
-# $$dx = \big[u_t - \tfrac12\, g_t^2\, \nabla \log p_t\big]\, dt + g_t\, dw, \qquad t \text{ from } 1 \text{ down to } 0. \tag{4.6}$$
+# $$dx = \big[u_t - \tfrac12 g_t^2 \nabla \log p_t\big] dt + g_t\, dw. \tag{4.6}$$
 #
 # The *diffusion coefficient* $g_t \ge 0$ may change with time in any way, as long as it stays bounded. $g = 0$ is the ODE.
 #
 # ## The model knows its score
 #
-# One thing seems to be missing: nobody trained a network on the score. But at $x_t = (1-t)\,x_0 + t\,\varepsilon$ the density rises in the direction in which the noise gets less. The score is minus the average noise in the state, divided by its size:
+# One thing seems to be missing: nobody trained a network on the score. But a state $x_t = (1-t)\,x_0 + t\,\varepsilon$ is data with noise on it, and the density rises in the direction in which the noise gets less. The score is minus the average noise in the state, divided by its size $t$:
 #
 # $$\nabla \log p_t(x) = -\frac{\varepsilon_{|t}}{t}, \tag{4.7}$$
 #
@@ -236,9 +241,14 @@ for t in (0.9, 0.5, 0.2):
 #
 # A step of the sampler from $t$ to $s < t$ keeps everything in (4.6) fixed over the step. This is the method of Euler and Maruyama:
 #
-# $$x_s = x_t - (t - s)\,\big[u_t - \tfrac12\, g_t^2\, \nabla\log p_t\big] + g_t \sqrt{t - s}\; z. \tag{4.9}$$
+# $$
+# \begin{aligned}
+# x_s = x_t &- (t - s)\,\big[u_t - \tfrac12\, g_t^2\, \nabla\log p_t\big] \\
+# &+ g_t \sqrt{t - s}\; z.
+# \end{aligned} \tag{4.9}
+# $$
 #
-# In the last step, to $s = 0$, we leave the noise away, since nothing would remove it. The factor $\frac12$ is an argument of the function, so that we can change it later.
+# In the last step, to $s = 0$, we leave out the noise, because no later step would remove it. The factor $\frac12$ is an argument of the function, so that we can change it later.
 
 
 # %%
@@ -299,7 +309,7 @@ axes[0].set_ylabel("t")
 plt.show()
 
 # %% [markdown]
-# Ten particles each, from the same ten starts at the top. They could hardly move more differently.
+# Each panel shows ten particles from the same ten starts at the top. The motions are very different.
 #
 # **Guess: draw the four histograms at $t = 0.5$ on top of each other. Which one stands out?**
 
@@ -324,7 +334,7 @@ plt.show()
 #
 # </details>
 #
-# A picture can hide a small error, so we also measure one number: the *Wasserstein distance* $W_1$, the mean distance between the sorted sample and the quantiles of the exact distribution. Below, for the samples at $t = 0$.
+# A picture can hide a small error, so we also measure one number: the *Wasserstein distance* $W_1$, the mean distance between the sorted sample and the quantiles of the exact distribution. We compute it for the samples at $t = 0$. For comparison, we also compute it for samples drawn from the data itself.
 
 
 # %%
@@ -352,12 +362,12 @@ for name, states in runs.items():
 assert all(w1(states[-1]) < max(exact) for states in runs.values()), "one is far off"
 
 # %% [markdown]
-# Each of the four is as close to the data as exact draws of the same number are.
+# All four are as close to the data as 6,000 points drawn from the data itself.
 #
 # ## What goes wrong: the wrong constant
 #
-# The pull must be $\frac12 g^2$ times the score, not more and not less. It is easy to forget the $\frac12$, to get the sign wrong (this happens when one takes the equation for the other direction of time), or to add noise and no pull at all. None of these raises an error. We run $g = 1$ with four constants in the
-# place of $\frac12$, and follow the distance from $p_t$ on the way.
+# The pull must be exactly $\frac12 g^2$ times the score. It is easy to forget the $\frac12$, to get the sign wrong (by taking the equation for the other direction of time), or to add noise and no pull at all. None of these mistakes raises an error. We write $c$ for the constant, run $g = 1$ with four values of $c$,
+# and follow the distance from $p_t$ on the way.
 
 # %% tags=["plot"] alt="Left: distance from the exact density as t goes from 1 to 0. With the constant one half it stays at zero; the three wrong constants drift away, the wrong sign fastest. Right: final histograms. Noise alone, c = 0: hills too wide. c = 1: hills too narrow."
 constants = {"c = 1/2, right": 0.5, "c = 1, half forgotten": 1.0}
@@ -388,7 +398,7 @@ assert [name for name, far in _far.items() if far < 0.05] == ["c = 1/2, right"],
 # %% [markdown]
 # Without the half, the noise is paid for twice, and the hills come out too narrow. On pictures this is the most dangerous mistake, because it *looks* good: fewer odd samples, at the price of variety.
 #
-# **Guess: `FlowMatchEulerDiscreteScheduler` of diffusers has an option `stochastic_sampling`. Is it a member of the family (4.6)?**
+# One noisy sampler is in common use. The option `stochastic_sampling` of diffusers' `FlowMatchEulerDiscreteScheduler` guesses the picture and draws *all* the noise anew: $x_s = (1 - s)\, x_{0|t} + s\, z$. **Guess: is it a member of the family (4.6)?**
 #
 # <details><summary>Answer</summary>
 #
@@ -396,7 +406,7 @@ assert [name for name, far in _far.items() if far < 0.05] == ["c = 1/2, right"],
 #
 # </details>
 #
-# With a live kernel, try your own $g$ and $c$.
+# If you run this notebook, try your own $g$ and $c$ here:
 
 # %% tags=["plot"] alt="Final histogram for the amount of noise and the constant chosen, against the exact density."
 try:
@@ -444,7 +454,7 @@ axes[0, 0].set_ylabel("t")
 plt.show()
 
 # %% [markdown]
-# With more noise the children of a state remember it less. At $g = 2$ they fill all of the data's density (black): they have forgotten where they came from. So $g$ is a dial that a search can turn, from "one future" to "start again".
+# The more noise, the less the children of a state resemble it. At $g = 2$ they fill the whole density of the data (black): where they came from no longer matters. So with $g$ a search can choose anything between one future and a new start.
 #
 # On pictures, the *time* of the noise matters just as much. We take twelve states at each of five times, continue each four times with $g_t = 3t^2$, and measure how different the four siblings are (root mean squared difference of their pixels).
 
@@ -476,7 +486,7 @@ assert _means == sorted(_means, reverse=True), "early siblings should differ mos
 #
 # ## Does noise keep the distribution of pictures?
 #
-# Now the question from the beginning. On pictures we know no density, but we can count: in what share of the pictures is every number (and the relation, if there is one) right? If noise keeps the
+# Now the question from the beginning. We do not know the density of pictures, but we can count: in what share of the pictures is every number (and the relation, if there is one) right? If noise keeps the
 # distribution, it keeps this share. `tools/runs/noise.py` drew plain samples, without any search: 400 random prompts, one picture each by the ODE, by the SDE (4.9) with $3t^2$, and by the *DDPM
 # transition*, another noisy step in wide use ([Deeper](#Deeper:-the-DDPM-transition)). All three start from the same noise.
 #
@@ -526,7 +536,7 @@ plt.show()
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# For the second and the third, each for a reason of its own. Below the table we say which, and where it shows.
+# For the second, because a guided velocity is not an average over pairs. And for the third, because in schnell's training pairs the noise is not independent of the picture. The text below the table says where it shows.
 #
 # </details>
 #
@@ -562,11 +572,11 @@ assert abs(_sde["dev, guidance 2", 4].mean + 0.1) < 0.02
 # What do the rows say? The two judges agree everywhere, so we speak of the counter.
 #
 # - **dev at guidance 1** is the case of the theory: a model trained by flow matching, and its own velocity. The SDE's pictures are exact as often as the ODE's, in 4, 10 and 30 steps: all three intervals contain 0. So the answer to our first question is *yes*.
-#   The DDPM transition is even *better* than the ODE, in 10 and in 30 steps. But better is not the same: it draws from another distribution than the ODE. Two reasons are known, and we have not told them apart here: its samples vary too little ([Deeper](#Deeper:-the-DDPM-transition)), and noise lets a sampler correct errors of the model and of earlier steps.
-# - **dev at guidance 2.** A guided velocity is not the average over the pairs of any path, so (4.7) is not exactly the score of anything, and (4.6) is an approximation. In 10 and 30 steps no loss shows. In 4 steps noise costs a tenth of all pictures.
-# - **schnell** loses in 4 and in 10 steps, by both samplers and both judges. It was trained on its *own* pairs of noise and picture. In such a pair the noise is not independent of the picture, which (4.7) needs. In 30 steps the loss is smaller and no longer certain, so long steps have their part in it.
+#   The DDPM transition is even *better* than the ODE, in 10 and in 30 steps. But then it draws from another distribution than the ODE. Two reasons are known, and we have not measured which of them matters here: its samples vary too little ([Deeper](#Deeper:-the-DDPM-transition)), and noise lets a sampler correct errors of the model and of earlier steps.
+# - **dev at guidance 2.** A guided velocity is not the average over the pairs of any path, so (4.7) is not exactly a score, and (4.6) is an approximation. In 10 and 30 steps no loss shows. In 4 steps noise lowers the share of exact pictures by 0.10.
+# - **schnell** loses in 4 and in 10 steps, by both samplers and both judges. It was trained on its *own* pairs of noise and picture. In such a pair the noise is not independent of the picture, which (4.7) needs. In 30 steps the loss is smaller, and its intervals contain 0. So long steps are a part of the cause.
 #
-# A search on schnell pays this price first: before any choice, its noisy pictures are worse than the ODE's. What it gains by choosing must be more. [Notebook 05](05_interpolant_conversion.ipynb) looks for a noise that costs less.
+# A search on schnell pays this price first: before any choice, its noisy pictures are worse than the ODE's. Choosing must gain more than that. [Notebook 05](05_interpolant_conversion.ipynb) looks for a noise that costs less.
 
 # %% [markdown]
 # ## Recap
@@ -574,7 +584,7 @@ assert abs(_sde["dev, guidance 2", 4].mean + 0.1) < 0.02
 # - So there is a family of SDEs, one for each bounded $g_t \ge 0$, with the marginals of the flow (4.6). Only the motion differs.
 # - The score is minus the average noise over $t$, and the velocity contains it: (4.7), (4.8).
 # - The ODE gives a state one future, an SDE many. The more noise, and the earlier, the more they differ.
-# - On pictures, noise does dev no harm that shows in ten steps or more. It costs schnell exact pictures in four and in ten.
+# - On pictures, in ten steps or more, noise costs dev no exact pictures that we could see. It costs schnell some in four and in ten steps.
 
 # %% [markdown]
 # ## Exercises
@@ -595,7 +605,7 @@ assert abs(_sde["dev, guidance 2", 4].mean + 0.1) < 0.02
 #
 # <details><summary>Hint</summary>
 #
-# What number does not change when it is squared? Then ask which term of (4.9) has a square.
+# At $g = 1$ a square makes no difference. Which term of (4.9) has a square?
 #
 # </details>
 
@@ -848,7 +858,7 @@ for _t in (0.1, 0.5, 0.9):
 #
 # ## Deeper: a sampler in common use
 #
-# The step of diffusers' `stochastic_sampling` is "guess the picture, then draw *all* the noise anew":
+# This is the step of diffusers' `stochastic_sampling`, once more:
 #
 # $$x_s = (1 - s)\, x_{0|t} + s\, z. \tag{4.13}$$
 

@@ -48,7 +48,7 @@ TEXT = locate("prompts/hard.txt").read_text().splitlines()[1]
 prompt = FlowModel.encode(load(locate("tiny-flux/schnell")), TEXT, chunk=64)
 
 # %% [markdown]
-# We start from one noise, take three of ten steps, and go on six times with fresh noise. Once with the SDE of [notebook 04](04_ode_to_sde.ipynb) on the model's own linear path. Once as in the paper: the velocity is *converted* to another path, VP, and the SDE runs there.
+# We start from one noise and take three of ten steps. From the state we have reached we go on six times, each time with fresh noise. We do this in two ways. The upper row uses the SDE of [notebook 04](04_ode_to_sde.ipynb) on the model's own linear path. The lower row does what the paper does: it *converts* the velocity to another path, called VP, and runs the SDE there.
 
 
 # %%
@@ -78,7 +78,7 @@ fig.suptitle(TEXT, fontsize=10)
 plt.show()
 
 # %% [markdown]
-# On the linear path the six are variations of one picture. On VP they are six pictures. It is the same model, the same $g = 3t^2$, and both rows branch after three of ten steps.
+# On the linear path the six are variations of one picture. On VP they are six pictures. Both rows have the same model, the same $g = 3t^2$, and branch after three of ten steps.
 #
 # **Guess: what does the path change? The model's knowledge, the time at which we branch, or the noise?**
 #
@@ -92,17 +92,25 @@ plt.show()
 #
 # A path mixes data and noise ([notebook 01](01_flow_matching.ipynb)). The linear path has $x_t = (1-t)\,x_0 + t\,\varepsilon$. We write the other one with a bar and its own clock $s$:
 #
-# $$\bar x_s = \bar\alpha_s\, x_0 + \bar\sigma_s\, \varepsilon, \qquad \text{VP:}\quad \bar\alpha_s = e^{-T_s/2}, \quad \bar\sigma_s = \sqrt{1 - e^{-T_s}}, \quad T_s = 0.1\, s + \tfrac{19.9}{2}\, s^2. \tag{5.1}$$
+# $$
+# \begin{gathered}
+# \bar x_s = \bar\alpha_s\, x_0 + \bar\sigma_s\, \varepsilon, \\
+# \text{VP:}\;\; \bar\alpha_s = e^{-T_s/2}, \;\; \bar\sigma_s = \sqrt{1 - e^{-T_s}}, \\
+# T_s = 0.1\, s + \tfrac{19.9}{2}\, s^2.
+# \end{gathered} \tag{5.1}
+# $$
 #
-# Both are sums of the same two things. *If the ratio of signal to noise is the same, the sums are the same up to a factor.* So for each $s$ we look for the linear time with the same ratio:
+# VP means *variance preserving*: $\bar\alpha_s^2 + \bar\sigma_s^2 = 1$ at every $s$. The two constants in $T_s$ are the usual ones (Song et al., 2021).
 #
-# $$\frac{1 - t_s}{t_s} = \frac{\bar\alpha_s}{\bar\sigma_s} \quad\Longrightarrow\quad t_s = \frac{\bar\sigma_s}{\bar\alpha_s + \bar\sigma_s}, \tag{5.2}$$
+# Both paths are sums of the same two things. *If the ratio of signal to noise is the same, the sums are the same up to a factor.* So for each $s$ we look for the linear time with the same ratio:
+#
+# $$\frac{1 - t_s}{t_s} = \frac{\bar\alpha_s}{\bar\sigma_s} \;\Longrightarrow\; t_s = \frac{\bar\sigma_s}{\bar\alpha_s + \bar\sigma_s}, \tag{5.2}$$
 #
 # and then, with the *same* $x_0$ and $\varepsilon$,
 #
 # $$\bar x_s = c_s\, x_{t_s}, \qquad c_s = \bar\alpha_s + \bar\sigma_s. \tag{5.3}$$
 #
-# A path is a clock $t_s$ and a scale $c_s$. Eight pairs $(x_0, \varepsilon)$ show it:
+# So VP is the linear path with another clock, $t_s$, and another scale, $c_s$. The figure shows this for eight pairs $(x_0, \varepsilon)$.
 
 # %%
 from flowscale_lite import GaussianMixture
@@ -137,11 +145,11 @@ plt.show()
 assert torch.allclose(on_vp, c * on_linear), "(5.3)"
 
 # %% [markdown]
-# On the right, VP's states divided by $c_s$ lie on the straight lines. To know $\bar x_s$ is to know $x_{t_s}$. So the model's averages are the same as well:
+# On the right, VP's states divided by $c_s$ (dots) lie on the straight lines. Whoever knows $\bar x_s$ also knows $x_{t_s}$. So the average over all data that can lie behind the state is the same as well:
 #
 # $$E[x_0 \mid \bar x_s = \bar x] = E[x_0 \mid x_{t_s} = \bar x/c_s]. \tag{5.4}$$
 #
-# A look-ahead reward, which sees this average only, cannot tell on which path it is computed. *The model's knowledge is not what changes.*
+# The look-ahead reward is the reward of this average, so it is the same on both paths. *The model's knowledge is not what changes.* The next cell checks (5.4) at three times on toy data whose averages are known exactly.
 
 # %%
 x = torch.linspace(-3, 3, 61, dtype=torch.float64)[:, None]
@@ -153,9 +161,11 @@ for now in (0.1, 0.5, 0.9):
     assert torch.allclose(on_vp, on_linear), "(5.4)"
 
 # %% [markdown]
-# The velocity on VP follows from the two averages, by its definition ([notebook 01](01_flow_matching.ipynb)):
+# A velocity is made of two averages: that of the data, $x_{0|t}$, and that of the noise, $\varepsilon_{|t}$ ([notebook 01](01_flow_matching.ipynb)). The model gives both on the linear path. With VP's derivatives they make VP's velocity:
 #
-# $$\bar u_s(\bar x) = \bar\alpha_s'\, x_{0|t} + \bar\sigma_s'\, \varepsilon_{|t} \qquad \text{at } t = t_s,\ x = \bar x/c_s. \tag{5.5}$$
+# $$\bar u_s(\bar x) = \bar\alpha_s'\, x_{0|t} + \bar\sigma_s'\, \varepsilon_{|t}, \tag{5.5}$$
+#
+# with the averages taken at $t = t_s$ and $x = \bar x/c_s$.
 
 
 # %%
@@ -179,11 +189,11 @@ for _now in (0.01, 0.3, 0.6, 1.0):
     assert torch.allclose(_ours, convert(data.velocity(LINEAR), LINEAR, VP)(x, _s))
 
 # %% [markdown]
-# The package has this for any two paths as `convert`; a test shows that both agree. (The paper writes the same by the chain rule: [Deeper](#Deeper:-the-chain-rule,-and-both-ends).)
+# The package's `convert` does this for any two paths; a test shows that the two agree. (The paper derives the same velocity by the chain rule: [Deeper](#Deeper:-the-chain-rule,-and-both-ends).)
 #
 # ## Three steps are not three steps
 #
-# So is it the clock? Here is where the steps lie. The paper's grid on VP is $s_k = \sqrt{1 - (1 - t_k)^2}$ with ten uniform $t_k$.
+# So is it the time at which we branch? Here is where the ten steps lie. The paper's grid on VP is $s_k = \sqrt{1 - (1 - t_k)^2}$ with ten uniform $t_k$.
 
 # %%
 paper = schedules.paper_vp(10)  # the paper's VP times, as linear times
@@ -208,16 +218,21 @@ assert sum(t > 0.7 for t in paper) == 10
 assert 0.70 < paper[-2] < 0.72 and 0.98 < paper[3] < 1
 
 # %% [markdown]
-# After three steps the linear sampler stands at $t = 0.7$ (orange mark), where much of the picture is decided. The VP sampler stands very close to pure noise. It takes nine steps above 0.7, where most is open, and then *one* long step from 0.71 to the end.
+# After three steps the linear sampler stands at $t = 0.7$ (orange mark), where much of the picture is decided. The VP sampler is still very close to pure noise. It takes nine steps above 0.7, where most is still open, and then *one* long step from 0.71 to the end.
 #
 # ## The noise has changed, too
 #
-# We said "the same $g = 3t^2$". But on VP it is $3s^2$, in VP's clock and VP's scale. What is that noise on the linear path? Two rules are enough:
+# We said "the same $g = 3t^2$". But on VP it is $\bar g_s = 3s^2$, in VP's clock and VP's scale. How strong is that noise on the linear path? Two rules are enough:
 #
 # - *Scale.* Dividing states by $c$ divides their noise by $c$: the strength becomes $\bar g/c$.
 # - *Clock.* The noise variance added over an interval does not depend on the clock that measures the interval. So the variance per unit of $t$, times $dt$, equals the variance per unit of $s$, times $ds$.
 #
-# $$dx = \big[u_t - \tfrac12 g_t^2\,\nabla\log p_t\big]\,dt + g_t\,dw, \qquad g_t^2 = \frac{\bar g_s^2}{c_s^2}\,\frac{ds}{dt}. \tag{5.6}$$
+# $$
+# \begin{gathered}
+# dx = \big[u_t - \tfrac12 g_t^2\,\nabla\log p_t\big]\,dt + g_t\,dw, \\
+# g_t^2 = \frac{\bar g_s^2}{c_s^2}\,\frac{ds}{dt}.
+# \end{gathered} \tag{5.6}
+# $$
 #
 # This is the SDE (4.6) of [notebook 04](04_ode_to_sde.ipynb) on the linear path, with another $g$ ([derivation](#Deeper:-the-VP-SDE-in-linear-coordinates)).
 
@@ -234,27 +249,27 @@ ax.legend(fontsize=9)
 plt.show()
 
 # %% [markdown]
-# So **the VP-SDE is the same model on another time grid, with other noise**: louder very close to $t = 1$, and quieter everywhere else. Nothing else is in a conversion. (This holds in continuous time. In ten large steps, Euler's method treats two ways of writing one equation differently: [Deeper](#Deeper:-the-last-step-on-VP).)
+# So **the VP-SDE is the same model on another time grid, with other noise**: stronger very close to $t = 1$, and weaker everywhere else. A conversion changes nothing else. (This is exact in continuous time. With ten large steps the two ways of writing the SDE differ a little: [Deeper](#Deeper:-the-last-step-on-VP).)
 #
-# Now each of the two can be switched alone, without leaving the linear path:
+# So we can stay on the linear path and change the grid alone, or the noise alone. The paper calls the noise strength $g$ the *diffusion coefficient*; our short name is "diffusion".
 
 # %%
-LOUD, VP_LOUD = noisy, kernels.sde(kernels.vp_diffusion())
+vp_noisy = kernels.sde(kernels.vp_diffusion())
 SAMPLERS = {
-    "linear SDE": (LOUD, uniform),
-    "+ grid": (LOUD, paper),
-    "+ diffusion": (VP_LOUD, uniform),
-    "VP-SDE": (VP_LOUD, paper),
+    "linear SDE": (noisy, uniform),
+    "+ grid": (noisy, paper),
+    "+ diffusion": (vp_noisy, uniform),
+    "VP-SDE": (vp_noisy, paper),
 }
 
 # %% [markdown]
-# **Guess: which of the two makes siblings different, and which makes pictures good?** Six siblings each, from the same noise, branching after three steps:
+# **Guess: which of the two makes the six pictures different? Is either of them good alone?** Each row has six *siblings*: they come from one state, reached after three steps.
 
 
 # %% tags=["plot"] alt="Four rows of six siblings that part after step 3. On the paper's grid, with either noise, they are different pictures; under the linear SDE variations of one; with the other noise alone the same overfull picture six times."
 @torch.no_grad()
 def sampled(kernel, x, times, seed):
-    """The same on the linear path, with a kernel."""
+    """States x (K, C, H, W) along times of the linear path, by a kernel."""
     generator = torch.Generator().manual_seed(seed)
     for t, s in pairwise(times):
         mean, std = kernel(LINEAR, x, prompt(x, x.new_full((len(x),), t)), t, s)
@@ -272,13 +287,13 @@ plt.show()
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# The *grid* makes siblings different: it branches early in time. The other *noise alone*, on uniform steps, spoils the pictures: its first step of 0.1 adds noise of variance about 14 to states of variance 1. The VP noise is made for small steps near $t = 1$.
+# The *grid* makes siblings different, because with it three steps end close to pure noise. Alone it also gives good pictures. The VP *noise alone*, on uniform steps, spoils the pictures: its first step of 0.1 adds noise of variance about 14 to states of variance 1. VP's noise needs small steps near $t = 1$.
 #
 # </details>
 #
 # ## Variety against quality
 #
-# The paper measures both: *diversity* is the mean distance of pictures that start from one noise, *reward* is what its search reaches. On FLUX.1-schnell, in ten steps, it reports (Kim et al., table of the ablation; these numbers are theirs, not ours):
+# The paper measures both: *diversity* is the mean distance of pictures that start from one noise, *reward* is what its search reaches. These are the paper's numbers, not ours (Kim et al., table of the ablation; FLUX.1-schnell in ten steps):
 #
 # | the paper's, on FLUX.1-schnell | diversity (LPIPS) | reward (VQAScore) |
 # |---|---|---|
@@ -287,7 +302,7 @@ plt.show()
 # | + diffusion coefficient alone | 0.429 | 0.702 |
 # | VP-SDE | 0.509 | 0.925 |
 #
-# We do the same on tiny-flux. `tools/runs/interpolants.py` took twenty hard prompts and two noises each, drew four children of every noise, and stored the distance of siblings (root mean squared difference of pixels) and the reward of the finished pictures. It also branched after three, six and eight steps.
+# We do the same on tiny-flux, with twenty hard prompts, two noises each, and four siblings of every noise (rows of `tools/runs/interpolants.py`). *Variety* is the distance of siblings, the root mean squared difference of their pixels. *Quality* is the reward of the finished pictures, without a search.
 
 # %%
 import pandas as pd
@@ -325,10 +340,13 @@ for ax, model in zip(axes, ("schnell", "dev"), strict=True):
         up = [[good.mean - good.low], [good.high - good.mean]]
         style = {"marker": MARKERS[name], "linestyle": "", "label": name}
         ax.errorbar(far.mean, good.mean, xerr=across, yerr=up, **style)
-    ax.set(title=f"tiny-flux {model}", xlabel="distance of siblings of one noise")
-axes[0].set_ylabel("reward, without a search")
+    ax.set(title=f"tiny-flux {model}", xlabel="variety: distance of siblings")
+axes[0].set_ylabel("quality: reward")
 axes[0].legend(fontsize=9, loc="lower left")
 plt.show()
+
+# %% [markdown]
+# How to read it: right is more varied, up is better. The differences for schnell, prompt by prompt, follow with 95 % intervals. *part at 0* is the variety of siblings that part at the noise, as in the paper. *part at 3* is that of siblings that part after three steps. *finished* is the quality.
 
 # %%
 PAIRS = [("+ diffusion", "+ grid"), ("VP-SDE", "linear SDE"), ("+ grid", "linear SDE")]
@@ -354,13 +372,13 @@ for _model in ("dev", "schnell"):
         assert against(_model, "+ diffusion", _name, "finished").high < 0
 
 # %% [markdown]
-# On schnell, measured as in the paper (*part at 0*: siblings part at the noise):
+# On schnell, measured as in the paper (*part at 0*):
 #
-# - The diffusion alone brings more variety than the grid alone, and VP-SDE more than the linear SDE. Both are the paper's directions. But our differences are small, and the grid alone brings no more than the linear SDE, unlike in the paper.
+# - The diffusion alone brings more variety than the grid alone, and VP-SDE more than the linear SDE. The paper finds the same. But our differences are small, and unlike in the paper the grid alone brings no more variety than the linear SDE.
 # - The diffusion alone ruins the pictures, as in the paper. Part of its variety is clutter, which a distance of pixels counts as well.
-# - VP-SDE makes the best pictures of the four; over the linear SDE by little.
+# - VP-SDE makes the best pictures of the four. It is ahead of the linear SDE by little.
 #
-# *After three steps* (part at 3) the order turns: there the grid keeps the siblings different, and the diffusion alone makes them alike. A search that branches at every step needs this kind of variety.
+# *After three steps* (part at 3) the order is reversed: the grid keeps the siblings different, and the diffusion alone makes them alike. A search branches at every step, so it needs this kind of variety. The next figure shows it for later steps too.
 
 # %% tags=["plot"] alt="Distance of siblings on schnell against the step at which they part. On the paper's grid it stays high to the end; under the linear SDE it falls steadily; with the diffusion alone it is near zero from step 3 on."
 fig, ax = plt.subplots(figsize=(6, 3.2))
@@ -375,7 +393,7 @@ plt.show()
 # %% [markdown]
 # ## Does a search find more?
 #
-# Variety is a means. Here is what RBF ([notebook 08](08_rollover_budget_forcing.ipynb)) finds with 100 evaluations under each sampler, on schnell, for forty prompts. RBF was tuned with the VP-SDE, so this comparison favours it.
+# We want variety because it may help a search. Here is what RBF, the search of [notebook 08](08_rollover_budget_forcing.ipynb), finds on schnell with 100 evaluations, for forty prompts. *exact* is the share of prompts whose picture is entirely right. RBF was tuned with the VP-SDE, so this comparison favours the VP-SDE.
 
 # %%
 searches = experiments.read(locate("results") / "interpolants_search.jsonl")
@@ -386,7 +404,7 @@ ahead = {}
 for name in found.index:
     other = [row for row in searches if row["sampler"] == name]
     ahead[name] = paired_difference(best, other, "reward", by=("prompt",))
-found["VP-SDE's reward minus this"] = ahead
+found["VP-SDE minus this"] = ahead
 found
 
 # %% tags=["check"]
@@ -398,23 +416,23 @@ assert ahead["VP-SDE, on VP itself"].low < 0 < ahead["VP-SDE, on VP itself"].hig
 assert against("schnell", "DDPM transition + grid", "VP-SDE", "part at 3").high > 0
 
 # %% [markdown]
-# The first four rows are the samplers from above. The others are the DDPM transition of [notebook 04](04_ode_to_sde.ipynb) on both grids, the VP-SDE with another ending (see below), and the VP-SDE in the authors' own discretisation ([Deeper](#Deeper:-the-last-step-on-VP)).
+# The first four rows are the samplers from above. The next two are the DDPM transition of [notebook 04](04_ode_to_sde.ipynb) on both grids. The last two are the VP-SDE with another ending (next section), and the VP-SDE stepped on VP as the authors do ([Deeper](#Deeper:-the-last-step-on-VP)). The last column is a difference of rewards.
 #
-# - VP-SDE has the best mean, and the diffusion alone by far the worst, as in the paper. Its lead over the linear SDE is not certain with forty searches: the interval contains 0.
-# - Each part needs the other: VP-SDE is ahead of the grid alone and of the diffusion alone, as in the paper.
-# - Variety alone does not help. With the grid, the DDPM transition makes siblings as different as VP-SDE does, and the search finds less. On schnell this transition makes worse pictures than the ODE ([notebook 04](04_ode_to_sde.ipynb)). *A search needs children that differ, and that are good.*
+# - VP-SDE has the best mean, and the diffusion alone by far the worst, as in the paper. Whether VP-SDE is better than the linear SDE stays open: the interval contains 0.
+# - Grid and noise need each other: VP-SDE is ahead of the grid alone and of the diffusion alone, as in the paper.
+# - Variety alone does not help. On the paper's grid the DDPM transition makes siblings as different as VP-SDE does, but the search finds less. The reason: on schnell this transition makes worse pictures ([notebook 04](04_ode_to_sde.ipynb)). *A search needs children that differ, and that are good.*
 #
 # ## What goes wrong: the paper's grid on a multi-step model
 #
-# In the figure above, both samplers on the paper's grid were far worse on dev than the linear SDE. The pictures (guidance 2) show why.
+# On dev, the multi-step model, both samplers on the paper's grid were far worse than the linear SDE (right panel of variety against quality). The pictures show why. Upper row: the paper's grid. Lower row: a grid that cuts the long last step in three.
 
 # %% tags=["plot"] alt="Pictures of dev by the VP-SDE in two rows. Upper row, the paper's grid: blurred, overlapping or missing shapes. Lower row, eight steps with the last cut in three: cleaner shapes."
 prompt = FlowModel.encode(load(locate("tiny-flux/dev")), TEXT, guidance=2.0, chunk=64)
 start = torch.randn(6, *prompt.shape, generator=torch.Generator().manual_seed(5))
 fig, axes = plt.subplots(2, 6, figsize=(9, 3.4))
 for row, finish in zip(axes, (1, 3), strict=True):
-    drawn = sampled(VP_LOUD, start, schedules.paper_vp(10, finish=finish), 2)
-    label = "the paper's" if finish == 1 else "end in three"
+    drawn = sampled(vp_noisy, start, schedules.paper_vp(10, finish=finish), 2)
+    label = "the paper's" if finish == 1 else "cut in three"
     plots.strip(row, prompt.decode(drawn), label=label)
 plt.show()
 
@@ -428,13 +446,13 @@ assert against("dev", "VP-SDE", "linear SDE", "finished").high < 0
 assert against("dev", "VP-SDE, last step in three", "VP-SDE", "finished").low > 0
 
 # %% [markdown]
-# The last step goes from 0.71 to 0 at once, and returns an average over all pictures that are still possible ([notebook 01](01_flow_matching.ipynb)). For schnell, which sees the end from far, this does no harm. dev needs steps there. With the last step cut in three (`paper_vp(10, finish=3)`, ten steps in all) most of the loss is mended.
+# The last step goes from 0.71 to 0 at once. It returns an average over all pictures that are still possible ([notebook 01](01_flow_matching.ipynb)), so the upper row is blurred. This does no harm to schnell, which predicts the end well from far away. dev needs steps below 0.71. With the last step cut in three (`paper_vp(10, finish=3)`, still ten steps in all) most of the loss is made good.
 
 # %% [markdown]
 # ## Recap
-# - Equal signal-to-noise makes two paths one, up to a clock $t_s$ and a scale $c_s$ (5.3). The model's averages do not see the path (5.4).
-# - In linear coordinates the VP-SDE is another grid and another $g$ (5.6), no more.
-# - The grid keeps siblings different, step by step. The VP noise alone, on uniform steps, ruins pictures.
+# - At equal signal-to-noise ratio two paths have the same states, up to a clock $t_s$ and a scale $c_s$ (5.3). The model's averages are the same on both (5.4).
+# - On the linear path the VP-SDE is another grid and another $g$ (5.6), and nothing else.
+# - With the paper's grid siblings stay different, even late. The VP noise alone, on uniform steps, ruins pictures.
 # - Measured at the noise, as in the paper, VP-SDE brings a little more variety and slightly better pictures on schnell. A search needs children that differ and are good.
 # - The paper's grid ends in one long step: right for a few-step model, wrong for a multi-step one.
 
@@ -443,7 +461,7 @@ assert against("dev", "VP-SDE, last step in three", "VP-SDE", "finished").low > 
 #
 # ### Exercise 1: half a conversion (difficulty 2 of 5, 10 minutes)
 #
-# Somebody converts a model to VP with the function below. It runs without an error, and its samples form three hills, but the outer hills are too close to the middle. Find the mistake and write the right function.
+# A colleague converts a model to VP with the function below. It runs without an error. Its samples form three hills, as they should, but the outer hills are too close to the middle. Find the mistake and write the right function.
 #
 # ```python
 # def converted(velocity, x, s):
@@ -514,7 +532,7 @@ def converted(velocity, x, s):
 # %% [markdown]
 # ### Exercise 2: an SDE moved from cosine to linear (difficulty 3 of 5, 15 minutes)
 #
-# Somebody samples on the cosine path, $\bar\alpha_s = \cos\frac{\pi s}{2}$, $\bar\sigma_s = \sin\frac{\pi s}{2}$, with the noise $\bar g_s$. Write the $g_t$ on the linear path that makes the same samples, by (5.6). It becomes very short: $c_s^2\, t_s'$ is a constant.
+# A colleague samples on the cosine path, $\bar\alpha_s = \cos\frac{\pi s}{2}$, $\bar\sigma_s = \sin\frac{\pi s}{2}$, with the noise $\bar g_s$. By (5.6), write the $g_t$ that makes the same samples on the linear path. The result is very short, because $c_s^2\, t_s'$ is a constant.
 #
 # <details><summary>Hint</summary>
 #
@@ -567,7 +585,7 @@ def moved_from_cosine(g_bar, t):
 # %% [markdown]
 # ### Exercise 3: design a grid (difficulty 3 of 5, 15 minutes)
 #
-# Design a grid of $n + 1$ linear times from 1 down to 0 for a model between schnell and dev: at least half of the steps should begin above $t = 0.9$, no step may be longer than 0.3, and all steps should be positive. It should work for every $n$ from 8 to 40.
+# schnell likes small steps near the noise, dev needs steps near the data. Design a grid that does justice to both: $n + 1$ linear times from 1 down to 0. At least half of the steps begin above $t = 0.9$. No step is longer than 0.3. Time falls in every step. It should work for every $n$ from 8 to 40.
 #
 # <details><summary>Hint</summary>
 #
@@ -623,7 +641,7 @@ def my_grid(n):
 #
 # $$\bar u_s(\bar x) = \frac{c_s'}{c_s}\,\bar x + c_s\, t_s'\, u_{t_s}\!\Big(\frac{\bar x}{c_s}\Big). \tag{5.7}$$
 #
-# It is the same as (5.5): $\bar\alpha_s = c_s\alpha_{t_s}$ gives $\bar\alpha_s' = c_s'\alpha + c_s t_s'\alpha'$, likewise for $\bar\sigma_s'$; insert both into (5.5). On paper. In floating point the two differ. Written for any two paths, (5.7) needs $c_s = \bar\sigma_s/\sigma_{t_s}$, which is $0/0$ at the data, and $t_s'$ through a ratio that is infinite at the noise. (5.5) divides by nothing small.
+# On paper it is the same as (5.5): $\bar\alpha_s = c_s\alpha_{t_s}$ gives $\bar\alpha_s' = c_s'\alpha + c_s t_s'\alpha'$, likewise for $\bar\sigma_s'$; insert both into (5.5). In floating point the two differ. Written for any two paths, (5.7) needs $c_s = \bar\sigma_s/\sigma_{t_s}$, which is $0/0$ at the data, and $t_s'$ through a ratio that is infinite at the noise. (5.5) divides by nothing small.
 
 
 # %%
@@ -664,7 +682,7 @@ assert torch.allclose(ways["endpoints (5.5)"], data.velocity(LINEAR)(x, s), atol
 #
 # *Scale.* $x$ is linear in $\bar x$, so Itô's formula has no second-order term, and $dx = \frac1c\,d\bar x - \frac{c'}{c}\,x\,ds$. Insert (5.7): the terms with $c'$ cancel. The score of a rescaled density is rescaled, $\nabla\log\bar p(\bar x) = \frac1c\nabla\log p(x)$. Together
 #
-# $$dx = \Big[t_s'\, u - \tfrac12\,\tfrac{\bar g^2}{c^2}\,\nabla\log p\Big]\,ds + \tfrac{\bar g}{c}\,d\bar w. \tag{5.8}$$
+# $$dx = \Big[t_s' u - \tfrac{\bar g^2}{2c^2}\nabla\log p\Big]ds + \tfrac{\bar g}{c}\,d\bar w. \tag{5.8}$$
 #
 # *Clock.* $dt = t_s'\,ds$. The flow part is $t_s'\,u\,ds = u\,dt$. Noise adds the variance $\frac{\bar g^2}{c^2}\,ds = \frac{\bar g^2}{c^2}\frac{ds}{dt}\,dt$; call the factor of $dt$ the new $g_t^2$. The pull of the score has the same factor, so noise and pull still balance, and (5.6) follows.
 #
@@ -697,7 +715,7 @@ def gap(on_vp, on_linear, n):
 # %%
 PAIRED = {
     "Euler, ODE": (kernels.ode, kernels.ode),
-    "Euler-Maruyama, SDE": (LOUD, VP_LOUD),
+    "Euler-Maruyama, SDE": (noisy, vp_noisy),
     "DDPM transition": (kernels.ddim(), kernels.ddim()),
 }
 lines = []
@@ -710,7 +728,7 @@ for name, (on_vp, on_linear) in PAIRED.items():
 pd.DataFrame(lines)
 
 # %% tags=["check"]
-assert gap(LOUD, VP_LOUD, 200) < 0.35 * gap(LOUD, VP_LOUD, 50)
+assert gap(noisy, vp_noisy, 200) < 0.35 * gap(noisy, vp_noisy, 50)
 assert gap(kernels.ddim(), kernels.ddim(), 10) < 1e-9
 
 # %% [markdown]
@@ -718,7 +736,13 @@ assert gap(kernels.ddim(), kernels.ddim(), 10) < 1e-9
 #
 # The last line of the table is zero at any step size. Write the DDPM transition (4.16) on VP, from $s$ to $s'$, with a bar on everything:
 #
-# $$\bar x_{s'} = \bar\alpha_{s'}\, x_{0|s} + \sqrt{\bar\sigma_{s'}^2 - \overline{\text{std}}^2}\;\varepsilon_{|s} + \overline{\text{std}}\; z, \qquad \overline{\text{std}} = \eta\,\bar\sigma_{s'}\sqrt{1-\bar\rho^2}. \tag{5.9}$$
+# $$
+# \begin{gathered}
+# \bar x_{s'} = \bar\alpha_{s'} x_{0|s} + \sqrt{\bar\sigma_{s'}^2 - \overline{\text{std}}^2}\,\varepsilon_{|s} \\
+# \qquad + \overline{\text{std}}\, z, \\
+# \overline{\text{std}} = \eta\,\bar\sigma_{s'}\sqrt{1-\bar\rho^2}.
+# \end{gathered} \tag{5.9}
+# $$
 #
 # $\bar\rho$ is made of ratios, which agree. The posterior means are the same by (5.4). And $\bar\alpha_{s'} = c_{s'}\alpha_{t'}$, $\bar\sigma_{s'} = c_{s'}\sigma_{t'}$. So each term is $c_{s'}$ times its twin on the linear path, for the same $z$: for this step, conversion is a grid and nothing else. It keeps the *guess* over a step, which all paths share. Euler's step keeps the *velocity*, which no two paths share.
 #
@@ -726,7 +750,12 @@ assert gap(kernels.ddim(), kernels.ddim(), 10) < 1e-9
 #
 # Euler's step from $s$ to 0 is $x - s\,u$. Insert $x = \alpha_s x_0 + \sigma_s\varepsilon$ and $u = \alpha_s' x_0 + \sigma_s'\varepsilon$, both at the posterior means:
 #
-# $$x - s\,u_s(x) = (\alpha_s - s\,\alpha_s')\,x_{0|s} + (\sigma_s - s\,\sigma_s')\,\varepsilon_{|s}. \tag{5.10}$$
+# $$
+# \begin{aligned}
+# x - s\,u_s(x) &= (\alpha_s - s\,\alpha_s')\,x_{0|s} \\
+# &\quad + (\sigma_s - s\,\sigma_s')\,\varepsilon_{|s}.
+# \end{aligned} \tag{5.10}
+# $$
 
 # %%
 for path, s in ((LINEAR, paper[-2]), (VP, clocks["VP"][-2])):

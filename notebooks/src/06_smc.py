@@ -21,7 +21,7 @@
 # - see why weighing finished samples fails
 # - weigh on the way, and resample: sequential Monte Carlo (SMC) in 14 lines
 # - check it against a density that we know
-# - see when "exact" means little, and mend it by tempering
+# - see when "exact in the limit" does not help, and how tempering helps
 # - read a family tree
 #
 # **Prerequisites.** [Notebooks 03](03_rewards_and_best_of_n.ipynb) (look-ahead reward) and 04 (SDE).
@@ -46,7 +46,7 @@ top = weights.sort(descending=True).values
 print(f"the three heaviest of 1,000 points: {top[:3].sum():.0%} of the weight")
 
 # %% [markdown]
-# Our data are eight clouds on a circle; the one on the right is rare. The reward is highest at the star. Draw 1,000 samples, and give each the weight $e^{r/\tau}$. Here are the weights as areas:
+# Our data are eight clouds on a circle; the one on the right is rare. The reward $r$ is highest at the star. We have drawn 1,000 samples, and given each the weight $e^{r/\tau}$ with a small number $\tau = 0.01$. In the right panel the area of a disc is the weight of its sample.
 
 # %% tags=["plot"] alt="Left: a thousand points in eight clouds on a circle. Right: the same points as discs whose area is their weight; three or four discs beside a star at the right are all that can be seen."
 fig, axes = plt.subplots(1, 2, figsize=(7.5, 3.6), sharex=True, sharey=True)
@@ -61,13 +61,13 @@ plt.show()
 assert 0.8 < top[:3].sum() < 0.95
 
 # %% [markdown]
-# Three points hold nearly nine tenths of the weight. The other 997 cost as much to draw, and are of no use. A model of pictures spends ten evaluations on each.
+# Three samples hold nearly nine tenths of the weight. The other 997 cost as much to draw, and count for little. A model of pictures would spend ten evaluations on each.
 #
 # **Guess: a sample takes many steps. When could we have known that it would be useless?**
 #
 # <details><summary>Answer</summary>
 #
-# Long before the end. Half-way a state has mostly chosen its cloud, and the look-ahead reward of [notebook 03](03_rewards_and_best_of_n.ipynb) sees it. This notebook is about acting on it, without spoiling the distribution.
+# Long before the end. Half-way a state has mostly chosen its cloud, and the look-ahead reward of [notebook 03](03_rewards_and_best_of_n.ipynb) shows it. This notebook uses this knowledge early, and still gets the right distribution.
 #
 # </details>
 #
@@ -75,9 +75,14 @@ assert 0.8 < top[:3].sum() < 0.95
 #
 # We want samples with more reward which are still samples of the model. The usual compromise is the *tilted density*: the model's density, multiplied by $e^{r/\tau}$, and made to integrate to one,
 #
-# $$p_\tau(x) = \frac{1}{Z_\tau}\, p_0(x)\, e^{r(x)/\tau}, \qquad Z_\tau = E_{x \sim p_0}\big[e^{r(x)/\tau}\big]. \tag{6.1}$$
+# $$
+# \begin{gathered}
+# p_\tau(x) = \frac{1}{Z_\tau}\, p_0(x)\, e^{r(x)/\tau}, \\
+# Z_\tau = E_{x \sim p_0}\big[e^{r(x)/\tau}\big].
+# \end{gathered} \tag{6.1}
+# $$
 #
-# The *temperature* $\tau$ says how much a unit of reward counts: the lower, the more. Of all densities, this one is the best trade of reward against distance from the model ([Deeper](#Deeper:-why-this-density)). For a mixture of Gaussians and a quadratic reward it is again a mixture, so we know it exactly: `ring.tilted`.
+# The *temperature* $\tau$ says how much a unit of reward counts: the lower (colder), the more. Of all densities, this one is the best compromise between reward and distance from the model ([Deeper](#Deeper:-why-this-density)). For a mixture of Gaussians and a quadratic reward it is again a mixture. So here we know it exactly; `ring.tilted` computes it.
 
 # %% tags=["plot"] alt="Densities: a ring of eight clouds, the right one pale; tilted at temperature 2, mass gathers on the right half; at 0.5 it lies in the rare cloud on the right and its two neighbours. A star marks the reward's peak."
 fig, axes = plt.subplots(1, 3, figsize=(8.5, 3), sharey=True)
@@ -101,32 +106,39 @@ print(f"{target.weights[0]:.0%} of the tilted density")
 #
 # The opening figure was *importance sampling*: draw from the model, weigh by $e^{r/\tau}$. Averages under $p_\tau$ become weighted averages,
 #
-# $$E_{p_\tau}[f] \approx \sum_k W_k\, f(x^k), \qquad W_k = \frac{w_k}{\sum_j w_j}, \quad w_k = e^{r(x^k)/\tau}. \tag{6.4}$$
+# $$
+# \begin{gathered}
+# E_{p_\tau}[f] \approx \sum_k W_k\, f(x^k), \\
+# W_k = \frac{w_k}{\sum_j w_j}, \quad w_k = e^{r(x^k)/\tau}.
+# \end{gathered} \tag{6.2}
+# $$
 #
 # How many of the samples count? If all weights are equal, all $K$ do. If one sample holds all the weight, one does. The *effective sample size* says where we are between the two:
 #
-# $$\mathrm{ESS} = \frac{1}{\sum_k W_k^2} = \frac{(\sum_k w_k)^2}{\sum_k w_k^2}. \tag{6.5}$$
+# $$\mathrm{ESS} = \frac{1}{\sum_k W_k^2} = \frac{(\sum_k w_k)^2}{\sum_k w_k^2}. \tag{6.3}$$
 
 # %%
 for tau in (2.0, 0.5, 0.1, 0.01):
     print(f"tau = {tau:4}: ESS {ess(reward(draws) / tau):5.1f} of 1,000")
 
 # %% [markdown]
+# The colder the target, the fewer samples count.
+#
 # ## Weighing early
 #
-# We need not wait for the end. A sampler with noise takes many steps from $t = 1$ to $t = 0$. On the way the look-ahead reward $v(x_t) = r(x_{0|t})$ says roughly where a particle is heading. So weigh on the way, drop the hopeless particles, and go on with copies of the others.
+# We need not wait for the end. A sampler with noise takes many steps from $t = 1$ to $t = 0$. We call its samples on the way *particles*. The look-ahead reward $v(x_t) = r(x_{0|t})$ says roughly what reward a particle will get. So weigh on the way, drop the hopeless particles, and go on with copies of the others.
 #
-# Is that still right? Take any function $f_t$ of the state, with one condition: at the end it is $f_0 = r/\tau$. At each step multiply a particle's weight by the *gain*
+# Do the weighted particles still follow $p_\tau$? Take any function $f_t$ of the state, with one condition: at the end it is $f_0 = r/\tau$. Start with the weight $e^{f_1(x_1)}$. At each step, from time $t$ to the next time $s$, multiply the weight by the *gain*
 #
-# $$G = e^{f_s(x_s) - f_t(x_t)}, \qquad\text{and at the start by } e^{f_1(x_1)}. \tag{6.7}$$
+# $$G = e^{f_s(x_s) - f_t(x_t)}. \tag{6.4}$$
 #
 # Multiply all gains along a path. Each $f$ appears once with plus and once with minus, and all cancel but the last:
 #
-# $$e^{f_1} \cdot e^{f_{t_1} - f_1} \cdots e^{f_0 - f_{t_{n-1}}} = e^{f_0} = e^{r(x_0)/\tau}. \tag{6.8}$$
+# $$e^{f_1}\, e^{f_{t_1} - f_1} \cdots e^{f_0 - f_{t_{n-1}}} = e^{r(x_0)/\tau}. \tag{6.5}$$
 #
-# **The product telescopes, so we may pay the reward out gradually and resample at any step.** Whatever $f$ we choose on the way, the final weight is that of (6.4). The natural choice is the look-ahead,
+# **The product telescopes, so we may pay the reward out gradually and resample at any step.** Whatever $f$ we choose on the way, the final weight is that of (6.2). The natural choice is the look-ahead,
 #
-# $$f_t(x_t) = \frac{v(x_t)}{\tau} = \frac{r(x_{0\mid t})}{\tau}. \tag{6.9}$$
+# $$f_t(x_t) = \frac{v(x_t)}{\tau} = \frac{r(x_{0\mid t})}{\tau}. \tag{6.6}$$
 
 # %%
 from itertools import pairwise
@@ -147,15 +159,15 @@ def look(x, t, tau, strength=lambda t: 1.0):
 
 
 # %% [markdown]
-# (`strength` is for later.)
+# (Ignore `strength` for now. The section on what goes wrong uses it.)
 #
 # ## Resampling
 #
-# To *resample* means: copy particles of large weight, drop those of small weight, and make all weights equal. If particle $k$ gets $n_k$ copies, the average over copies is right on average if and only if
+# To *resample* means: copy particles of large weight, drop those of small weight, and make all weights equal. The number of copies $n_k$ of particle $k$ is random. Averages over the copies equal the weighted averages, in expectation, if and only if
 #
-# $$E[n_k] = K\, W_k. \tag{6.10}$$
+# $$E[n_k] = K\, W_k. \tag{6.7}$$
 #
-# Any scheme with that mean will do; schemes differ in the noise which they add. Lay the weights end to end on a line, and let $K$ points fall on it. A particle gets as many copies as points fall on its stretch.
+# Any scheme with that mean is correct; schemes differ in the noise they add. All of them work like this: lay the weights end to end on a line, and place $K$ points on it. A particle gets as many copies as there are points on its stretch. The schemes differ in how they place the points.
 
 # %%
 from flowscale_lite.resampling import SCHEMES, systematic
@@ -185,11 +197,11 @@ axes[-1].set_xlabel("cumulative weight")
 plt.show()
 
 # %% [markdown]
-# Multinomial points clump, and leave some stretches out by bad luck. The comb of the *systematic* scheme cannot: every particle gets $K W_k$ copies, rounded up or down. It adds the least noise of the three, so it is the package's default.
+# Multinomial points clump, and by bad luck they miss some long stretches. The *systematic* scheme places a comb with equal gaps, and shifts it by one random number. Every particle gets $K W_k$ copies, rounded up or down. This scheme adds the least noise of the three, so it is the package's default.
 #
 # ## The loop
 #
-# Move, weigh; and resample when the effective sample size has fallen below half of $K$. Otherwise keep the weights, because resampling adds noise.
+# Each step moves the particles and multiplies their weights. Resampling adds noise, so we resample only when the effective sample size has fallen below half of $K$.
 
 
 # %%
@@ -211,7 +223,7 @@ def smc(K, tau, generator, threshold=0.5, strength=lambda t: 1.0):
 
 
 # %% [markdown]
-# With `threshold=0` it never resamples; then it is importance sampling. The package's `SMC` moves the same particles, to the last bit.
+# With `threshold=0` it never resamples; then it is importance sampling. The package's `SMC` gives exactly the same particles.
 
 # %% tags=["check"]
 from flowscale_lite import SMC, Problem, search
@@ -219,13 +231,13 @@ from flowscale_lite import SMC, Problem, search
 problem = Problem(velocity, reward, LINEAR, kernel, times, (2,))
 for _threshold in (0.0, 0.5):
     _, _x, _logw, _ = smc(100, TAU, seeded(0), _threshold)[-1]
-    _method = SMC(100, tau=TAU, threshold=_threshold)
+    _method = SMC(100, tau=TAU, threshold=_threshold, tempering=0)
     _result = search(problem, _method, max_nfe=5000, generator=seeded(0))
     _p = _result.particles
     assert torch.equal(_x, _p.x) and torch.allclose(_logw, _p.logw, atol=1e-4) and _result.nfe == 5000
 
 # %% [markdown]
-# How close do 400 particles come? The lines below are the density where they should be: at the end $p_\tau$, and on the way tilted data, noised to time $t$.
+# How close do 400 particles come to the target? The lines below show where they should be: at the end $p_\tau$, and on the way samples of $p_\tau$ with noise added up to time $t$.
 
 
 # %% tags=["plot"] alt="Four hundred particles, as large as their weights, at times 1, 0.8, 0.6, 0.3 and 0, with contours of the noised tilted density: a round cloud at first, at the end three clouds where the exact density has its three, beside the star."
@@ -254,13 +266,13 @@ for name, k in {"rare": 0, "upper": 1, "lower": 7}.items():
     print(f"{name} cloud: {shares[k]:.2f} of the weight, exact {target.weights[k]:.2f}")
 
 # %% [markdown]
-# The particles end in the right three clouds, not at the star. The shares are right roughly, not exactly. SMC is exact in the limit of infinitely many particles; 400 that share ancestors are worth far fewer. On the way, at $t = 0.6$, the particles run ahead of the lines: the look-ahead is too eager. Later gains put this right.
+# The particles end in the right three clouds, not at the star. The shares are right roughly, not exactly. SMC is exact in the limit of infinitely many particles, and 400 particles that share ancestors are worth far fewer than 400 independent ones. On the way, at $t = 0.6$, the particles are farther right than the lines: the look-ahead trusts the reward too early. Later gains correct this.
 #
 # ## What goes wrong: "exact up to the number of particles"
 #
 # How many particles are enough? We test it: 20 runs of 100 particles at three temperatures. For each run we take the distance of the weighted mean from the exact mean of $p_\tau$.
 #
-# **Guess: the target gets colder. Does SMC get better or worse?**
+# A colder target is narrower, so it might be easier to hit. **Guess: does the error of SMC fall when the target gets colder?**
 
 
 # %%
@@ -316,19 +328,19 @@ assert table["SMC, tempered"][2].mean() < table["SMC, tempered"][0].mean()
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# Plain SMC does not profit from the colder target. At the coldest temperature its error is about three times that of the third line, which is the same loop with one change. Both are "exact up to the number of particles". The phrase only says what happens for $K \to \infty$; it does not say how large $K$ must be.
+# Not that of plain SMC. At the coldest temperature its error is about three times that of the third line, "SMC, tempered". That line is the same loop with one change, explained below. Both are "exact up to the number of particles". The phrase only says what happens for $K \to \infty$; it does not say how large $K$ must be.
 #
 # </details>
 #
-# What happened? Near $t = 1$ all look-aheads lie close to the mean of the data, and their differences say little. At $\tau = 0.1$ they are multiplied by ten. Particles are dropped for no good reason, some with a good future among them. Later weights try to repair this, but a particle that is gone cannot be weighed up.
+# What happened? Near $t = 1$ all look-aheads lie close to the mean of the data, and their differences say little. At $\tau = 0.1$ these differences are multiplied by ten. So particles are dropped for no good reason, also some with a good future. Later weights try to repair this, but a particle that is gone does not come back.
 #
-# The mend is to believe the look-ahead by degrees:
+# The remedy: trust the look-ahead little at first, and fully at the end.
 #
-# $$f_t(x) = \lambda_t\, \frac{v(x)}{\tau}, \qquad \lambda_t = (1 - t)^{b}, \qquad \lambda_0 = 1. \tag{6.12}$$
+# $$f_t(x) = \lambda_t\, \frac{v(x)}{\tau}, \quad \lambda_t = (1 - t)^{b}. \tag{6.8}$$
 #
-# By (6.8) the target stays as it is. This is called *tempering*; the third line has $b = 1$. In the package it is `SMC(tempering=1)`. **The default is 0, so set it yourself when the target is cold.** Too large an exponent waits too long, and ends in weighing at the end ([Deeper](#Deeper:-how-much-tempering)).
+# At the end $\lambda_0 = 1$, so by (6.5) the target stays the same. This is called *tempering*; the third line has $b = 1$. In the package this is the default, `SMC(tempering=1)`; our `smc` without it is `SMC(tempering=0)`. With too large a $b$ the weights stay nearly equal until late, which is close to weighing at the end ([Deeper](#Deeper:-how-much-tempering)).
 #
-# Do more particles help as much? The same at $\tau = 0.2$ with ten times as many.
+# Do more particles help as much as tempering? We try ten times as many, at $\tau = 0.2$.
 
 # %%
 COLD, more = 0.2, {}
@@ -342,11 +354,11 @@ assert abs(more["SMC", 1000] - more["SMC, tempered", 100]) < 0.02
 assert more["SMC, tempered", 1000] < 0.6 * more["SMC", 1000]
 
 # %% [markdown]
-# They help. But plain SMC needs 1,000 particles to be as good as tempered SMC is with 100.
+# More particles help. But plain SMC needs 1,000 of them to be as good as tempered SMC with 100.
 #
 # ## A family tree
 #
-# ESS looks at the weights of one moment. It does not see that after a resampling many particles share a parent. Keep the parents of every step, and draw who descends from whom.
+# ESS looks at the weights at one moment. It does not see that after resampling many particles share a parent. So we keep the parents of every step, and draw who descends from whom.
 
 
 # %%
@@ -382,13 +394,13 @@ plt.show()
 assert int(alive[0].sum()) == 1 and last > 18, "the lower tree: one noise, a large ESS"
 
 # %% [markdown]
-# Black lines lead to survivors, grey ones die out. Above, the finished particles descend from several noises. Below, all descend from a single one. The final ESS is the same. On the toy the noise of later steps tells copies apart again. A picture is decided early, so a cloud of particles may be one picture in small variations.
+# Black lines lead to finished particles, grey lines die out. Above, the finished particles descend from several noises. Below, all descend from a single one, although the final ESS is the same. On this toy that does little harm, since the noise of later steps makes the copies different again. On pictures it does harm: a picture is decided early, so all particles may show one picture with small variations.
 #
-# For the same reason SMC needs a sampler with noise. Under the ODE copies would never part, and the package refuses to resample.
+# SMC needs a sampler with noise. Under the ODE, copies would stay equal for ever, so the package refuses to resample there.
 #
 # ## On pictures
 #
-# Now tiny-flux dev: the same method on latents, with tempering. The reward counts ([notebook 03](03_rewards_and_best_of_n.ipynb)). Nobody knows this density exactly, so we look at the pictures and at the ancestors. The budget of 250 NFE pays for 25 particles.
+# Now the same method on the latents of tiny-flux dev, with tempering. The reward counts shapes ([notebook 03](03_rewards_and_best_of_n.ipynb)). Nobody knows the tilted density exactly here, so we look at the pictures and at the ancestors. The budget of 250 NFE pays for 25 particles.
 
 # %%
 from flowscale_lite import SMC, ddim, logit_normal, steps
@@ -434,22 +446,22 @@ fig.suptitle(TEXT + ": reward", fontsize=11)
 plt.show()
 
 # %% [markdown]
-# In every run the reward rises by far. The second row shows the price: all particles descend from very few noises, and look alike. With 25 particles this is no sample of the tilted density of pictures. It still is a way to *find* a good picture. Whoever only wants one can be more greedy: that is [notebook 07](07_search.ipynb).
+# In every run SMC raises the mean reward by far. The second row shows the price: all particles descend from very few noises, and look alike. So 25 particles do not represent the tilted density of pictures. But SMC is a way to *find* a good picture. If one good picture is all you want, you can be greedier: see [notebook 07](07_search.ipynb).
 #
 # **Which of the printed numbers would warn you of the collapse, if you could not see the pictures?**
 #
 # <details><summary>Answer</summary>
 #
-# The number of noises that have descendants. The mean reward looks best just when all particles are copies of one good picture, and the ESS is large right after a resampling.
+# The number of noises that have descendants. The mean reward does not warn: it is highest when all particles are copies of one good picture. The ESS does not warn either: right after resampling it is large.
 #
 # </details>
 
 # %% [markdown]
 # ## Recap
-# - The tilted density (6.1) is the model's, times $e^{r/\tau}$. Weighing finished samples reaches it, but in the cold a few samples hold all the weight.
-# - The product of gains telescopes (6.8), so we may pay the reward out gradually and resample at any step.
+# - The tilted density (6.1) is the model's, times $e^{r/\tau}$. Weighing finished samples is right for it, but at low temperature a few samples hold all the weight.
+# - The product of gains telescopes (6.5), so we may pay the reward out gradually and resample at any step.
 # - Resampling needs $E[n_k] = K W_k$ and nothing else; the systematic comb adds the least noise.
-# - "Exact up to the number of particles" does not say how many are needed. In the cold, temper the look-ahead (6.12).
+# - "Exact up to the number of particles" does not say how many are needed. At low temperature, temper the look-ahead (6.8).
 # - ESS does not see ancestry: count the noises that have descendants.
 
 # %% [markdown]
@@ -461,7 +473,7 @@ plt.show()
 #
 # <details><summary>Hint</summary>
 #
-# Three lines of `smc` change the weights. Which look-ahead reward must be subtracted from a child's: that of row $k$ before the resampling, or after it?
+# Three lines of `smc` change the weights. From the look-ahead reward of a child you must subtract that of its parent. After resampling, which row holds its parent?
 #
 # </details>
 
@@ -491,10 +503,10 @@ class _Mine(SMC):
 
 _task = Problem(velocity, reward, LINEAR, kernel, uniform(12), (2,))
 for _seed in range(3):
-    _a = search(_task, _Mine(60, tau=0.3), max_nfe=720, generator=seeded(_seed))
-    _b = search(_task, SMC(60, tau=0.3), max_nfe=720, generator=seeded(_seed))
+    _a = search(_task, _Mine(60, tau=0.3, tempering=0), max_nfe=720, generator=seeded(_seed))
+    _b = search(_task, SMC(60, tau=0.3, tempering=0), max_nfe=720, generator=seeded(_seed))
     _a, _b = _a.particles, _b.particles
-    assert torch.allclose(_a.x, _b.x), "SMC(60, tau=0.3) has other particles"
+    assert torch.allclose(_a.x, _b.x), "SMC(60, tau=0.3, tempering=0) has other particles"
     assert torch.allclose(_a.logw, _b.logw, atol=1e-4), "the final weights are wrong"
 print("Well done.")
 
@@ -549,7 +561,7 @@ def smc_step(p, run, tau):
 #
 # <details><summary>Hint</summary>
 #
-# Give the others weight 1, and the lucky ones $e^{d/\tau}$. Insert the two shares into (6.5). For small $\tau$ divide by the large weight before you compute.
+# Give the others weight 1, and the lucky ones $e^{d/\tau}$. Insert the two shares into (6.3). For small $\tau$ divide by the large weight before you compute.
 #
 # </details>
 
@@ -582,7 +594,7 @@ def ess_share(q, d, tau):
     return q
 
 
-### WRONG: the mean weight instead of (6.5)
+### WRONG: the mean weight instead of (6.3)
 def ess_share(q, d, tau):
     low = float(torch.tensor(-d / tau).exp())
     return q + (1 - q) * low
@@ -597,7 +609,7 @@ def ess_share(q, d, tau):
 # %% [markdown]
 # ### Exercise 3: systematic resampling (difficulty 2 of 5, 8 minutes)
 #
-# Write it for weights that sum to one, given its one uniform number. Return copies, not rows.
+# Write systematic resampling: weights that sum to one, and one uniform number $u$ that shifts the comb. Return how many copies each particle gets.
 #
 # <details><summary>Hint</summary>
 #
@@ -726,15 +738,24 @@ def next_strength(v, old, wanted):
 #
 # For any density $q$, write out the Kullback-Leibler divergence to $p_\tau$, insert (6.1) and multiply by $\tau$:
 #
-# $$E_q[r] - \tau\, \mathrm{KL}(q \,\|\, p_0) = \tau \log Z_\tau - \tau\, \mathrm{KL}(q \,\|\, p_\tau). \tag{6.2}$$
+# $$
+# \begin{aligned}
+# &E_q[r] - \tau\, \mathrm{KL}(q \,\|\, p_0) \\
+# &\quad = \tau \log Z_\tau - \tau\, \mathrm{KL}(q \,\|\, p_\tau).
+# \end{aligned} \tag{6.9}
+# $$
 #
 # The left side is the reward minus a price $\tau$ for leaving the data. On the right only the last term depends on $q$; it is never positive, and 0 exactly at $q = p_\tau$. So $p_\tau$ is the best trade.
 #
 # *On a mixture.* Take $r(x) = -\tfrac{\kappa}{2} |x - a|^2$ and write $h = \kappa/\tau$. The product of two Gaussians is a Gaussian, whose precision is the sum of the two:
 #
 # $$
-# \mathcal N(x; m, c^2)\, e^{-h|x - a|^2/2} = z\; \mathcal N\Big(x;\, \frac{m/c^2 + h a}{1/c^2 + h},\, \frac{1}{1/c^2 + h}\Big), \qquad
-# z = (1 + h c^2)^{-D/2}\, e^{-\frac{h |m - a|^2}{2 (1 + h c^2)}}. \tag{6.3}
+# \begin{gathered}
+# \mathcal N(x; m, c^2)\, e^{-h|x - a|^2/2} \\
+# = z\; \mathcal N(x;\, \mu,\, v), \\
+# \mu = \frac{m/c^2 + h a}{1/c^2 + h}, \quad v = \frac{1}{1/c^2 + h}, \\
+# z = (1 + h c^2)^{-D/2}\, e^{-\frac{h |m - a|^2}{2 (1 + h c^2)}}.
+# \end{gathered} \tag{6.10}
 # $$
 #
 # Components are tilted one by one; component $i$ then weighs $w_i z_i / Z$ with $Z = \sum_i w_i z_i$.
@@ -742,7 +763,7 @@ def next_strength(v, old, wanted):
 
 # %%
 def tilt(mixture, reward, tau):
-    """(6.3) for every component: the tilted mixture and log Z."""
+    """(6.10) for every component: the tilted mixture and log Z."""
     h, var = reward.curvature / tau, mixture.scales**2
     a = torch.tensor(reward.centre, dtype=torch.float64)
     means = (mixture.means / var[:, None] + h * a) / (1 / var + h)[:, None]
@@ -764,9 +785,9 @@ assert abs(_log_z - LOG_Z) < 1e-10 and abs(float(_mass.log()) - LOG_Z) < 1e-8, "
 # %% [markdown]
 # *Why the weights of SMC are right.* Histories of the sampler have the density $P(x_{t_0}, \dots, x_{t_j})$, a product of transitions. Ask that after step $j$ they be distributed as
 #
-# $$\pi_j(x_{t_0}, \dots, x_{t_j}) \;\propto\; P(x_{t_0}, \dots, x_{t_j})\; e^{f_j(x_{t_j})}. \tag{6.6}$$
+# $$\pi_j(x_{t_0}, \dots, x_{t_j}) \propto P(x_{t_0}, \dots, x_{t_j})\, e^{f_j(x_{t_j})}. \tag{6.11}$$
 #
-# Extend a history by one transition: the weight that corrects $\pi_{j-1}$ times the transition to $\pi_j$ is the ratio of the two, which is (6.7). At the end the weighted $x_0$ follows $p_\tau$, as far as $P$ ends in $p_0$.
+# Extend a history by one transition: the weight that corrects $\pi_{j-1}$ times the transition to $\pi_j$ is the ratio of the two, which is (6.4). At the end the weighted $x_0$ follows $p_\tau$, as far as $P$ ends in $p_0$.
 #
 # ## Deeper: how much noise resampling adds
 #
@@ -794,13 +815,18 @@ assert min(variance, key=variance.get) == "systematic"
 #
 # Which $f_t$ would be best? If $p_{\tau, t}$ is the tilted density noised to $t$ (the lines in the figure of the particles), the ratio to the model's own $p_t$ makes particles follow it at every time. By Bayes' rule,
 #
-# $$f^*_t(x) = \log \frac{Z_\tau\; p_{\tau,t}(x)}{p_t(x)} = \log E\big[e^{r(x_0)/\tau} \,\big|\, x_t = x\big], \qquad x_t = (1 - t)\, x_0 + t\, \varepsilon, \tag{6.11}$$
+# $$
+# \begin{aligned}
+# f^*_t(x) &= \log \frac{Z_\tau\; p_{\tau,t}(x)}{p_t(x)} \\
+# &= \log E\big[e^{r(x_0)/\tau} \,\big|\, x_t = x\big],
+# \end{aligned} \tag{6.12}
+# $$
 #
-# because $\int p_0(x_0)\, e^{r(x_0)/\tau}\, p_t(x \mid x_0)\, dx_0$ is $Z_\tau\, p_{\tau,t}(x)$. It is the average of $e^{r/\tau}$ over the futures of a state, where the look-ahead (6.9) puts the reward of the average future. [Notebook 07](07_search.ipynb) calls $\tau f^*$ the *value*. For this to be the best potential of a sampler, the sampler's paths must be those of noised data, which takes the natural $g$ of [notebook 04](04_ode_to_sde.ipynb); with $3t^2$ single times have the right distribution, but a state's future is another.
+# because $\int p_0(x_0)\, e^{r(x_0)/\tau}\, p_t(x \mid x_0)\, dx_0$ is $Z_\tau\, p_{\tau,t}(x)$. It is the average of $e^{r/\tau}$ over the futures of a state, where the look-ahead (6.6) puts the reward of the average future. [Notebook 07](07_search.ipynb) calls $\tau f^*$ the *value*. For this to be the best potential of a sampler, the sampler's paths must be those of noised data, which takes the natural $g$ of [notebook 04](04_ode_to_sde.ipynb); with $3t^2$ single times have the right distribution, but a state's future is another.
 #
 # ## Deeper: how much tempering
 #
-# The exponent $b$ of (6.12) at $\tau = 0.2$, 20 runs of 100 particles each.
+# The exponent $b$ of (6.8) at $\tau = 0.2$, 20 runs of 100 particles each.
 
 # %%
 EXPONENTS = (0, 0.5, 1, 2, 4)
@@ -825,9 +851,19 @@ assert min(by_exponent, key=lambda b: by_exponent[b].mean()) in (0.5, 1, 2)
 #
 # SMC also estimates $Z_\tau$: at every resampling multiply by the mean of the weights, and at the end once more,
 #
-# $$\hat Z = \prod_{\text{resamplings}} \Big(\frac1K \sum_k w_k\Big) \times \frac1K \sum_k w_k^{\text{final}}, \qquad E[\hat Z] = Z_\tau \text{ for every } K. \tag{6.13}$$
+# $$
+# \begin{gathered}
+# \hat Z = \prod_{\text{resamplings}} \Big(\frac1K \sum_k w_k\Big) \\
+# \times \frac1K \sum_k w_k^{\text{final}}, \\
+# E[\hat Z] = Z_\tau \text{ for every } K.
+# \end{gathered} \tag{6.13}
+# $$
 #
-# To see why, follow $A_j[f] = \hat Z_j \sum_k W_k\, f(x^k)$ through the loop, where $\hat Z_j$ is the product so far times the current mean weight. *Resampling* leaves its expectation alone, by (6.10). *Moving and weighing* multiplies each weight by $G_j$ and moves each particle by itself, so given the particles $E\,A_j[f] = A_{j-1}\big[\,E[G_j f(x_{t_j}) \mid x_{t_{j-1}}]\,\big]$. Chain the two down to the first step, and the gains telescope by (6.8): $E\,A_n[f] = E_P[e^{r(x_0)/\tau} f(x_0)]$. For $f = 1$ this is $Z_\tau$, that of *this sampler*: fifty steps are not a perfect flow.
+# To see why, follow $A_j[f] = \hat Z_j \sum_k W_k\, f(x^k)$ through the loop, where $\hat Z_j$ is the product so far times the current mean weight. *Resampling* leaves its expectation alone, by (6.7). *Moving and weighing* multiplies each weight by $G_j$ and moves each particle by itself, so given the particles
+#
+# $$E\,A_j[f] = A_{j-1}\big[\,E[G_j f(x_{t_j}) \mid x_{t_{j-1}}]\,\big].$$
+#
+# Chain the two down to the first step, and the gains telescope by (6.5): $E\,A_n[f] = E_P[e^{r(x_0)/\tau} f(x_0)]$. For $f = 1$ this is $Z_\tau$, that of *this sampler*: fifty steps are not a perfect flow.
 
 # %%
 from flowscale_lite import SMC, Problem, log_z, search
@@ -854,7 +890,7 @@ _low = {name: sum(ratio < 0.5 for ratio in found) for name, found in ratios.item
 assert _low["SMC"] >= 7 and _low["SMC, tempered"] <= 2, _low
 
 # %% [markdown]
-# Both are unbiased, and for plain SMC that is worth little. About half of its runs are below one half of the true value, and a few high runs make up for them in the mean. In one run we would not know which kind we have. An unbiased estimate is worth what its variance is worth.
+# Both are unbiased, and for plain SMC that is worth little. About half of its runs are below one half of the true value, and a few high runs make up for them in the mean. In one run we would not know which kind we have. That an estimate is unbiased says nothing about its variance.
 #
 # ## Deeper: the paper's SMC
 #

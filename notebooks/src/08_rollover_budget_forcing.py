@@ -50,6 +50,9 @@ from flowscale_lite.tiny import judge, shapes
 from flowscale_lite.tiny.data import locate
 from flowscale_lite.tiny.toys import GaussianMixture, QuadraticReward
 
+# %% [markdown]
+# Take one picture, in ten steps of the VP-SDE. At each step we draw *candidates* for the next state, one after the other. The search keeps the **best so far**: the highest look-ahead reward of a state that it has accepted. How many draws does a step need until a candidate beats the best so far?
+
 
 # %%
 def families(problem, generator, most=64):
@@ -79,7 +82,7 @@ stuck = [need == 64 for need in needs]
 ax.bar(range(1, 10), needs, color=np.where(stuck, "0.8", "#0072B2"), edgecolor="black")
 ax.axhline(25, color="black", linestyle="--", label="an equal share: 25 draws")
 ax.set(xlabel="step", ylabel="draws until the best is beaten", xticks=range(1, 10))
-ax.set(ylim=(0, 80), title="grey: not beaten in 64 draws")
+ax.set(ylim=(0, 80), title=f"{text}\ngrey: not beaten in 64 draws")
 ax.legend(loc="upper right")
 plt.show()
 
@@ -87,20 +90,16 @@ plt.show()
 assert min(needs) <= 8 and max(needs) >= 50, "some steps need few draws, some many"
 
 # %% [markdown]
-# One picture, ten steps of the VP-SDE. At each step we draw candidates for the next state, one after the other. The search keeps the **best so far**: the highest look-ahead reward of a state that it has accepted. A bar counts the draws until a candidate beats it.
-#
-# Some steps succeed at once. Others need more than twice an equal share. Nobody can tell in advance which: with another seed the bars stand elsewhere.
+# Each bar is a step. Some steps succeed at once. Others need more than twice an equal share. Nobody can tell in advance which: with another seed other bars are high.
 #
 # ## One state and its children
 #
-# What does such a draw look like? All candidates of a step are children of one state. Each gets its own noise. For each the model predicts the finished picture, the look-ahead, and the reward judges that. Here are the first ten children of one state, in the order they were drawn.
+# What does such a draw look like? All candidates of a step are *children* of one state, each with its own noise. For each child the model predicts the finished picture (the look-ahead), and the reward judges this prediction. Here are the first ten children of one state, in the order in which they were drawn.
 
-# %%
+# %% tags=["plot"] alt="Ten look-aheads of children of one state. They resemble one another; small differences change the counts and so the rewards. The first whose reward beats the best so far is framed."
 step = min((k for k in range(9) if 3 <= needs[k] <= 10), default=int(np.argmin(needs)))
 children, best, need = found[step]
 looks = prompt.decode(children.x0[:10])
-
-# %% tags=["plot"] alt="Ten look-aheads of children of one state. They resemble one another; small differences change the counts and so the rewards. The first whose reward beats the best so far is framed."
 fig, axes = plt.subplots(2, 5, figsize=(9, 4.2))
 for k, ax in enumerate(axes.flat):
     plots.picture(ax, looks[k], f"child {k + 1}: {children.reward[k]:.2f}")
@@ -111,11 +110,11 @@ fig.suptitle(f"step {step + 1}; best so far {best:.2f}; framed: the first that b
 plt.show()
 
 # %% [markdown]
-# The framed child is the first that beats the best so far. After it, what is the next draw for? SVDD draws on, because its share is not yet used up. *Rollover Budget Forcing* (RBF; Kim, Yoon, Hwang and Sung, 2025) stops. It takes the framed child and gives the draws it saved to the steps that come.
+# The framed child is the first that beats the best so far. SVDD goes on drawing, until its equal share is used up. *Rollover Budget Forcing* (RBF; Kim, Yoon, Hwang and Sung, 2025) stops here. It takes the framed child, and gives the draws that it saved to later steps.
 #
 # ## The ledger
 #
-# Give each of the nine steps a **quota** of 25 draws. A step that needs fewer passes the rest on. The next step may spend its own quota and all that was passed on: that is **rollover**. A step that has spent everything without success takes the best candidate it has drawn: that is the **fallback**.
+# An account for draws works like this. Each of the nine steps gets a **quota** of 25 draws. A step that needs fewer passes the rest on. The next step may spend its own quota and all that was passed on: that is **rollover**. A step that has spent everything without success takes the best candidate it has drawn: that is the **fallback**.
 #
 # **Guess: give every step of the first figure 25 draws, and stop a step when it succeeds. How many of the nine steps fail, and how many draws are left over? What does rollover change?**
 
@@ -128,6 +127,10 @@ for need in needs:
     ledger.append((need, may_spend, spent, saved))
 columns = ["needs", "may spend", "spends", "passes on"]
 ledger = pd.DataFrame(ledger, pd.RangeIndex(1, 10, name="step"), columns)
+failed = sum(need > quota for need in needs), (ledger.needs > ledger["may spend"]).sum()
+unused = sum(max(quota - need, 0) for need in needs)
+print(f"25 draws each: {failed[0]} of 9 steps fail, {unused} draws are left over")
+print(f"with rollover: {failed[1]} of 9 steps fail, {saved} draws are left over")
 ledger
 
 # %% tags=["plot"] alt="The ledger as bars: for each step what it spends of its own quota, what it spends of the draws passed on by earlier steps, and, hatched, what it passes on. Dots mark what the step needs; steps whose dot lies above the bar fall back on their best candidate."
@@ -145,28 +148,20 @@ ax.legend(fontsize=9, ncols=2)
 plt.show()
 
 # %% [markdown]
-# Read a column from below: blue and orange is spent, hatched is passed on to the right. Where the black mark lies above the bar, the step fails and falls back.
-
-# %%
-alone = sum(need > quota for need in needs)
-together = int((ledger["needs"] > ledger["may spend"]).sum())
-unused = sum(max(quota - need, 0) for need in needs)
-print(f"25 draws each: {alone} of 9 steps fail, and {unused} draws are left over")
-print(f"with rollover: {together} of 9 steps fail, and {saved} draws are left over")
-
-# %% [markdown]
+# Read a bar from below: blue and orange are spent, hatched is passed on to the next step. If the black mark lay above the whole bar, the step would fail and fall back.
+#
 # <details><summary>Answer</summary>
 #
-# The first line above is the answer to the guess. Rollover moves the draws left over to later steps. It cannot move them to earlier ones: a step early in the path can profit only from steps before it.
+# The two printed lines are the answer. Rollover moves the draws that are left over to later steps. It cannot move them to earlier steps: a step can profit only from the steps before it.
 #
 # </details>
 #
 # ## The paper's algorithm
 #
-# The whole budget, drawn once. Two independent chains share it. Each first looks at 25 noises and keeps the best. Then nine transitions have equal quotas. The step to $t = 0$ needs no evaluation and is free.
+# The figure shows how the paper divides its 500 evaluations. Two independent chains share them. Each chain first looks at 25 noises and keeps the best. Then nine steps (*transitions*) have equal quotas. The last step, to $t = 0$, needs no evaluation and is free.
 
 # %% tags=["plot"] alt="Two bars of 250 evaluations, one for each chain. Each begins with a block of 25 first noises, followed by nine quotas of 25; arrows lead from each quota to the next: what is not used rolls over. The last quota is marked: spends all."
-fig, ax = plt.subplots(figsize=(9, 2.8))
+fig, ax = plt.subplots(figsize=(8.4, 3))
 for chain in (0, 1):
     ax.broken_barh([(0, 25)], (chain, 0.55), facecolors="#56B4E9", edgecolor="black")
     ax.text(12.5, chain + 0.28, "25 first\nnoises", ha="center", va="center", fontsize=9)
@@ -192,33 +187,33 @@ ax.grid(False)
 plt.show()
 
 # %% [markdown]
-# In words: a step may spend whatever its chain has left, except the equal shares of the steps that come after it. With a share of $S$ evaluations for the $K$ transitions of a chain, $B$ of them left, and $a$ transitions ahead (this one included), the quota is
+# In words: a step may spend all that its chain has left, except the equal shares of the steps after it. A chain has $S$ evaluations for its $K$ transitions. If $B$ of them are left, and $a$ transitions are ahead (this one included), the quota is
 #
 # $$q = B - \Big\lfloor \frac{S\,(a - 1)}{K} \Big\rfloor. \tag{8.1}$$
 #
-# What earlier steps saved is still in $B$. So (8.1) *is* the rollover.
+# In the figure $S = 225$ and $K = 9$, so the first step has $q = 225 - 200 = 25$. What earlier steps saved is still in $B$. So (8.1) *is* the rollover. The whole algorithm:
 #
 # ```text
 # for each chain:
-#   draw 25 noises, look ahead, keep the best
+#   draw 25 noises, keep the best
 #   best so far = its reward
-#   for each transition but the free one:
+#   for each paid transition:
 #     quota = (8.1)
 #     repeat up to quota times:
-#       draw one child of the state, look ahead
-#       if it beats the best so far
-#       and this is not the last transition:
-#         stop here            # first improvement
+#       draw one child, look ahead
+#       if it beats the best so far,
+#       and this is not the last one:
+#         stop   # first improvement
 #     go on from the best child drawn
-#                              # success, or fallback
-#     best so far = max(best so far, its reward)
-#   finish by the free step
-# return the better finished sample of the two
+#            # success, or fallback
+#     update the best so far
+#   take the free step
+# return the better finished sample
 # ```
 #
-# If a child beats the best so far, it also beats all children before it, since none of those did. So "the best child drawn" covers success and fallback in one line. Note what is returned: a *finished sample*, not the best look-ahead that was ever seen.
+# If a child beats the best so far, it also beats all children before it, since none of those did. So "the best child drawn" covers success and fallback in one line. RBF returns a *finished sample*, not the best look-ahead that was ever seen.
 #
-# Its settings, in our words; the right column is what the course runs (`flowscale_lite.experiments.paper`). Where the authors' text and code differ, it follows their code.
+# The table has the paper's settings, and what the course runs (`flowscale_lite.experiments.paper`). Where the authors' text and code differ, the course follows their code.
 #
 # | setting | the paper, on FLUX.1-schnell | here, on tiny-flux schnell |
 # |---|---|---|
@@ -233,7 +228,7 @@ plt.show()
 #
 # ## Written out
 #
-# Now the code. A method of this course has three functions: `check` refuses a budget that is too small, `start` makes the first particles, and `advance` makes one step. A `Run` draws (`propose`), evaluates and judges (`score`), and counts the cost. What a method must remember travels with the particles, in `carry`. We write the functions one by one, and begin with the quota, (8.1).
+# Now the code. As in [notebook 07](07_search.ipynb), a method has three functions, `check`, `start` and `advance`, and a `run` that draws (`propose`), judges (`score`) and counts the cost. One thing is new: what a method must remember travels with the particles, in `carry`. We begin with the quota, (8.1).
 
 
 # %%
@@ -247,7 +242,7 @@ def quota_of(p, run, rollover):
 
 
 # %% [markdown]
-# Then the heart: draw until one is better. `draw_all` is for the last transition, where nothing can be saved for later.
+# Then the heart of the method: draw until one child is better. `draw_all` is for the last transition, where it makes no sense to save.
 
 
 # %%
@@ -264,7 +259,7 @@ def draw_until_better(p, run, quota, draw_all):
 
 
 # %% [markdown]
-# The first noises, and a step. `start` keeps the best noise of each chain and opens its account.
+# Next, `start` keeps the best first noise of each chain and opens its account. `advance` makes one step of every chain.
 
 
 # %%
@@ -301,7 +296,7 @@ def advance(method, p, run):
 
 
 # %% [markdown]
-# That is all. The class only names the settings and ties the functions together. It has two switches more than the paper, so that we can take its rules away one at a time.
+# That is all. The class only names the settings and puts the functions together. Two switches, `rollover` and `finish`, let us take these rules away one at a time. (`finish` is the rule of the last paid transition: spend all.)
 
 
 # %%
@@ -313,7 +308,7 @@ class Forcing:
     init: int = 25
     rollover: bool = True
     finish: bool = True
-    check, start, advance = check, start, advance
+    check, start, advance = check, start, advance  # the functions above
     draw = staticmethod(draw_until_better)
 
 
@@ -330,7 +325,7 @@ sde, ten = kernels.sde(kernels.quadratic()), schedules.uniform(10)
 toy = Problem(ring.velocity(LINEAR), peak, LINEAR, sde, ten, shape=(2,))
 
 # %% [markdown]
-# It runs on any `Problem`. The package's own is `RBF.published()`. A test of the package compares it with a loop by hand; here we compare it with ours, draw for draw.
+# The package's own version is `RBF.published()`. We compare the two, draw for draw, on the toy of notebooks 06 and 07.
 
 # %%
 for seed in range(3):
@@ -354,7 +349,8 @@ for step in run:
     film.append((step.t, float(p.reward.max()), p.best().x0))
     spent.append(p.carry["left"])
 result = run.result()
-print(f"{result.nfe} NFE, {result.reward_calls} reward calls; {result.reward:.3f}")
+reward = round(result.reward, 2) + 0.0
+print(f"{result.nfe} NFE, {result.reward_calls} reward calls; reward {reward:.2f}")
 
 # %% tags=["plot"] alt="Above, the look-ahead of the better chain after each step, with its time and reward. Below, the draws of each chain in each step, as bars: they differ much from step to step and between the chains; the last paid step spends all that is left."
 shown = prompt.decode(torch.cat([x0 for *_, x0 in film]))
@@ -364,7 +360,7 @@ for ax in axes.flat:
 for k, (t, value, _) in enumerate(film):
     ax = axes.flat[k]
     ax.axis("on")
-    plots.picture(ax, shown[k], f"t = {t:.2f}: {value:.2f}")
+    plots.picture(ax, shown[k], f"t = {t:.2f}: {round(value, 2) + 0.0:.2f}")
 wide = fig.add_subplot(3, 1, 3)
 place, draws = np.arange(1, 10), -np.diff(torch.stack(spent[:-1]), axis=0)
 wide.bar(place - 0.2, draws[:, 0], 0.4, color="#0072B2", edgecolor="black", label="chain 1")
@@ -390,21 +386,21 @@ print("right by the counter: {}; by the held-out judge: {}".format(*right))
 assert right == (True, False), "the text says so"
 
 # %% [markdown]
-# The pictures are RBF's guesses, the bars its two ledgers. A short bar is a quick success. What it saves is spent further right, if the chain is stuck there, and else by the last paid step. (The VP-SDE begins with small steps, so half of the pictures are from near $t = 1$.)
+# The pictures are the look-aheads, with time and reward. The bars are the draws of the two chains. A short bar is a quick success. What it saves is spent by a later step that has difficulties, or else by the last paid step. (The VP-SDE begins with small steps, so half of the pictures are from near $t = 1$.)
 #
-# Look at the last picture. One square is of mixed colours, enough of none for the counter to count it. So the counter is content, and the held-out judge is not. A search finds such gaps in its judge; [notebook 10](10_scaling.ipynb) counts how often.
+# Look at the last picture. One square has mixed colours. No single colour fills enough of it, so the counter does not count this square at all, and finds the picture right. The held-out judge counts it, and finds the picture wrong. A search finds such gaps in its judge; [notebook 10](10_scaling.ipynb) counts how often.
 #
 # **Guess: the reward under the pictures does not always rise. How can that be, when only an improvement is accepted?**
 #
 # <details><summary>Answer</summary>
 #
-# By the fallback. A step that spends its quota without success goes on from its best child, even if that child is worse than the best so far. Its state must move on in time, whatever happens. The free last step can also change the reward: it is the step from a look-ahead to a finished sample.
+# The fallback. A step that spends its quota without success goes on from its best child, even if that child is worse than the best so far, because the state must move on in time. The free last step can also change the reward: it leads from a look-ahead to a finished sample.
 #
 # </details>
 #
 # ## What does each rule do?
 #
-# Take the rules away, one at a time, on the toy of notebooks 06 and 07: eight clouds on a circle, and a reward that peaks beside the rarest. Here its flow is a *few-step* one, the kind that the paper uses: like schnell, it knows the end of the path from the start. A run has 150 NFE, five first noises a chain, and the linear SDE. There are twelve seeds.
+# We take the rules away, one at a time, on the toy: eight clouds on a circle, and a reward that is highest beside the rarest cloud. The model is a *few-step* one, like schnell and like the model of the paper: it predicts the end of the path well from the start. A run has 150 NFE, five first noises a chain, and the linear SDE. There are twelve seeds; lower is better.
 
 # %%
 few_step = replace(toy, velocity=ring.distilled(steps=2))
@@ -437,13 +433,15 @@ assert effects["NFE spent"].iloc[0] == 150 > effects["NFE spent"].iloc[1:].max()
 assert 0.25 < 1 - effects.loc["no rollover", "NFE spent"] / 150 < 0.42, "a third is not spent"
 
 # %% [markdown]
-# Without rollover a third of the budget is never spent, and the sample ends several times farther from the peak. Without the finish the last paid transition stops at its first improvement too, and leaves a rest unused. Rollover does not only help a step that is stuck: it also carries what *nobody* needed to the end, where the finish turns it into draws. (Twelve seeds: the first effect is large, the second is not settled by them.)
+# Without rollover a third of the budget is never spent, and the median sample ends several times farther from the largest reward. Without the finish the last paid transition also stops at its first improvement, and leaves some budget unused. So rollover does two things. It helps a step that has difficulties, and it carries what no step needed to the end, where the finish spends it. (With twelve seeds the effect of rollover is clear, that of the finish is not.)
 #
 # ## What goes wrong: the first improvement can be a poor choice
 #
-# So far the model was a few-step one. A *multi-step* model's look-ahead is an average over futures. As the noise falls, the average sharpens, and the look-ahead reward rises by itself. Then almost any child beats the best so far. **Guess: what becomes of "take the first improvement"?**
+# So far the model was a few-step one. A *multi-step* model's look-ahead is an average over futures. As the noise falls, the average sharpens, and the look-ahead reward rises by itself. Then almost any child beats the best so far.
 #
-# The rows of `python -m tools.runs.toy_table` hold both flows: forty seeds, 500 NFE, RBF as published. Beside it stand SVDD (two chains) and `best of quota` (one chain, four first noises): equal quotas, and the best of each.
+# **Guess: what does "take the first improvement" do on such a model?**
+#
+# Stored runs (`python -m tools.runs.toy_table`, forty seeds, 500 NFE) compare RBF as published with two methods that draw every quota to its end and take the best: SVDD (two chains) and `best of quota` (one chain, four first noises).
 
 # %%
 rows = pd.read_json(locate("results/toy.jsonl"), lines=True)
@@ -481,15 +479,15 @@ assert np.median(early) <= 4
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# On the multi-step flow the method goes wrong. Nearly every step accepts one of its first few children, a barely better one. Almost the whole budget arrives at the last paid transition. There the path is nearly over, and from a bad place no number of draws gets far. On the few-step flow the look-ahead tells the end, an improvement is a real one, and the three methods lie close together.
+# On the multi-step flow the method goes wrong. Nearly every step accepts one of its first few children, which is barely better. So almost the whole budget arrives at the last paid transition. There the path is nearly over, and more draws cannot repair a bad state. On the few-step flow the look-ahead predicts the end, so an improvement is a real one, and the three methods lie close together.
 #
 # </details>
 #
-# The paper's own experiments use a few-step FLUX, so this is no result against it. It is a limit to know before you use the method with a multi-step model.
+# The paper's own experiments use a few-step FLUX, so this does not contradict the paper. But know this limit before you use RBF with a multi-step model.
 #
 # ## The paper's table on tiny-flux
 #
-# Now the whole comparison, with the paper's settings and our model. `python -m tools.runs.paper` runs it: 500 NFE, ten steps, fifty hard prompts of a list that no setting was tuned on. Two judges look at each picture. *The counter* is what the search optimised. *The held-out judge* is a network that no search has seen. Intervals are 95 %, over prompts.
+# Now the whole comparison, with the paper's settings and our model (`python -m tools.runs.paper`): 500 NFE, ten steps, fifty hard prompts of a list that no setting was tuned on. Two judges look at each picture. *The counter* is what the search optimised. *The held-out judge* is a network that no search has seen. Intervals are 95 %, over prompts. The numbers of the figure are [in Deeper](#Deeper:-the-table-in-numbers).
 
 # %%
 rows = pd.read_json(locate("results/paper.jsonl"), lines=True)
@@ -501,9 +499,8 @@ table = experiments.table(rows, ["sampler", "method"], ["exact", "held_out", "nf
 table["nfe"] = [round(nfe.mean) for nfe in table["nfe"]]
 order = pd.MultiIndex.from_product([["VP-SDE", "linear SDE", "ODE"], LINES])
 table = table.loc[[line for line in order if line in table.index]]
-table
 
-# %% tags=["plot"] alt="Share of exact pictures with intervals, by counter and by held-out judge, for every method and sampler of the table above."
+# %% tags=["plot"] alt="Share of exact pictures with intervals, by counter and by held-out judge, for every method under the VP-SDE, the linear SDE or the ODE. RBF under the VP-SDE lies far to the right of best-of-N and search over paths."
 fig, ax = plt.subplots(figsize=(9, 0.42 * len(table) + 1.2))
 for k, (field, label) in enumerate({"exact": "counter", "held_out": "held-out judge"}.items()):
     middle, low, high = np.array([tuple(value) for value in table[field]]).T
@@ -516,7 +513,7 @@ ax.legend(fontsize=9, loc="lower left")
 plt.show()
 
 # %% [markdown]
-# Two methods on the same prompts and seeds are best compared by the mean of their *paired differences* ([notebook 10](10_scaling.ipynb) says why). A positive number speaks for RBF.
+# To compare two methods on the same prompts and seeds, take the mean of their *paired differences* ([notebook 10](10_scaling.ipynb) says why). The rows below are RBF under the VP-SDE minus the other method: a positive number speaks for RBF.
 
 
 # %%
@@ -543,28 +540,31 @@ gaps.assign(RBF=gaps["exact"].map(said))
 # %% tags=["check"]
 AHEAD = [("VP-SDE", "code"), ("ODE", "best-of-n"), ("ODE", "search over paths")]
 assert all(gaps.loc[pair, judge].low > 0 for pair in AHEAD for judge in ("exact", "held_out"))
-assert gaps.loc[("VP-SDE", "svdd"), "exact"].mean > gaps.loc[("VP-SDE", "svdd, 25 first noises"), "exact"].mean > 0
+by_counter = {method: gap.mean for method, gap in gaps.loc["VP-SDE"]["exact"].items()}
+assert by_counter["svdd"] > by_counter["svdd, 25 first noises"]
+assert by_counter["svdd"] > by_counter["smc"]
+assert table.loc[("VP-SDE", "svdd"), "nfe"] == table.loc[("VP-SDE", "code"), "nfe"] == 452
 
 # %% [markdown]
-# Three things to read from it.
+# The table says three things.
 #
-# - RBF is clearly ahead of CoDe, best-of-N and search over paths, by either judge. Selecting on the way beats choosing at the end.
-# - Part of its lead over SVDD is not the rule. As published, SVDD starts each chain from *one* noise, RBF from the best of 25. The line `svdd, 25 first noises` is SVDD with RBF's first noises, and its gap is smaller. On a few-step model a look-ahead from pure noise already tells much ([notebook 03](03_rewards_and_best_of_n.ipynb)), and a greedy search lives from its start.
-# - SMC with fifty particles begins with fifty noises as well, and resampling moves the budget to the good ones. It comes near.
+# - RBF is clearly ahead of CoDe, best-of-N and search over paths, by both judges.
+# - SVDD with RBF's first noises (`svdd, 25 first noises`) is closer to RBF than SVDD as published, which starts each chain from *one* noise. So part of RBF's lead over SVDD comes from the better start, not from rollover. On a few-step model a look-ahead from pure noise already tells much ([notebook 03](03_rewards_and_best_of_n.ipynb)).
+# - SMC is closer to RBF than SVDD as published, too. It also has fifty first noises, and resampling moves the budget to the good ones.
 #
 # Where the last column says "not told apart", these runs do not settle who is better. They do not show that the two are equal.
 #
-# For comparison, the paper's own figures for FLUX.1-schnell, compositional prompts, VP-SDE, given reward VQAScore: RBF 0.925, SVDD 0.915, CoDe 0.914, SMC 0.877; best-of-N with the ODE 0.879, search over paths 0.844. (Theirs: arXiv 2503.19385. Another model, another reward, no intervals.) RBF comes first there, by a small step.
+# [Notebook 10](10_scaling.ipynb) puts the paper's own numbers beside these. There RBF comes first by a small margin.
 #
-# *Not shown by this table:* SMC's temperature is our choice. SVDD and CoDe spend 452 of the 500 NFE as published, because their first draws coincide; with 25 first noises they spend all.
+# *Two notes.* SMC's temperature is our choice. In the authors' code SVDD and CoDe draw 25 identical states before the first step and count them; we draw them once, so both spend 452 of the 500 NFE.
 
 # %% [markdown]
 # ## Recap
-# - Some steps find a better candidate at once, others in no sixty draws. Equal shares waste in one step what another lacks.
-# - RBF takes the first child that beats the best so far, and rolls over what is left. A step without success falls back on its best child.
+# - Some steps find a better candidate at once, others do not find one in sixty draws. With equal shares one step wastes what another lacks.
+# - RBF takes the first child that beats the best so far, and passes on the draws that are left. A step without success falls back on its best child.
 # - As published it has two chains of 25 first noises, and a last paid transition that spends all. It returns a finished sample.
 # - Where the look-ahead rises by itself, as with multi-step models, the first improvement is a poor choice.
-# - Compare methods with the same first noises. Otherwise you compare first noises.
+# - Give methods the same number of first noises before you compare them. Otherwise you compare their starts.
 
 # %% [markdown]
 # ## Exercises
@@ -641,7 +641,7 @@ def draw_in_batches(p, run, quota, draw_all, batch=4):
 
 
 # %% [markdown]
-# ### Exercise 2: three broken ledgers (difficulty 2 of 5, 10 minutes)
+# ### Exercise 2: four broken ledgers (difficulty 2 of 5, 10 minutes)
 #
 # Four colleagues wrote RBF, each with one mistake. Their chains have a quota of 10 in each of five transitions, so 50 draws in all. You know what each step *needs*, and see what each program *spent*:
 #
@@ -699,7 +699,7 @@ def diagnose():
 # %% [markdown]
 # ### Exercise 3: design a stopping rule (difficulty 4 of 5, 20 minutes)
 #
-# On the multi-step toy the first improvement is too small. Design a rule that does better: by its median over ten seeds at 250 NFE, ten times nearer to the largest reward than the first improvement. A rule has two functions. `take(rewards, record)` returns the index of the candidate to accept at once, or None to go on drawing. `most(quota, left, ahead)` says how many candidates to draw at most; what it does not use rolls over.
+# On the multi-step toy the first improvement is too small. Design a rule that does better: by its median over ten seeds at 250 NFE, ten times nearer to the largest reward than the first improvement. A rule has two functions. `take(rewards, record)` gets the rewards of the candidates and the best so far; it returns the index of the candidate to accept at once, or None to go on drawing. `most(quota, left, ahead)` says how many candidates to draw at most; what it does not use rolls over.
 #
 # <details><summary>Hint</summary>
 #
@@ -753,11 +753,19 @@ class MyRule:
 
 
 # %% [markdown]
+# ## Deeper: the table in numbers
+#
+# *exact* is the share of pictures that are right by the counter, *held_out* by the held-out judge.
+
+# %%
+table
+
+# %% [markdown]
 # ## Deeper: how many draws until the best so far is beaten?
 #
 # Suppose that all draws were equals: independent, from one distribution without ties. Among $m + n$ equals each is as likely as any other to be the largest. So $n$ new draws fail to beat the best of $m$ earlier ones with probability
 #
-# $$\Pr[\text{no improvement in } n \text{ draws}] = \frac{m}{m + n}. \tag{8.2}$$
+# $$\Pr[n \text{ draws fail}] = \frac{m}{m + n}. \tag{8.2}$$
 #
 # The number of draws needed has median $m$, and *no finite mean*: the sum of $m/(m+n)$ over $n$ diverges. Sometimes one draw is enough, sometimes hundreds are not. That is why no fixed number fits all steps. The children of a search are no equals, since their parent was selected. On the few-step toy:
 
@@ -783,7 +791,7 @@ plt.show()
 #
 # Nothing in this section is in the paper. What a step gains by a good choice, the noise of the next step partly erases. Nothing erases the last choice. And the best of $n$ grows ever more slowly with $n$. So let most steps draw *enough* and take the best, and let the rest roll over to the end. With $a$ transitions ahead and $B$ evaluations left, `BestOfEnough` draws
 #
-# $$n_a = \min\Big(q,\; \max\big(\text{enough},\; B/4^{\,a-1}\big)\Big) \tag{8.3}$$
+# $$n_a = \min(q, \max(\text{enough}, B/4^{a-1})) \tag{8.3}$$
 #
 # children of its quota $q$. `RBF()` has this rule, with 24. `BestOfQuota` draws every quota to its end, so that nothing rolls over. How much is enough? Stored runs of `python -m tools.runs.toy_table`, at 500 NFE:
 

@@ -18,7 +18,7 @@
 # <!-- badge -->
 #
 # **Goals.**
-# - read our table beside the paper's
+# - read the paper's table and ours side by side
 # - compare methods by paired differences
 # - see what compute buys, with few-step and with multi-step models
 # - tell a real gain from one that only the optimised reward sees
@@ -47,6 +47,9 @@ from flowscale_lite.search import search, steps
 from flowscale_lite.tiny import judge, shapes
 from flowscale_lite.tiny.data import locate
 
+# %% [markdown]
+# Six methods of this course, twice: on the left the paper's numbers on FLUX.1-schnell, on the right ours on tiny-flux schnell. All runs have 500 NFE.
+
 # %%
 THEIRS = {  # arXiv 2503.19385: given reward, held-out reward
     ("rbf", "VP-SDE"): (0.925, 0.843),
@@ -60,7 +63,7 @@ rows = pd.read_json(locate("results/paper.jsonl"), lines=True)
 rows = rows[rows["reward"] == "count"]
 ours = experiments.table(rows, ["method", "sampler"], ["exact", "held_out"])
 
-# %% tags=["plot"] alt="Two panels with a line for each of six methods. Left, the paper's given and held-out rewards on FLUX.1-schnell: RBF, SVDD and CoDe lead the given one closely. Right, our shares of exact pictures on tiny-flux schnell, with intervals, by counter and held-out judge: RBF and SMC lead, best-of-N is last."
+# %% tags=["plot"] alt="Two panels with a line for each of six methods. Left, the paper's given and held-out rewards on FLUX.1-schnell: RBF, SVDD and CoDe lead the given one closely. Right, our shares of exact pictures on tiny-flux schnell, with intervals, by counter and held-out judge: RBF and SMC are high, best-of-N is last."
 fig, axes = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True)
 given, held = np.array(list(THEIRS.values())).T
 place = np.arange(len(THEIRS))
@@ -80,19 +83,19 @@ for ax in axes:
 plt.show()
 
 # %% [markdown]
-# Left are the paper's figures for compositional prompts (Kim, Yoon, Hwang and Sung, 2025), right are ours. Both have 500 NFE, ten steps and the same settings. `python -m tools.runs.paper` made our rows, on fifty hard prompts on which nothing was tuned.
+# The left panel is for compositional prompts (Kim, Yoon, Hwang and Sung, 2025). Both panels have ten steps and the same settings. Our rows are made by `python -m tools.runs.paper`, on fifty hard prompts on which nothing was tuned. *Given* is the reward that the search optimises. *Held out* is a judge that the search does not see.
 #
-# The scales cannot be compared: theirs is a mean reward, ours a share of pictures with every count and relation right. Their figures come without intervals, ours from a small model that draws shapes. What can be compared is the *order*.
+# Do not compare the scales: theirs is a mean reward, ours is the share of pictures with every count and relation right. Their numbers have no intervals, and ours come from a small model that draws shapes. Compare the *order*.
 #
-# **Guess: which parts of the paper's order does the right panel confirm, and which does it contradict?** Overlapping bars are not yet an answer.
+# **Guess: which parts of the paper's order does the right panel confirm, and which does it contradict?** Many bars overlap, so the panel alone cannot answer this. The next section can.
 #
 # ## Compare in pairs
 #
-# Prompts differ: some are nearly always right, some never. Two methods that ran on the same prompts share this. So subtract first, prompt by prompt and seed by seed, and average then:
+# Prompts differ: some are nearly always right, some never. Two methods that ran on the same prompts share this difficulty. So we first subtract, prompt by prompt and seed by seed, and then average. With $a_{ps}$ and $b_{ps}$ for the results of two methods (1 if the picture is right, else 0):
 #
 # $$\Delta = \frac{1}{|P||S|} \sum_{p \in P} \sum_{s \in S} \big(a_{ps} - b_{ps}\big). \tag{10.1}$$
 #
-# Its interval is narrower than the two bars suggest. It comes from a bootstrap that draws whole prompts, since runs of one prompt are alike.
+# The interval of $\Delta$ is narrower than two overlapping bars suggest. We compute it by a bootstrap over prompts, since the runs of one prompt are alike.
 
 
 # %%
@@ -146,6 +149,7 @@ plt.show()
 for method in ("code", "best-of-n", "search over paths"):
     assert min(gaps.loc[method, "exact"].low, gaps.loc[method, "held_out"].low) > 0, method
 assert gaps.loc["svdd, 25 first noises", "exact"].mean < gaps.loc["svdd", "exact"].mean
+assert all(value.high > 0 for judged in ("exact", "held_out") for value in gaps[judged])
 smc, best = (rows_of(rows, method=m) for m in ("smc", "best-of-n"))
 smc, best = rows_of(smc, sampler="VP-SDE"), rows_of(best, sampler="ODE")
 assert min(gap(smc, best)[judged].low for judged in ("exact", "held_out")) > 0
@@ -153,15 +157,15 @@ assert min(gap(smc, best)[judged].low for judged in ("exact", "held_out")) > 0
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# *Confirmed:* RBF is ahead of CoDe, search over paths and best-of-N, and no method is shown to be ahead of RBF. *Contradicted:* SMC beats best-of-N here by far; in the paper they are level. CoDe comes close to RBF in the paper, here it is far behind. *Open:* RBF against SMC, and against SVDD with the same first noises. Where an interval holds 0, the rows do not tell the two apart. That does not mean that they are equal.
+# *Confirmed:* RBF is ahead of CoDe, search over paths and best-of-N, and no method is shown to be ahead of RBF. *Contradicted:* SMC beats best-of-N here by far; in the paper they are level. CoDe comes close to RBF in the paper, here it is far behind. *Open:* every line whose interval contains 0. There the rows do not tell the two methods apart. That does not mean that they are equal.
 #
 # </details>
 #
-# The control, `svdd, 25 first noises`, is no line of the paper. It asks what RBF's rule gains beyond its better start ([notebook 08](08_rollover_budget_forcing.ipynb)). Ask for such a line whenever two methods differ in more than one thing.
+# The last line, `svdd, 25 first noises`, is a control that the paper does not have: SVDD with RBF's start. It shows what RBF's rule gains beyond its better start ([notebook 08](08_rollover_budget_forcing.ipynb)). Ask for such a control whenever two methods differ in more than one thing.
 #
 # ## What does compute buy?
 #
-# A table has one budget. The curve tells more. First a *few-step* model, tiny-flux schnell, on another list of hard prompts: `python -m tools.runs.results`, three seeds, one at the smallest and the largest budget. RBF here is `RBF.few_step`: a quarter of the budget on first noises, then eight draws at a time. We show the held-out judge, since these older rows were counted with another meaning of "left of".
+# A table shows one budget only, a curve shows several. First the *few-step* model, tiny-flux schnell, on another list of hard prompts (`python -m tools.runs.results`; three seeds, but one seed at 50 and at 1,000 NFE). RBF here is `RBF.few_step`: it spends a quarter of the budget on first noises, then draws eight children at a time. These rows are older than those above, and their counter used another definition of "left of". So we show the held-out judge only.
 
 # %%
 stored = pd.read_json(locate("results/search.jsonl"), lines=True)
@@ -201,9 +205,11 @@ assert gap(at(hard, "rbf", 250), at(hard, "best-of-n", 1000))["held_out"].low > 
 assert gap(at(hard, "rbf", 50), at(hard, "best-of-n", 50))["held_out"].low <= 0
 
 # %% [markdown]
-# At 50 NFE nothing is gained: four draws a step are too few. From 250 on RBF is far above. At 250 it even beats best-of-N at 1,000. Best-of-N may choose its steps: on a few-step model four steps and more samples are a fair baseline, and a better one than ten.
+# At 50 NFE RBF gains nothing: four draws a step are too few. From 250 on it is far above best-of-N; with 250 it even beats best-of-N with 1,000. There are two lines of best-of-N, because a few-step model needs only four steps. Fewer steps leave more samples, so that is the fairer baseline.
 #
-# **Guess: on a multi-step model, will the search gain more, or less?** Think of what its look-ahead shows near $t = 1$.
+# Next the *multi-step* model, tiny-flux dev. There the first improvement is a poor choice ([notebook 08](08_rollover_budget_forcing.ipynb)), so we use a *beam search* in place of RBF: it keeps several states, draws children from all of them, and goes on from the best children.
+#
+# **Guess: on the multi-step model, will the search gain more, or less?** Think of what a look-ahead shows near $t = 1$.
 
 # %% alt="Share of exact pictures by the held-out judge against NFE on a multi-step model, for best-of-N and for a beam search. The beam lies a little above best-of-N; the gap is far smaller than on the few-step model."
 slow = rows_of(stored, level="hard", model="dev")
@@ -233,15 +239,15 @@ assert slow_old.mean < few_old.mean - 0.1
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# Less. A multi-step model's look-ahead is an average of many pictures near $t = 1$, and to select by it is to select by chance. The beam, `Beam.multi_step`, selects only below $t = 0.8$ for that reason.
+# Less. Near $t = 1$ the look-ahead of a multi-step model is an average of many pictures, so selecting by it is nearly random. For that reason the beam, `Beam.multi_step`, selects only below $t = 0.8$.
 #
 # </details>
 #
-# The table is the gain over best-of-N at equal NFE. The last two lines ask the question again on prompts, and with a seed, that played no part in any choice. RBF's gain on the few-step model stands. That of the beam on the multi-step model does not: its interval holds 0, and it had been tuned on prompts of the hard list.
+# The table is the gain over best-of-N at 250 NFE. The beam's settings were chosen on prompts of the hard list itself. So the lines *new prompts* ask again, on prompts and with a seed that played no part in any choice. RBF's gain on the few-step model is confirmed. The beam's gain on the multi-step model is not: its interval contains 0.
 #
 # ## What goes wrong: right by the counter, wrong by the other
 #
-# A search presses against its judge, and finds what the judge does not see. Of the runs of the paper's table that the counter finds right, how many does the held-out judge doubt?
+# A search optimises its judge, and so it also finds the judge's errors. Take the pictures of the first figure that the counter finds right. How many of them does the held-out judge find wrong?
 
 # %%
 right = rows[rows["exact"] & rows["sampler"].isin(["VP-SDE", "ODE"])]
@@ -250,7 +256,7 @@ doubts = experiments.table(doubt, ["method", "sampler"], ["doubted"])
 doubts.loc[[*THEIRS, control]]
 
 # %% [markdown]
-# Few are doubted, but not none. Look at some: we run stored searches again, and ask both judges.
+# *doubted* is their share: small, but not zero. To look at some of them, we run stored searches again, and ask both judges.
 
 
 # %%
@@ -290,19 +296,19 @@ close = [
 assert sum(close) >= len(close) - 1, "another processor may tip one close decision, not more"
 
 # %% [markdown]
-# Look for objects of two mixed colours. There is enough of neither colour for the counter to count such an object; the held-out judge counts it. So a search can hide an object from its own judge. That is why this page asks a second judge, and why only a gain that both see counts.
+# Look for objects of two mixed colours. Neither colour fills enough of such an object, so the counter does not count it; the held-out judge does. So a search can hide an object from its own judge. That is why we ask a second judge, and trust only a gain that both see.
 #
 # ## Beyond the paper: mend what is wrong, leave the rest
 #
-# From here on nothing is in the paper. Think of a picture of $n$ regions of which one is wrong. Let a region that is drawn anew come out right with probability $q$. A fresh picture is right with probability $q^n$. Redraw only $k$ regions, picked at random: the wrong one is among them with probability $k/n$, and all $k$ have to come out right. A try succeeds with probability
+# Nothing from here on is in the paper. Suppose a picture has $n$ regions, and one of them is wrong. A region that is drawn anew comes out right with probability $q$. A whole new picture is right with probability $q^n$ only. Instead redraw $k$ regions, picked at random: the wrong one is among them with probability $k/n$, and all $k$ must come out right. So a try succeeds with probability
 #
-# $$p_k = \frac{k}{n}\, q^k, \qquad \text{largest at}\quad k = -\frac{1}{\ln q}. \tag{10.2}$$
+# $$p_k = \frac{k}{n}\, q^k, \quad \text{largest at } k = \frac{-1}{\ln q}. \tag{10.2}$$
 #
-# For $n = 16$ and $q = 0.85$ that is six regions. `Refine` does it. Take the best picture so far apart into its posterior means $x_{0|t}$ and $\varepsilon_{|t}$. Put them together at a noise level $s$, with fresh noise $z$ in some regions $R$,
+# For $n = 16$ and $q = 0.85$ that is six regions. `Refine` redraws regions like this. It takes the best picture so far apart into its two averages, the data $x_{0|t}$ and the noise $\varepsilon_{|t}$. Then it mixes them again at a noise level $s$, with fresh noise $z$ in some regions $R$ ($\mathbb 1_R$ is 1 there, and 0 elsewhere):
 #
-# $$x_s = \alpha_s\, x_{0|t} + \sigma_s \big(\mathbb 1_R\, z + (1 - \mathbb 1_R)\, \varepsilon_{|t}\big), \tag{10.3}$$
+# $$x_s = \alpha_s x_{0|t} + \sigma_s (\mathbb 1_R z + (1 - \mathbb 1_R) \varepsilon_{|t}). \tag{10.3}$$
 #
-# look ahead from there, and keep it if it is better. That costs one evaluation. On a few-step model the look-ahead *is* the picture. Here are a hundred evaluations, and the pictures that were the best on the way:
+# It looks ahead from there, and keeps the new picture if it is better. One try costs one evaluation, since on a few-step model the look-ahead *is* the picture. Here is a search with a hundred evaluations, and six of the pictures that were the best so far. From one to the next only some regions change.
 
 # %%
 text = "two red circles right of eight green circles"
@@ -352,13 +358,13 @@ for line in saved.values():
     assert line["held_out"].low > 0
 
 # %% [markdown]
-# The table is Refine with 100 NFE minus best-of-N with 500, by the held-out judge. On three lists of prompts a fifth of the compute does better. (The last list is that of the paper's table.)
+# The table is Refine with 100 NFE minus best-of-N with 500, by the held-out judge. On all three lists of prompts Refine is ahead with a fifth of the compute. (The test prompts are those of the first figure.)
 #
-# Two warnings. Separate shapes on white paper are made for mending by regions; a face is not. And Refine needs a look-ahead that is a picture: on the multi-step model it gains nothing over best-of-N.
+# Two warnings. Separate shapes on a white ground are easy to mend by regions; a face is not. And Refine needs a look-ahead that is a picture: on the multi-step model it gains nothing over best-of-N.
 #
 # ## Draft with a few-step sibling
 #
-# So what can a multi-step model do? FLUX.1-dev has a sibling, schnell, with the same latents. So has tiny-flux. Give both the same noises:
+# So what can we do for a multi-step model? FLUX.1-dev has a few-step sibling, schnell, with the same latents. tiny-flux has such a pair, too. We give both the same noises:
 
 # %%
 dev = load(locate("tiny-flux/dev"))
@@ -379,7 +385,7 @@ for line, (name, images) in zip(axes, drawn.items(), strict=True):
 plt.show()
 
 # %% [markdown]
-# From one noise the two draw much the same picture. So one evaluation of schnell shows what ten of dev will draw. `Draft` searches among noises with schnell, by regions as above, and lets dev finish the best. `Cascade` refines with schnell, then lets dev redraw and refine. Every evaluation counts, of either model. The rows are those of `python -m tools.runs.bench`, on the list of the paper's table; the control is best-of-N with dev at equal NFE.
+# From one noise the two draw much the same picture. So one evaluation of schnell roughly shows what ten of dev will draw. `Draft` searches among noises with schnell, by regions as above, and lets dev finish the best. `Cascade` refines with schnell, then lets dev redraw and refine. Evaluations of both models are counted. We compare with best-of-N on dev, on the test prompts (`python -m tools.runs.bench`).
 
 # %%
 multi_step = rows_of(bench, track="multi-step")
@@ -403,15 +409,15 @@ for method in ("draft", "cascade"):
         assert min(line["exact"].low, line["held_out"].low) > 0, (method, budget)
 
 # %% [markdown]
-# At equal NFE both are clearly ahead of best-of-N, by either judge, on prompts on which nothing was tuned. That is what the beam could not do. The reason is where the look-ahead comes from: the sibling sees the picture at $t = 1$, dev itself does not.
+# At equal NFE both are clearly ahead of best-of-N, by both judges, on prompts on which nothing was tuned. The beam's gain was not confirmed on such prompts. The difference is the look-ahead: schnell predicts the picture already at $t = 1$, dev does not.
 #
-# *Not shown by this table:* the pictures are judged by their counts alone. If schnell's own pictures are good enough for you, search with schnell and stop there.
+# *A note.* These pictures are judged by their counts alone. If schnell's own pictures are good enough for you, search with schnell and stop there.
 
 # %% [markdown]
 # ## Recap
-# - Compare in pairs, on the same prompts and seeds; an interval that holds 0 is no proof of equality.
+# - Compare in pairs, on the same prompts and seeds. An interval that contains 0 is no proof of equality.
 # - In our table no method is shown to be ahead of RBF, and selecting on the way beats best-of-N. Part of RBF's lead over SVDD is its first noises.
-# - A few-step model is what makes look-ahead search pay. On a multi-step one the search has to wait, and its gain did not hold on new prompts.
+# - Look-ahead search pays on a few-step model. On a multi-step model it can select only late, and its gain was not confirmed on new prompts.
 # - A gain counts when a judge that no search has seen confirms it.
 # - Beyond the paper, redrawing a few regions saves much compute, and a few-step sibling makes search pay for a multi-step model.
 
@@ -431,7 +437,7 @@ for method in ("draft", "cascade"):
 #
 # <details><summary>Hint</summary>
 #
-# For each claim ask what one more number you would want to see. For A it is a single interval, not two.
+# For each claim, ask which additional number you would want to see. For A it is a single interval, not two.
 #
 # </details>
 
@@ -469,7 +475,7 @@ def broken_rule():
 # %% [markdown]
 # ### Exercise 2: design a study (difficulty 3 of 5, 15 minutes)
 #
-# You want to tell two methods apart. Each runs once on each of $n$ prompts. A paired difference of one prompt is 1, 0 or -1: `wins` is the share of prompts on which only the first is right, `losses` the share on which only the second is. How many prompts do you need, so that the mean difference lies 1.96 standard errors from 0, if it turns out as expected?
+# You want to tell two methods apart. Each runs once on each of $n$ prompts. A paired difference of one prompt is 1, 0 or -1: `wins` is the share of prompts on which only the first is right, `losses` the share on which only the second is. You expect certain `wins` and `losses`. With how many prompts is the mean difference, if it comes out as expected, 1.96 standard errors away from 0?
 #
 # <details><summary>Hint</summary>
 #
@@ -519,7 +525,7 @@ def prompts_needed(wins, losses):
 # %% [markdown]
 # ### Exercise 3: a prompt on which best-of-N wins (difficulty 3 of 5, 15 minutes)
 #
-# Best-of-N is behind on average. On which prompts is it not? Given rows of two methods, return the prompts on which the second is right at least as often as the first, *and* at least once, sorted. Then try it on `rbf` and best-of-N of this notebook, and say why those prompts are as they are.
+# Best-of-N is behind on average. On which prompts is it not? Write a function that gets the rows of two methods. It returns, sorted, the prompts on which the second method is right at least once *and* at least as often as the first. The test then runs it on RBF and best-of-N. What do the prompts that it prints have in common?
 #
 # <details><summary>Hint</summary>
 #
@@ -623,7 +629,7 @@ plt.show()
 assert max(correlation[:4]) < 0.4 and min(correlation[8:]) > 0.6
 
 # %% [markdown]
-# What was accepted early says little about the end, although this model draws a sharp picture from there: noise still to come changes it. What is kept is worth what it survives. That may be one more reason why mending regions pays: nothing that follows a try undoes it.
+# What was accepted early says little about the end, although this model already draws a sharp picture there: later noise changes it. That may be one more reason why mending regions pays: no later noise undoes a successful try.
 #
 # ## Not shown
 # Real prompts and real judges: [notebook 11](11_flux.ipynb) has the code for them, and says what has been run. The quality of pictures beyond their counts. Budgets beyond 1,000 NFE.

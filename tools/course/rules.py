@@ -14,8 +14,8 @@ from nbformat import NotebookNode
 from tools.course import build as notebooks
 
 CELL_LINES, FUNCTION_LINES, WIDTH, ALT_LETTERS = 25, 20, 120, 20
-SECONDS, MEGABYTES = 300, 5
-# Of the second edition, for cells that the reader sees and for the part before the recap:
+SECONDS, MEGABYTES = 120, 5
+# For cells that the reader sees, and for the part before the recap:
 SEEN_LINES, SEEN_WIDTH, SEEN_ASSERTS, CORE_WORDS, FIRST_WORDS, FIRST_CELLS = 15, 88, 3, 1700, 150, 3
 LATE_FIGURES = ("11", "12")  # their first figure may come after 300 words
 TAGS = {"setup", "exercise", "exercise-test", "wrong-answers", "network", "nbval-ignore-output", "check", "plot"}
@@ -41,19 +41,14 @@ def source_problems(source: Path) -> list[str]:
     """Rules that need nothing run."""
     cells = notebooks.read(source).cells
     text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
-    found = [*_head(cells), *_equations(text), *_exercises(cells), *_widgets(cells)]
-    found += [*_second(cells, source.stem)] if second_edition(cells) else [*_tail(cells, text)]
+    found = [*_head(cells), *_parts(cells), *_core(cells, source.stem)]
+    found += [*_equations(text), *_exercises(cells), *_widgets(cells)]
     for index, cell in enumerate(cells):
         rules = [_paths(cell), _tags(cell)]
         if cell.cell_type == "code" and "setup" not in notebooks.tags(cell):
             rules += [_alt(cell), _code(cell)]
         found += [f"cell {index}: {problem}" for problem in itertools.chain(*rules)]
     return found
-
-
-def second_edition(cells: list[NotebookNode]) -> bool:
-    """Whether a source has been written anew; the others keep to the older rules until they are."""
-    return "**Time.**" in cells[0].source
 
 
 def core(cells: list[NotebookNode]) -> list[NotebookNode]:
@@ -81,8 +76,8 @@ def before_figure(cells: list[NotebookNode]) -> list[NotebookNode]:
     return [head, *cells[1:first]]
 
 
-def _second(cells: list[NotebookNode], name: str) -> Iterator[str]:
-    """Rules of the second edition."""
+def _parts(cells: list[NotebookNode]) -> Iterator[str]:
+    """The order of the parts, and what the last of them hold."""
     starts = ["## Recap", "## Exercises", "## Deeper"]
     at = [next((i for i, c in enumerate(cells) if c.source.startswith(start)), None) for start in starts]
     places = [i for i in at if i is not None]
@@ -94,6 +89,10 @@ def _second(cells: list[NotebookNode], name: str) -> Iterator[str]:
         yield "tail: ## Further reading is missing, or has no link"
     if not any(re.search(r"^#+ .*goes? wrong", c.source, re.M) for c in cells if c.cell_type == "markdown"):
         yield "no failure case: show one under a heading with the words 'goes wrong'"
+
+
+def _core(cells: list[NotebookNode], name: str) -> Iterator[str]:
+    """What would lose a reader: too many words, a late figure, checks in the way, questions without an answer."""
     words, first = prose(core(cells)), before_figure(cells)
     if words > CORE_WORDS:
         yield f"the core has {words} words, more than {CORE_WORDS}"
@@ -130,7 +129,7 @@ def questions(cells: list[NotebookNode]) -> Iterator[tuple[int, str, bool]]:
 
 
 def _read(cell: NotebookNode, index: int) -> Iterator[str]:
-    """What a reader of the second edition would stumble on in a cell."""
+    """What a reader would stumble on in a cell."""
     lines = cell.source.splitlines()
     if cell in seen([cell]) and not _tested(cell) and len(lines) > SEEN_LINES:
         yield f"has {len(lines)} lines, more than {SEEN_LINES}"
@@ -144,7 +143,7 @@ def _head(cells: list[NotebookNode]) -> Iterator[str]:
     head = cells[0].source if cells and cells[0].cell_type == "markdown" else ""
     if not head.startswith("# "):
         yield "head: the first cell must be Markdown and begin with the title"
-    for part in ("**Question.**", "**Goals.**", "**Prerequisites.**", notebooks.BADGE, notebooks.MEASURED):
+    for part in ("**Question.**", "**Goals.**", "**Prerequisites.**", "**Time.**", notebooks.BADGE, notebooks.MEASURED):
         if part not in head:
             yield f"head: {part} is missing"
     goals = re.search(r"\*\*Goals\.\*\*\n+((?:- .*\n?(?:  .*\n?)*)+)", head)
@@ -155,20 +154,6 @@ def _head(cells: list[NotebookNode]) -> Iterator[str]:
         yield f"set-up: exactly one cell, the second, is tagged setup; found at {setups}"
     elif any(line and not line.startswith("#") for line in cells[1].source.splitlines()):
         yield "set-up: the build writes this cell, leave it empty in the source"
-
-
-def _tail(cells: list[NotebookNode], text: str) -> Iterator[str]:
-    tail = cells[-1].source if cells and cells[-1].cell_type == "markdown" else ""
-    for part in ("## Recap", "## Not shown", "## Further reading"):
-        if part not in tail:
-            yield f"tail: {part} is missing from the last cell"
-    recap = tail.partition("## Recap")[2].partition("\n## ")[0]
-    if len(re.findall(r"^- ", recap, re.M)) != 5:
-        yield "tail: the recap has five lines, each beginning with a dash"
-    if "](http" not in tail.partition("## Further reading")[2]:
-        yield "tail: further reading has no link"
-    if not re.search(r"^#+ .*goes? wrong", text, re.M):
-        yield "no failure case: show one under a heading with the words 'goes wrong'"
 
 
 def _equations(text: str) -> Iterator[str]:

@@ -24,6 +24,7 @@ FIRST = [  # the most telling come first, so that an unfinished sweep is of use
     ("few-step", ("best-of-n",), (500,)),
     ("few-step", ("refine",), (100,)),
     ("few-step", ("rbf", "refine", "svdd", "best-of-n"), (250,)),
+    ("compose", tuple(bench.TRACKS["compose"].entries), (250, 100)),
     ("few-step", ("rbf", "svdd"), (100,)),
     ("multi-step", ("draft", "cascade"), (50,)),
     ("few-step", ("refine", "rbf", "best-of-n"), (50,)),

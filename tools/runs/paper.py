@@ -2,8 +2,9 @@
 
 Every method of the paper under the ODE, the linear SDE and the VP-SDE, with the settings of `experiments.paper`: 500
 NFE, 10 steps, 50 prompts of the test list, three seeds. Then controls with the same first noises, and the task of a
-differentiable reward: as much ink of each colour as the objects asked for hold. Seeds come one after the other, so that
-an unfinished table is of use. `--print` runs nothing and writes the tables of what has been run so far.
+differentiable reward: as much ink of each colour as the objects asked for hold, with and without gradients. Seeds come
+one after the other, so that an unfinished table is of use. `--print` runs nothing and writes the tables of what has
+been run so far.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ CELLS: list[tuple[str, str, tuple[str, ...]]] = [
     ("count", "VP-SDE", (*STOCHASTIC, "svdd, 25 first noises")),
     ("count", "linear SDE", STOCHASTIC),
     ("count", "VP-SDE", ("rbf, few step", "rbf, default", "best-of-n", "svdd, one chain, 50 first noises")),
-    ("ink", "VP-SDE", tuple(paper.GUIDED)),
+    ("ink", "VP-SDE", (*paper.GUIDED, "plain", "best-of-n", "svdd, 25 first noises")),
     ("count", "VP-SDE, on VP", ("svdd, 25 first noises", "rbf")),
     ("count", "linear SDE", ("svdd, 25 first noises", "best-of-n")),
     ("count", "VP-SDE", ("code, 25 first noises",)),

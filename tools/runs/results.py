@@ -73,7 +73,7 @@ RECIPES: dict[str, dict[str, Recipe]] = {
         "svdd": Recipe(lambda nfe: SVDD(init=nfe // 8), *VP),
         "beam, narrowing": Recipe(lambda nfe: Beam(init=nfe // 32, narrow=True), *VP),
         "code": Recipe(lambda nfe: Blockwise(init=nfe // 8), *VP),
-        "smc": Recipe(lambda nfe: SMC(tau=0.5), *VP),
+        "smc": Recipe(lambda nfe: SMC(tau=0.5, tempering=0.0), *VP),
         "search over paths": Recipe(lambda nfe: SearchOverPaths(init=nfe // 8), kernels.ode),
         "zero-order": Recipe(lambda nfe: ZeroOrder(init=nfe // 4), kernels.ode),
         "rbf, published": Recipe(lambda nfe: RBF.published(), *VP),

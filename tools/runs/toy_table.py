@@ -55,10 +55,11 @@ from flowscale_lite import (
 )
 from flowscale_lite.tiny.data import locate
 
-from .tables import markdown
+from .tables import insert, markdown
 
 PATH = locate("results") / "toy.jsonl"
 PICK = locate("results") / "toy_enough.jsonl"
+AWAY = locate("results") / "toy_kernels.jsonl"
 BUDGETS, SEEDS, STEPS = (100, 500), 40, 10
 KERNELS: dict[str, tuple[Kernel, tuple[float, ...]]] = {
     "ODE": (ode, uniform(STEPS)),
@@ -66,6 +67,7 @@ KERNELS: dict[str, tuple[Kernel, tuple[float, ...]]] = {
     "VP-SDE": (sde(vp_diffusion()), paper_vp(STEPS, finish=3)),  # three steps for a last interval that is too long
     "DDPM": (ddim(), uniform(STEPS)),
 }
+ALL_KERNELS = KERNELS | {"VP-SDE, long last step": (sde(vp_diffusion()), paper_vp(STEPS))}
 SEARCHES: dict[str, Method] = {
     "RBF": RBF(),
     "RBF, equal quotas": RBF(rule=BestOfQuota()),
@@ -73,7 +75,7 @@ SEARCHES: dict[str, Method] = {
     "RBF, published": RBF.published(),
     "SVDD": SVDD(init=2),
     "CoDe": Blockwise(init=2),
-    "SMC": SMC(tau=0.1),
+    "SMC": SMC(tau=0.1, tempering=0.0),
     "SVDD, guided": SVDD(init=2, guide=Guide()),
     "RBF, guided": RBF(guide=Guide()),
 }
@@ -83,6 +85,8 @@ WITHOUT_NOISE: dict[str, Method] = {
     "search over paths": SearchOverPaths(init=2),
     "best-of-N, guided": BestOfN(init=4, guide=Guide()),
 }
+
+AGAINST: dict[str, Method] = {"SVDD, one chain": SVDD(1, init=4)}
 
 CANDIDATES: dict[str, Method] = {f"RBF, enough {n}": RBF(rule=BestOfEnough(n)) for n in (8, 12, 16, 24, 32)}
 
@@ -115,6 +119,18 @@ def pick() -> list[experiments.Task]:
     ]
 
 
+def away() -> list[experiments.Task]:
+    """RBF's default and SVDD, of two chains and of one, with every kernel: with its best ones and away from them."""
+    return [
+        {"world": "exact", "reward": "smooth", "budget": budget, "method": method, "kernel": kernel, "seed": seed}
+        for budget in (250, 1000)
+        for kernel in ALL_KERNELS
+        if kernel != "ODE"
+        for method in ("RBF", "SVDD", *AGAINST)
+        for seed in range(3000, 3060)
+    ]
+
+
 @functools.cache
 def worlds() -> tuple[dict[str, Velocity], dict[str, Reward]]:
     """The velocities and rewards by name."""
@@ -127,12 +143,12 @@ def worlds() -> tuple[dict[str, Velocity], dict[str, Reward]]:
 def run(task: experiments.Task) -> experiments.Row:
     """One search."""
     velocities, rewards = worlds()
-    kernel, times = KERNELS[task["kernel"]]
+    kernel, times = ALL_KERNELS[task["kernel"]]
     problem = Problem(velocities[task["world"]], rewards[task["reward"]], LINEAR, kernel, times, (2,))
     start = time.perf_counter()
     found = search(
         problem,
-        (SEARCHES | WITHOUT_NOISE | CANDIDATES)[task["method"]],
+        (SEARCHES | WITHOUT_NOISE | CANDIDATES | AGAINST)[task["method"]],
         max_nfe=task["budget"],
         generator=torch.Generator().manual_seed(task["seed"]),
     )
@@ -186,6 +202,19 @@ def standing(lines: pd.DataFrame) -> str:
     return f"RBF's default, with {ours['kernel']}: place {place} of {len(lines)}{first}; {ahead_of(other)}"
 
 
+def away_table(rows: list[experiments.Row]) -> str:
+    """Markdown: RBF's reward minus SVDD's by kernel and budget, of the same seeds; intervals are 95 %."""
+    frame, lines = pd.DataFrame(rows), []
+    for (budget, kernel), cell in frame.groupby(["budget", "kernel"], sort=False):
+        found = cell.pivot(index="seed", columns="method", values="found")
+        line = {"NFE": str(budget), "kernel": kernel, "RBF": f"{found['RBF'].mean():.4f}"}
+        for method in ("SVDD", *AGAINST):
+            gain = experiments.clustered_mean([*(found["RBF"] - found[method])], [*found.index])
+            line[f"RBF minus {method}"] = f"{gain.mean:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}]"
+        lines.append(line)
+    return markdown(pd.DataFrame(lines))
+
+
 def show(rows: list[experiments.Row]) -> None:
     """The lines of every world, reward and budget, and where RBF stands among them."""
     for (world, reward, budget), cell in pd.DataFrame(rows).groupby(["world", "reward", "budget"], sort=False):
@@ -201,6 +230,11 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
     show(experiments.sweep(pick(), run, PICK, workers=args.workers, title="picking"))
+    insert(
+        locate("results") / "README.md",
+        "kernels",
+        away_table(experiments.sweep(away(), run, AWAY, workers=args.workers, title="kernels")),
+    )
     show(experiments.sweep(tasks(), run, PATH, workers=args.workers, title="table"))
 
 

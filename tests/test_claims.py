@@ -1,0 +1,54 @@
+"""Claims are as wide as the rows behind them, and no wider."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from flowscale_lite import experiments
+from tools.runs import toy_table
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", ROOT / "BENCH.md", ROOT / "data/results/README.md", ROOT / "flowscale_lite/README.md"]
+PAGES += sorted(ROOT.glob("notebooks/src/*.py"))
+# What no finite table of runs shows.
+TOO_WIDE = re.compile(
+    r"\bnever (?:behind|worse|loses)\b|\balways (?:ahead|better|wins|best)\b|\blevel with it,? everywhere\b"
+    r"|\b(?:ahead|better) everywhere\b|\bbeats (?:every|all) other",
+    re.I,
+)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_claim_is_wider_than_any_rows(page):
+    text = re.sub(r"\s+", " ", page.read_text(encoding="utf-8"))
+    assert [match[0] for match in TOO_WIDE.finditer(text)] == []
+
+
+@pytest.mark.parametrize(
+    "text", ["RBF is never behind SVDD", "ahead of every other method or level with it, everywhere", "always better"]
+)
+def test_wide_claims_are_recognised(text):
+    assert TOO_WIDE.search(text)
+
+
+def test_where_rbf_is_behind_svdd_is_told():
+    """The table on the page is that of the rows, all of them, and it has a line where the interval is below zero."""
+    rows = experiments.read(toy_table.AWAY)
+    assert len(rows) == len(toy_table.away())
+    table = toy_table.away_table(rows)
+    assert table in (ROOT / "data/results/README.md").read_text(encoding="utf-8")
+    assert re.search(r"-0\.\d+ \[-0\.\d+, -0\.\d+\]", table)
+
+
+def test_what_the_page_says_of_the_toy_is_what_its_rows_say():
+    """RBF's default is first of all methods but RBF's own options, smooth reward, at both budgets, on both flows."""
+    rows = [row for row in experiments.read(toy_table.PATH) if row["reward"] == "smooth"]
+    for world in ("exact", "distilled"):
+        for budget in toy_table.BUDGETS:
+            cell = [row for row in rows if (row["world"], row["budget"]) == (world, budget)]
+            means: dict = {}
+            for row in cell:
+                means.setdefault((row["method"], row["kernel"]), []).append(row["found"])
+            best = {method: max(sum(v) / len(v) for (m, _), v in means.items() if m == method) for method, _ in means}
+            assert best["RBF"] == max(value for method, value in best.items() if not method.startswith("RBF,"))

@@ -1,0 +1,92 @@
+"""`python -m tools.runs.defaults`: what RBF's defaults rest on. Rows go to data/results/defaults.jsonl. Resumable.
+
+RBF with several shares of the budget for first noises, numbers of chains and stopping rules, beside SVDD with the same
+chains and first noises. tiny-flux schnell under the VP-SDE, as in the paper's table. Only prompts of the tune list, so
+that what is chosen here can be reported on the test list. `--print` runs nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import torch
+
+from flowscale_lite import RBF, SVDD, BestOfEnough, FirstImprovement, experiments
+from flowscale_lite.experiments import paper
+from flowscale_lite.flux import FlowModel
+from flowscale_lite.search import Method, search
+from flowscale_lite.tiny import shapes
+from flowscale_lite.tiny.data import locate
+
+from .results import parts
+from .tables import insert, markdown
+
+PATH, PROMPTS = locate("results") / "defaults.jsonl", 50
+FIRST = FirstImprovement()
+METHODS: dict[str, Callable[[int], Method]] = {  # of the budget
+    "rbf, a quarter, first improvement": lambda nfe: RBF(init=nfe // 4, rule=FIRST),
+    "rbf, a tenth, first improvement": lambda nfe: RBF(init=nfe // 10, rule=FIRST),
+    "rbf, a quarter, enough": lambda nfe: RBF(init=nfe // 4),
+    "rbf, a tenth, enough": lambda nfe: RBF(init=nfe // 10),
+    "rbf, a tenth, enough 12": lambda nfe: RBF(init=nfe // 10, rule=BestOfEnough(12)),
+    "rbf, a tenth, two chains, enough": lambda nfe: RBF(init=nfe // 20, chains=2),
+    "svdd, a quarter": lambda nfe: SVDD(chains=1, init=nfe // 4),
+    "svdd, a tenth": lambda nfe: SVDD(chains=1, init=nfe // 10),
+    "svdd, a tenth, two chains": lambda nfe: SVDD(init=nfe // 20),
+}
+BUDGETS = (250, 500, 100)
+
+
+def tasks(seeds: int) -> list[experiments.Task]:
+    """Every run: budget by budget, method by method."""
+    prompts = locate("prompts/tune.txt").read_text().splitlines()[:PROMPTS]
+    return [
+        {"budget": budget, "method": method, "prompt": prompt, "seed": seed}
+        for seed in range(seeds)
+        for budget in BUDGETS
+        for method in METHODS
+        for prompt in prompts
+    ]
+
+
+def run(task: experiments.Task) -> experiments.Row:
+    """One search and its verdicts."""
+    pipe, judge = parts("schnell")
+    scene, prompt = shapes.parse(task["prompt"]), FlowModel.encode(pipe, task["prompt"], guidance=2.0)
+    sampler = paper.SAMPLERS["VP-SDE"]
+    problem = sampler.of(prompt.problem(shapes.CountReward(scene), sampler.kernel))
+    method = METHODS[task["method"]](task["budget"])
+    found = search(problem, method, max_nfe=task["budget"], generator=torch.Generator().manual_seed(task["seed"]))
+    picture = prompt.decode(found.best[None])
+    return {
+        "given": round(found.reward, 5),
+        "exact": bool(shapes.exact(scene, picture)[0]),
+        "held_out": bool(judge.exact(scene, picture)[0]),
+        "nfe": found.nfe,
+    }
+
+
+def table(rows: list[experiments.Row]) -> str:
+    """Markdown: a line for every budget and method; intervals are 95 %, clustered by prompt."""
+    titles = {"given": "given reward", "exact": "exact", "held_out": "held-out exact"}
+    lines = experiments.table(rows, ["budget", "method"], list(titles))
+    return markdown(lines.rename(columns=titles).reset_index())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--print", action="store_true", help="run nothing")
+    args = parser.parse_args()
+    rows = experiments.read(PATH)
+    if not args.print:
+        rows = experiments.sweep(tasks(args.seeds), run, PATH, workers=args.workers, title="runs")
+    rows.sort(key=lambda r: (r["budget"], [*METHODS].index(r["method"])))
+    insert(locate("results") / "README.md", "defaults", table(rows))
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
