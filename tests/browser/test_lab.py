@@ -95,11 +95,12 @@ def test_figures_of_a_notebook_that_is_not_trusted(browser, lab, name):
     code = [cell for cell in stored.cells if cell.cell_type == "code"]
     figures = sum("<img" in output.get("data", {}).get("text/html", "") for cell in code for output in cell.outputs)
     page = opened(browser, lab, name)
-    page.wait_for_function(
-        "n => [...document.querySelectorAll('.jp-OutputArea-output img')].filter(i => i.naturalWidth).length === n",
-        arg=figures,
-        timeout=3 * MINUTES,
-    )
+    drawn = "[...document.querySelectorAll('.jp-OutputArea-output img')].filter(i => i.naturalWidth).length"
+    for _ in range(60):
+        if page.evaluate(drawn) >= figures:
+            break
+        page.wait_for_timeout(1000)
+    assert page.evaluate(drawn) == figures
     # Jupyter trusts what holds nothing that could do harm, such as cells without outputs
     trusted = page.evaluate(
         "[...jupyterapp.shell.currentWidget.content.widgets]"
