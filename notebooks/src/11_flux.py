@@ -26,7 +26,7 @@
 #
 # **Prerequisites.** [Notebook 00](00_start.ipynb). Drafts are explained in [notebook 10](10_scaling.ipynb).
 #
-# **Time.** Core: about 65 minutes. Deeper: about 25 minutes.
+# **Time.** Core: about 60 minutes. Exercises: about 40. Deeper: about 25.
 #
 # <!-- measured -->
 
