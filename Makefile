@@ -22,8 +22,7 @@ export HF_HUB_OFFLINE ?= 1
 unexport PYTHONPATH
 
 .DEFAULT_GOAL := help
-.PHONY: help tutorial test mutants gpu-check lab notebooks nbgrader nbgrader-check colab-check book slides browser-test api \
-	release clean
+.PHONY: help tutorial test mutants gpu-check lab notebooks nbgrader nbgrader-check colab-check book slides browser-test api release clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 18

@@ -225,10 +225,10 @@ def test_environment_file_installs_the_project():
 
 
 def test_direct_dependencies_are_pinned():
-    """Those of the package and of the extras that `make` installs, and torchao, which `make test` installs apart; other
-    extras are for machines of another kind."""
+    """Those of the package and of the extras that `make` installs, and torchao and nbgrader, which it installs apart;
+    other extras are for machines of another kind."""
     pins = re.findall(r"^([\w-]+)==", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.M)
     extras = PROJECT["optional-dependencies"]
     installed = [line for name in ("notebooks", "dev", "book", "browser") for line in extras[name]]
     wanted = [re.match(r"[\w-]+", line)[0] for line in [*PROJECT["dependencies"], *installed]]
-    assert sorted(pins) == sorted([*wanted, "torchao"])
+    assert sorted(pins) == sorted([*wanted, "nbgrader", "torchao"])

@@ -140,7 +140,7 @@ def enclosed(equation: re.Match[str]) -> str:
     """A numbered equation of several lines as an environment: Sphinx would put it into one that takes no number."""
     if r"\\" not in equation[1]:
         return equation[0]
-    return f"\\begin{{equation}}\n{equation[1].strip()} \\tag{{{equation[2]}}}\n\\end{{equation}}"
+    return f"\\begin{{equation*}}\n{equation[1].strip()} \\tag{{{equation[2]}}}\n\\end{{equation*}}"
 
 
 def title(notebook: NotebookNode) -> str:
