@@ -288,7 +288,7 @@ def test_what_a_reader_has_before_them_is_measured(write, capsys):
     source = write(("What goes wrong", "What goes wrong\n# **Why is that?**"))
     assert measure.main(["--folder", str(source.parent.parent)]) == 0
     names, row = (line.split() for line in capsys.readouterr().out.splitlines()[:2])
-    counted = {"words": "29", "code": "6", "first": "7", "figures": "1", "answered": "0/1", "exercises": "2"}
+    counted = {"words": "30", "code": "6", "first": "7", "figures": "1", "answered": "0/1", "exercises": "2"}
     none = {"long": "0", "wide": "0", "asserts": "0", "deeper": "0"}
     assert dict(zip(names, row[1:], strict=True)) == {**counted, **none, "core": "2"}
 
