@@ -62,7 +62,7 @@ SAMPLE = '''\
 #
 # **Prerequisites.** None.
 #
-# **Time.** Core: about 5 minutes. Deeper: about 1 minute.
+# **Time.** Core: about 5 minutes. Exercises: about 5. Deeper: about 5.
 #
 # <!-- measured -->
 
@@ -288,9 +288,17 @@ def test_what_a_reader_has_before_them_is_measured(write, capsys):
     source = write(("What goes wrong", "What goes wrong\n# **Why is that?**"))
     assert measure.main(["--folder", str(source.parent.parent)]) == 0
     names, row = (line.split() for line in capsys.readouterr().out.splitlines()[:2])
-    counted = {"words": "29", "code": "6", "first": "7", "figures": "1", "answered": "0/1", "exercises": "2"}
+    counted = {"words": "30", "code": "6", "first": "7", "figures": "1", "answered": "0/1", "exercises": "2"}
     none = {"long": "0", "wide": "0", "asserts": "0", "deeper": "0"}
     assert dict(zip(names, row[1:], strict=True)) == {**counted, **none, "core": "2"}
+
+
+@every_notebook
+def test_heads_say_the_minutes_that_are_measured(source):
+    row = measure.measure(source)
+    core, exercises, deeper = (max(5, 5 * round(int(row[part]) / 5)) for part in ("core", "exercises", "deeper"))
+    told = f"**Time.** Core: about {core} minutes. Exercises: about {exercises}. Deeper: about {deeper}."
+    assert told in notebooks.read(source).cells[0].source
 
 
 def test_no_equation_number_is_used_twice_in_the_series():

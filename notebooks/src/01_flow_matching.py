@@ -25,7 +25,7 @@
 #
 # **Prerequisites.** Conditional expectation, and a little PyTorch. No flow or diffusion models.
 #
-# **Time.** Core: about 60 minutes. Deeper: about 50 minutes.
+# **Time.** Core: about 45 minutes. Exercises: about 40. Deeper: about 25.
 #
 # <!-- measured -->
 

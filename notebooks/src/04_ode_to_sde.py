@@ -26,7 +26,7 @@
 #
 # **Prerequisites.** [Notebook 01](01_flow_matching.ipynb) (velocity, posterior means), [notebook 02](02_tiny_flux.ipynb) (tiny-flux, guidance, reflow).
 #
-# **Time.** Core: about 70 minutes. Deeper: about 40 minutes.
+# **Time.** Core: about 60 minutes. Exercises: about 35. Deeper: about 30.
 #
 # <!-- measured -->
 

@@ -25,7 +25,7 @@
 #
 # **Prerequisites.** Notebooks 01 and 04.
 #
-# **Time.** Core: about 65 minutes. Deeper: about 30 minutes.
+# **Time.** Core: about 40 minutes. Exercises: about 40. Deeper: about 25.
 #
 # <!-- measured -->
 

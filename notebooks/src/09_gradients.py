@@ -26,7 +26,7 @@
 #
 # **Prerequisites.** Notebooks 03 (look-ahead reward, NFE), 04 (score, noise), 07 and 08 (SVDD, RBF).
 #
-# **Time.** Core: about 65 minutes. Deeper: about 25 minutes.
+# **Time.** Core: about 60 minutes. Exercises: about 40. Deeper: about 35.
 #
 # <!-- measured -->
 

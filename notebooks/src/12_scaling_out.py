@@ -26,7 +26,7 @@
 #
 # **Prerequisites.** [Notebook 00](00_start.ipynb); what RBF and best-of-N are. No GPU and no cloud account.
 #
-# **Time.** Core: about 65 minutes. Deeper: about 25 minutes.
+# **Time.** Core: about 70 minutes. Exercises: about 35. Deeper: about 20.
 #
 # <!-- measured -->
 
