@@ -231,4 +231,4 @@ def test_direct_dependencies_are_pinned():
     extras = PROJECT["optional-dependencies"]
     installed = [line for name in ("notebooks", "dev", "book", "browser", "grading") for line in extras[name]]
     wanted = [re.match(r"[\w-]+", line)[0] for line in [*PROJECT["dependencies"], *installed]]
-    assert sorted(pins) == sorted([*wanted, "nbgrader", "torchao"])
+    assert sorted(pins) == sorted([*wanted, "torchao"])
