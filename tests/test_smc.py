@@ -284,7 +284,7 @@ def test_weights_are_kept_where_none_are_resampled():
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_weights_are_made_equal_where_particles_are_resampled(scheme):
     run = Run(problem(LINE, LinearReward([1.0]), ddim(1.0)), max_nfe=1000, generator=seeded())
-    method = SMC(4, scheme=scheme, threshold=0.9)
+    method = SMC(4, scheme=scheme, threshold=0.9, tempering=0)
     p = method.start(run)
     heavy = replace(p, logw=torch.tensor([0.0, math.log(997.0), 0.0, 0.0]))
     q = method.advance(heavy, run)
@@ -300,7 +300,7 @@ def test_weights_are_made_equal_where_particles_are_resampled(scheme):
 def test_resampling_moves_every_field():
     """Under a transition that hardly moves, the children of a row are where it was, and weighted by its history."""
     still = Kernel("still", lambda path, x, v, t, s: (x, 1e-5))
-    method = SMC(40, threshold=1.0, scheme="multinomial")
+    method = SMC(40, threshold=1.0, scheme="multinomial", tempering=0)
     found = steps(problem(BELL, LinearReward([3.0]), still), method, max_nfe=1000, generator=seeded())
     for before, after in pairwise([found.particles for _ in found][1:]):  # at t = 1 all weights are equal
         assert len(set(after.parent.tolist())) < 40

@@ -164,6 +164,8 @@ def test_what_is_no_saved_search_is_one_line(flowscale, text):
 
 
 def begun(*args, cwd, **options):
+    # A background job of a shell ignores SIGINT, and so would its children.
+    options |= {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
     return subprocess.Popen([*COMMAND, *args], stderr=subprocess.PIPE, text=True, cwd=cwd, **options)
 
 

@@ -176,7 +176,7 @@ plots.strip(axes, views, titles)
 plt.show()
 
 # %% [markdown]
-# The numbers are the rewards of the guesses, called *look-ahead rewards*. With this model, even the guess from pure noise is nearly a picture, so a judge can look at it. That saves a lot: a finished picture costs 10 NFE, a look costs 1.
+# The numbers are the rewards of the guesses, called *look-ahead rewards*. With this model, even the guess from pure noise is nearly a picture (this is special: for most models it is a blur, an average of very different pictures; ours was trained to need few steps, as [notebook 02](02_tiny_flux.ipynb) shows), so a judge can look at it. That saves a lot: a finished picture costs 10 NFE, a look costs 1.
 #
 # ## Choose at every step
 #
@@ -392,7 +392,7 @@ assert not shapes.exact(scene, fooled[None])[0]
 #
 # ## Your prompt
 #
-# Here is the whole search in ten lines. The model knows the numbers one to ten, red, green, blue, yellow, circles, squares, triangles, and "left of", "right of", "above", "below" between two groups. It has room for about ten objects.
+# Here is the whole search: six lines, and five to show the picture. The model knows the numbers one to ten, red, green, blue, yellow, circles, squares, triangles, and "left of", "right of", "above", "below" between two groups. It has room for about ten objects.
 
 # %% alt="The picture that RBF found for the prompt in the cell."
 text = "three green triangles above four yellow squares"  # your prompt

@@ -311,7 +311,7 @@ strays = [float((distance > 0.25).float().mean()) for distance in distances]
 assert strays[0] > 2 * strays[1], strays
 
 # %% [markdown]
-# Now we get the moons. Look at the loss. **Why does it stop near 3.3, and not at zero? Could a larger network reach zero?**
+# Now we get the moons, with some strays between them, for the network is small and not quite exact. Look at the loss. **Why does it stop near 3.3, and not at zero? Could a larger network reach zero?**
 #
 # <details><summary>Answer</summary>
 #
@@ -386,7 +386,7 @@ assert guesses[0].std() < 0.4 and abs(float(moons.mean().norm())) < 0.1
 assert torch.allclose(guess(u, noise, 1.0), moons.mean().float().expand(1000, 2), atol=1e-4)
 
 # %% [markdown]
-# Grey is the density of the data, orange are the 1,000 samples. At $t = 1$ all posterior means are nearly the same point, and no data lies there. Then they spread. Only near $t = 0$ do they lie on the moons.
+# Grey is the density of the data. Orange are 1,000 points: above the states, below their posterior means. At $t = 1$ all posterior means are nearly the same point, and no data lies there. Then they spread. Only near $t = 0$ do they lie on the moons.
 #
 # So the posterior mean is not a likely data point. It is an average, and an average of two moons is no moon. The less the state has decided, the more wrong it is to take the average for the sample. An average of many pictures is a blur, and a judge learns little from a blur. This is the weak spot of every search that judges $x_{0|t}$. [Notebook 02](02_tiny_flux.ipynb) shows one model on which it matters, and one on which it hardly does.
 

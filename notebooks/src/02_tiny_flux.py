@@ -182,7 +182,7 @@ plt.show()
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# dev draws a smear: some ink in every cell. This is the average over all pictures of the prompt, because at $t = 1$ the state says nothing about the picture, and one step goes straight to the posterior mean ([notebook 01](01_flow_matching.ipynb), "one step"). schnell draws a picture.
+# dev draws a smear: faint shapes in most cells. One step goes to the posterior mean, which at $t = 1$ is the average over all pictures of the prompt. It is an average of *latents*, and the autoencoder makes clean shapes of whatever it gets, so the colours mean little ([notebook 01](01_flow_matching.ipynb), "one step"). schnell draws a picture.
 #
 # </details>
 #
@@ -265,7 +265,7 @@ assert spread["schnell"] > 3 * spread["dev"]
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# For schnell. Its first guesses vary nearly as much as finished pictures, and each is close to the picture that its noise will become. dev's vary little. They are averages, with at most a hint of where the objects will stand. A judge that counts in them learns next to nothing.
+# For schnell. Its first guesses vary nearly as much as finished pictures, and each is close to the picture that its noise will become. dev's vary little as latents, even if the autoencoder makes them look different. An exact model would give the same average for every noise; dev is not exact, so a weak hint of the layout remains. A judge that counts in them learns next to nothing.
 #
 # </details>
 #

@@ -70,7 +70,7 @@ rewards = shapes.CountReward(shapes.parse(TEXT))(pictures)
 # %% [markdown]
 # We asked 64 times for three red circles and two blue squares. The reward is minus the squared error of the counts, so a right picture has 0. The figure shows all 64 rewards, between the two worst and the two best pictures.
 
-# %% tags=["plot"] alt="Histogram of 64 rewards from about -26 to 0, most between -20 and -2. On its left the two worst pictures, with many objects too many; on its right the two best, nearly right and right."
+# %% tags=["plot"] alt="Histogram of 64 rewards from about -26 to 0, most between -20 and -2. On its left the two worst pictures, with objects of the wrong kinds; on its right the two best, nearly right and right."
 order = rewards.argsort()
 fig, axes = plt.subplots(1, 5, figsize=(10, 2.6), width_ratios=(1, 1, 2.4, 1, 1))
 ends = {0: order[0], 1: order[1], 3: order[-2], 4: order[-1]}
@@ -326,7 +326,7 @@ plots.picture(axes[1, 4], prompt.decode(quick[3][0][7:8])[0], "finished")
 plt.show()
 
 # %% [markdown]
-# dev's first guess is an average of all layouts, so there is something in every cell. schnell was trained to see the end from the start ([notebook 02](02_tiny_flux.ipynb)).
+# dev's first guess is an average over all layouts, so there is something in most cells. (The average is one of latents, and the autoencoder makes shapes of whatever it gets. Their colours mean little.) schnell was trained to see the end from the start ([notebook 02](02_tiny_flux.ipynb)).
 #
 # What we would like to know is the average reward of all pictures that the state may become, $E[r(x_0) \mid x_t]$. The look-ahead gives something else: the reward of the average picture. To second order they differ by a term with the spread of these pictures:
 #

@@ -50,7 +50,7 @@ prompt = FlowModel.encode(dev, TEXT, guidance=1.0, chunk=64)
 times = prompt.times(10)
 
 # %% [markdown]
-# We draw a picture with the flow, and stop at $t = 0.78$, when four of ten steps are done. From this one state we go on six times with the flow (`kernels.ode`), and six times
+# We draw a picture with the flow, and stop at $t = 0.75$, when four of ten steps are done. From this one state we go on six times with the flow (`kernels.ode`), and six times
 # with a sampler that adds fresh noise at every step (`kernels.sde`). A *kernel* gives the mean and the standard deviation of the next state.
 
 
@@ -571,7 +571,7 @@ assert abs(_sde["dev, guidance 2", 4].mean + 0.1) < 0.02
 # %% [markdown]
 # What do the rows say? The two judges agree everywhere, so we speak of the counter.
 #
-# - **dev at guidance 1** is the case of the theory: a model trained by flow matching, and its own velocity. The SDE's pictures are exact as often as the ODE's, in 4, 10 and 30 steps: all three intervals contain 0. So the answer to our first question is *yes*.
+# - **dev at guidance 1** is the case of the theory: a model trained by flow matching, and its own velocity. The SDE's pictures are exact as often as the ODE's, in 4, 10 and 30 steps: all three intervals contain 0. So, as far as counting can tell, the answer to our first question is *yes*.
 #   The DDPM transition is even *better* than the ODE, in 10 and in 30 steps. But then it draws from another distribution than the ODE. Two reasons are known, and we have not measured which of them matters here: its samples vary too little ([Deeper](#Deeper:-the-DDPM-transition)), and noise lets a sampler correct errors of the model and of earlier steps.
 # - **dev at guidance 2.** A guided velocity is not the average over the pairs of any path, so (4.7) is not exactly a score, and (4.6) is an approximation. In 10 and 30 steps no loss shows. In 4 steps noise lowers the share of exact pictures by 0.10.
 # - **schnell** loses in 4 and in 10 steps, by both samplers and both judges. It was trained on its *own* pairs of noise and picture. In such a pair the noise is not independent of the picture, which (4.7) needs. In 30 steps the loss is smaller, and its intervals contain 0. So long steps are a part of the cause.

@@ -346,7 +346,7 @@ axes[0].legend(fontsize=9, loc="lower left")
 plt.show()
 
 # %% [markdown]
-# How to read it: right is more varied, up is better. The differences for schnell, prompt by prompt, follow with 95 % intervals. *part at 0* is the variety of siblings that part at the noise, as in the paper. *part at 3* is that of siblings that part after three steps. *finished* is the quality.
+# How to read it: right is more varied, up is better. Careful: here the siblings part at the very start, from one noise, and the axis is short; all samplers are much alike there. The differences for schnell, prompt by prompt, follow with 95 % intervals. *part at 0* is the variety of siblings that part at the noise, as in the paper. *part at 3* is that of siblings that part after three steps. *finished* is the quality.
 
 # %%
 PAIRS = [("+ diffusion", "+ grid"), ("VP-SDE", "linear SDE"), ("+ grid", "linear SDE")]

@@ -13,7 +13,7 @@
 # %% [markdown]
 # # 06 Sequential Monte Carlo: particles that follow the tilted density
 #
-# **Question.** Best-of-N returns one good sample. How can we draw *many* samples that have more reward and are still samples of the model?
+# **Question.** Best-of-N returns one good sample. How can we draw *many* samples that have more reward, and stray from the model no more than they must?
 #
 # <!-- badge -->
 #
@@ -73,7 +73,7 @@ assert 0.8 < top[:3].sum() < 0.95
 #
 # ## The density we want
 #
-# We want samples with more reward which are still samples of the model. The usual compromise is the *tilted density*: the model's density, multiplied by $e^{r/\tau}$, and made to integrate to one,
+# We want samples with more reward that stay close to the model. The usual compromise is the *tilted density*: the model's density, multiplied by $e^{r/\tau}$, and made to integrate to one,
 #
 # $$
 # \begin{gathered}
@@ -503,10 +503,11 @@ class _Mine(SMC):
 
 _task = Problem(velocity, reward, LINEAR, kernel, uniform(12), (2,))
 for _seed in range(3):
-    _a = search(_task, _Mine(60, tau=0.3, tempering=0), max_nfe=720, generator=seeded(_seed))
-    _b = search(_task, SMC(60, tau=0.3, tempering=0), max_nfe=720, generator=seeded(_seed))
+    _how = {"tau": 0.3, "tempering": 0}
+    _a = search(_task, _Mine(60, **_how), max_nfe=720, generator=seeded(_seed))
+    _b = search(_task, SMC(60, **_how), max_nfe=720, generator=seeded(_seed))
     _a, _b = _a.particles, _b.particles
-    assert torch.allclose(_a.x, _b.x), "SMC(60, tau=0.3, tempering=0) has other particles"
+    assert torch.allclose(_a.x, _b.x), "the package's SMC has other particles"
     assert torch.allclose(_a.logw, _b.logw, atol=1e-4), "the final weights are wrong"
 print("Well done.")
 

@@ -26,7 +26,7 @@
 #
 # **Prerequisites.** [Notebooks 03](03_rewards_and_best_of_n.ipynb) (look-ahead reward), 04 (one state, many futures), 05 (VP-SDE), 06 (tilted distribution).
 #
-# **Time.** Core: about 70 minutes. Exercises: about 45. Deeper: about 10.
+# **Time.** Core: about 75 minutes. Exercises: about 45. Deeper: about 10.
 #
 # <!-- measured -->
 
@@ -464,9 +464,9 @@ for _judge in ("exact", "held_out"):
 # %% [markdown]
 # Bars are 95 % intervals over prompts; best-of-N and SoP run the ODE, the others the VP-SDE. The figure says three things:
 #
-# - Choosing on the way beats choosing at the end. SVDD is far ahead of best-of-N, and the held-out judge agrees.
-# - *First noises* matter. Plain SVDD starts from two. If it may choose among 25 for each chain, it does better with the same budget: on schnell the first look-ahead already says much ([notebook 03](03_rewards_and_best_of_n.ipynb)).
-# - SMC, a sampler, is ahead of plain SVDD. But SMC starts from 50 noises. So compare methods only with equally many first noises.
+# - Choosing at every step beats choosing at the end. SVDD is far ahead of best-of-N, and the held-out judge agrees. (For search over paths these runs do not settle it.)
+# - *First noises* may matter. Plain SVDD starts from two. With 25 to choose from for each chain it has more right pictures here, but fifty prompts do not settle it ([notebook 10](10_scaling.ipynb) compares in pairs). It is plausible: on schnell the first look-ahead already says much ([notebook 03](03_rewards_and_best_of_n.ipynb)).
+# - SMC, a sampler, also has more right pictures than plain SVDD by the counter; the held-out judge does not settle it. And SMC starts from 50 noises. So compare methods only with equally many first noises.
 #
 # ## What goes wrong: the last bit of reward
 #

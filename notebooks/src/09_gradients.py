@@ -86,7 +86,7 @@ assert climbed["ink as asked"][0] < -0.8 and climbed["ink as asked"][-1] > -0.02
 assert climbed["colourful"][-1] > 1.8 * climbed["colourful"][0], climbed
 
 # %% [markdown]
-# The upper row ends with a perfect reward. It holds the red ink of three circles, in two fat ones. The lower row has more than twice the colour, and is ruined. Each gradient did exactly what it was asked. It found what the reward did not say: that circles should be three, and round, and red.
+# The upper row ends with a perfect reward. It holds the red ink of three circles, in two fat shapes, and one of them is no circle any more. The lower row has more than twice the colour, and is ruined. Each gradient did exactly what it was asked. It found what the reward did not say: that circles should be three, and round, and red.
 #
 # **Guess: this picture was finished when it was pushed. What changes if we push a little at every step, while it is drawn?** Below, six noises are drawn twice, without and with pushes.
 
@@ -367,7 +367,7 @@ assert abs(gaps["DPS minus plain"]["given"].mean) < 0.8
 #
 # - *DPS alone* gains little. It spends 37 evaluations on one picture, where the searches spend 500.
 # - *Selection* does most of the work. Even best-of-N, without a gradient, finds nearly the ink that was asked for.
-# - *Gradients inside a search.* The first line of the table is the question of this notebook at equal cost: SVDD with gradients against SVDD with the children that the same evaluations buy. In the given reward the difference is below a hundredth or two. In right counts these runs show no gain; the interval says how large one could still be.
+# - *Gradients inside a search.* The first line of the table is the question of this notebook at equal cost: SVDD with gradients against SVDD with the children that the same evaluations buy. In the given reward the difference is about a hundredth at most. In right counts these runs show no gain; the interval says how large one could still be.
 #
 # The paper has no such control. Its SVDD + DPS and RBF + DPS are far above DPS alone, but that compares a search with a single picture. What its left panel does show: DPS alone raised the given score and *lowered* the held-out one.
 #
@@ -415,7 +415,7 @@ for _name in ("best-of-N", "SVDD", "SVDD + DPS", "RBF + DPS"):
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# The place. Ink says nothing of left and right, and nothing of shapes of one colour. By the last column, of the held-out judge, most pictures are wrong, whatever the method, and most often by their place. No way of climbing mends a reward that does not say what is meant.
+# Two things. The place: ink says nothing of left and right. And the shape: where two groups have the same colour, ink cannot tell a triangle from a square. By the last column, of the held-out judge, most pictures are wrong, whatever the method. Plain samples and DPS fail by their counts already; the searches fail most often by the place. No way of climbing mends a reward that does not say what is meant.
 #
 # </details>
 #

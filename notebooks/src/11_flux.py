@@ -26,7 +26,7 @@
 #
 # **Prerequisites.** [Notebook 00](00_start.ipynb). Drafts are explained in [notebook 10](10_scaling.ipynb).
 #
-# **Time.** Core: about 60 minutes. Exercises: about 40. Deeper: about 25.
+# **Time.** Core: about 65 minutes. Exercises: about 40. Deeper: about 25.
 #
 # <!-- measured -->
 
@@ -132,6 +132,8 @@ assert "bfloat16" in lines["A100-80"]["dev and schnell"] and "turns" not in line
 #
 # $$n = \left\lfloor \frac{\text{free} - \text{kept} - W}{a} \right\rfloor. \tag{11.2}$$
 #
+# Here *free* is what the card has, *kept* is room that you reserve for judges, $W$ is the weights on the card at that stage, and $a$ the activations of one row.
+#
 # ## Load
 #
 # The next cell looks for a CUDA GPU. With one it loads both FLUX.1 models: accept their licences on the hub once, and set `HF_TOKEN`. Each of the two is a download of 34 GB. Without one, tiny-flux's pair takes their place. **All outputs on this page come from a CPU and from tiny-flux.** The code is the same, but for the few lines under `if real`.
@@ -160,9 +162,9 @@ print(f"{type(big).__name__}, pictures of {dev.height} x {dev.width} pixels")
 #
 # `FlowModel` rebuilds nothing of a pipeline. It runs the pipeline's own `__call__`, with a listener in the scheduler's place that is handed the velocity. So it works for six families of diffusers' pipelines, not for FLUX alone.
 #
-# ## The same ten lines, your reward
+# ## The same search, your reward
 #
-# A reward is any function from pictures `(K, 3, H, W)` in $[0, 1]$ to `K` numbers. Here is one in five lines: red things to the left, blue things to the right. No model judges, so it costs nothing.
+# A reward is any function from pictures `(K, 3, H, W)` in $[0, 1]$ to `K` numbers. Here is one in five lines: red things to the left, blue things to the right. No model judges, so it costs a decode and no more.
 
 
 # %%
@@ -360,7 +362,7 @@ if not real:
 #
 # ## The bill
 #
-# How long did a search take here, and how long should it take on your card? The plan counts the evaluations and the decodes, and takes 40 % of the card's peak. It leaves the judge out. All times are in seconds: here of tiny-flux on a CPU, on the two cards of FLUX.1, planned.
+# How long did a search take here, and how long should it take on your card? The plan counts the evaluations and the decodes, and takes 40 % of the card's peak. It leaves the judge out. All times are in seconds. *Here* is measured, with tiny-flux on a CPU. The two cards are planned: the same number of evaluations and decodes on FLUX.1 at 1,024 x 1,024. (A plain picture of FLUX.1-dev takes 28 evaluations, not 10, so multiply that row by about three.)
 
 # %% tags=["nbval-ignore-output"]
 bill = found.groupby("way", sort=False)[["NFE", "decodes", "seconds"]].mean().round(1)
