@@ -363,7 +363,8 @@ def main(argv: list[str] | None = None) -> int:
     names = (*NEEDED, *LIBRARIES.values())
     record: dict[str, Any] = {
         "card": machine.name, "gib": round(machine.gib, 1), "tiny": machine.tiny, "dtype": machine.dtype,
-        "date": time.strftime("%Y-%m-%d"), "versions": {n: metadata.version(n) for n in names if util.find_spec(n)},
+        "date": time.strftime("%Y-%m-%d"),
+        "versions": {n: metadata.version(n) for n in names if util.find_spec(n)} | {"torch": torch.__version__},
     }  # fmt: skip
     start, rows = time.monotonic(), []
     for name in args.only:
