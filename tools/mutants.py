@@ -117,7 +117,7 @@ MUTANTS = (
       "x + std * self._normal(x.shape)", "x + std * self._normal(x.shape[1:])"),
     M("posterior mean returned as the sample", "search.py", "contract",
       "best=top.x[0]", "best=run.seen[0]"),
-    M("a result before the end", "search.py", "search",
+    M("a result before the end", "search.py", "stopped",
       "if p is None or p.t > 0:", "if p is None:"),
     M("look-ahead at the wrong time", "search.py", "search",
       "self.problem.path.endpoints(x, v, times)[0]", "self.problem.path.endpoints(x, v, 0.9 * times)[0]"),
