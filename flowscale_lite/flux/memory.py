@@ -16,7 +16,7 @@ import importlib.util
 import itertools
 import json
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -335,6 +335,21 @@ def best_dtype(device: str | torch.device = "cuda") -> str:
     return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
 
 
+def _known_ahead(
+    models: Sequence[str | Path], plan: MemoryPlan, device: str, encode: Callable[[Any, Any], None]
+) -> list[Any]:
+    """The prompts as each model reads them, encoded by the first one's text encoders, which are then dropped."""
+    encoder, known = _fetch(models[0], plan, ["transformer", "vae"]).to(device), []
+    for one in models:  # each reads as many tokens as it was made for
+        KNOWN[encoder] = {}
+        encode(encoder, hub.skeleton(one).transformer.config)
+        known.append(KNOWN[encoder])
+    del encoder
+    gc.collect()
+    torch.cuda.empty_cache()
+    return known
+
+
 def load_planned(
     model: str | Path, plan: MemoryPlan, device: str = "cuda", *, draft: str | Path | None = None,
     prompts: Sequence[str] = (), guidance: float | None = None, negative: str = "", max_tokens: int | None = None,
@@ -365,17 +380,8 @@ def load_planned(
         for prompt in prompts:
             encode_text(pipe, prompt, against, max_tokens, config)
 
-    known, absent = [], []
-    if dropped:
-        encoder = _fetch(model, plan, ["transformer", "vae"]).to(device)
-        for one in models:  # each reads as many tokens as it was made for
-            KNOWN[encoder] = {}
-            encode(encoder, hub.skeleton(one).transformer.config)
-            known.append(KNOWN[encoder])
-        absent = [name for name in hub.index(model) if name.startswith(("text_encoder", "tokenizer"))]
-        del encoder
-        gc.collect()
-        torch.cuda.empty_cache()
+    known = _known_ahead(models, plan, device, encode) if dropped else []
+    absent = [name for name in hub.index(model) if name.startswith(("text_encoder", "tokenizer"))] if dropped else []
     pipes = [_fetch(model, plan, absent)]
     if draft is not None:
         pipes.append(_beside(pipes[0], draft, plan))

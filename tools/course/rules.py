@@ -16,7 +16,7 @@ from tools.course import build as notebooks
 CELL_LINES, FUNCTION_LINES, WIDTH, ALT_LETTERS = 25, 20, 120, 20
 SECONDS, MEGABYTES = 120, 5
 # For cells that the reader sees, and for the part before the recap:
-SEEN_LINES, SEEN_WIDTH, SEEN_ASSERTS, CORE_WORDS, FIRST_WORDS, FIRST_CELLS = 15, 88, 3, 1700, 150, 3
+SEEN_LINES, SEEN_WIDTH, SEEN_ASSERTS, CORE_WORDS, FIRST_WORDS, FIRST_CELLS = 15, 88, 3, 1600, 150, 3
 LATE_FIGURES = ("11", "12")  # their first figure may come after 300 words
 TAGS = {"setup", "exercise", "exercise-test", "wrong-answers", "network", "nbval-ignore-output", "check", "plot"}
 UNSEEN = {"setup", "wrong-answers", "check", "plot"}
