@@ -15,8 +15,9 @@ MINUTES = 60_000
 
 
 def opened(browser, lab, name):
+    """A page with this notebook alone, in a workspace of its own: JupyterLab opens again what one had open before."""
     page = browser.new_context(viewport={"width": 1200, "height": 900}).new_page()
-    page.goto(f"{lab}/lab/tree/notebooks/{name}.ipynb", timeout=2 * MINUTES)
+    page.goto(f"{lab}/lab/workspaces/{name}/tree/notebooks/{name}.ipynb", timeout=2 * MINUTES)
     page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=2 * MINUTES)
     return page
 
