@@ -266,7 +266,7 @@ for name, k in {"rare": 0, "upper": 1, "lower": 7}.items():
     print(f"{name} cloud: {shares[k]:.2f} of the weight, exact {target.weights[k]:.2f}")
 
 # %% [markdown]
-# The particles end in the right three clouds, not at the star. The shares are right roughly, not exactly. SMC is exact in the limit of infinitely many particles, and 400 particles that share ancestors are worth far fewer than 400 independent ones. On the way, at $t = 0.6$, the particles are farther right than the lines: the look-ahead trusts the reward too early. Later gains correct this.
+# The particles end in the right three clouds, not at the star. The shares are not exact: in this run the lower cloud has only half of its share. SMC is exact in the limit of infinitely many particles, and 400 particles that share ancestors are worth far fewer than 400 independent ones. On the way, at $t = 0.6$, the particles are farther right than the lines: the look-ahead trusts the reward too early. Later gains correct this.
 #
 # ## What goes wrong: "exact up to the number of particles"
 #
@@ -313,10 +313,10 @@ def show_errors():
     plots.ticks(ax.xaxis, TAUS)
     ax.invert_xaxis()
     ax.legend(fontsize=9)
-    plt.show()
 
 
 show_errors()
+plt.show()
 
 # %% [markdown]
 # <details><summary>Answer</summary>
@@ -339,6 +339,7 @@ table["SMC, tempered"] = [errors(tau, **SAMPLERS["SMC, tempered"]) for tau in TA
 
 # %% tags=["plot"] alt="The last figure with a third line, tempered SMC: its error falls as the target gets colder. At the coldest temperature it is far below the other two."
 show_errors()
+plt.show()
 
 # %% tags=["check"]
 _end, _plain, _tempered = (table[name][2] for name in SAMPLERS)
@@ -371,7 +372,7 @@ assert more["SMC, tempered", 1000] < 0.6 * more["SMC", 1000]
 #
 # ## A family tree
 #
-# ESS looks at the weights at one moment. It does not see that after resampling many particles share a parent. So we keep the parents of every step, and draw who descends from whom. Two runs of plain SMC with 24 particles; only the temperature differs.
+# ESS looks at the weights at one moment. It does not see that after resampling many particles share a parent. So we keep the parents of every step, and draw who descends from whom. Here are two runs of plain SMC with 24 particles. Only the temperature differs.
 
 
 # %%
@@ -767,8 +768,10 @@ def next_strength(v, old, wanted):
 # \begin{gathered}
 # \mathcal N(x; m, c^2)\, e^{-h|x - a|^2/2} \\
 # = z\; \mathcal N(x;\, \mu,\, v), \\
-# \mu = \frac{m/c^2 + h a}{1/c^2 + h}, \quad v = \frac{1}{1/c^2 + h}, \\
-# z = (1 + h c^2)^{-D/2}\, e^{-\frac{h |m - a|^2}{2 (1 + h c^2)}}.
+# \mu = \frac{m/c^2 + h a}{1/c^2 + h}, \\
+# v = \frac{1}{1/c^2 + h}, \\
+# z = (1 + h c^2)^{-D/2} \\
+# \times e^{-h |m - a|^2 / (2 + 2 h c^2)}.
 # \end{gathered} \tag{6.10}
 # $$
 #

@@ -121,7 +121,12 @@ assert (greedy - torch.tensor(reward.centre)).norm(dim=1).median() < 0.1
 #
 # At the end it is the reward itself, $V_0 = r$. *The best rule in words*: draw children from the model, and choose one of them with a probability proportional to $e^{V/\tau}$. *As a formula*: with infinitely many children, the model's transition $p(x_s \mid x_t)$ becomes
 #
-# $$q(x_s \mid x_t) = p(x_s \mid x_t)\, e^{(V_s(x_s) - V_t(x_t))/\tau}, \tag{7.2}$$
+# $$
+# \begin{aligned}
+# q(x_s \mid x_t) &= p(x_s \mid x_t) \\
+# &\quad \times e^{(V_s(x_s) - V_t(x_t))/\tau},
+# \end{aligned} \tag{7.2}
+# $$
 #
 # and the chains end exactly in the tilted distribution ([Deeper](#Deeper:-where-the-best-rule-comes-from)).
 #
@@ -476,14 +481,14 @@ assert min(_highs) > 0, "nobody is behind"
 # An interval above 0 speaks for the first method, by that judge. The table says three things:
 #
 # - Choosing at every step pays. SVDD is far ahead of best-of-N, and ahead of CoDe, by both judges. (Search over Paths and best-of-N these runs do not tell apart.)
-# - *First noises* may matter. With 25 to choose from for each chain SVDD has a few more right pictures than plain SVDD, which starts from one. But the interval contains 0, so this stays open. Compare methods only with equally many first noises.
-# - SMC, a sampler, is not told apart from SVDD with as many first noises. So on pictures a greedy choice was not needed: resampling also finds the good ones.
+# - *First noises* may matter. With 25 to choose from for each chain SVDD has a few more right pictures than plain SVDD, which starts from one. But the interval contains 0, so this stays open. To be safe, compare methods with equally many first noises.
+# - SMC, a sampler, is not told apart from SVDD with as many first noises. So these runs do not show that one must be greedy: resampling finds good pictures, too.
 #
 # ## What goes wrong: the last bit of reward
 #
 # Back to the ring. Suppose that in truth the *middle* of the rare cloud is best. Our reward is a model of that truth, and its peak is slightly off. The true reward is *held out*: no method sees it. What happens when a search gets more budget? We compare SVDD with more and more children, best-of-N with more and more samples, and exact samples of the tilted density at lower and lower temperature.
 #
-# In the figure a search moves from left to right: the horizontal axis is what is missing to the highest given reward, and it shrinks to the right. On the left panel up is good; on the right panel down is good.
+# In the figure a search moves from left to right: the horizontal axis is how much the given reward falls short of its highest value, and this shrinks to the right. On the left panel up is good; on the right panel down is good.
 
 # %%
 truth = QuadraticReward((2.0, 0.0))
@@ -510,7 +515,7 @@ axes[0].set(xscale="log", title="log density of the data (up: better)")
 axes[0].invert_xaxis()
 axes[1].set(yscale="log", title="held-out reward missing (down: better)")
 axes[0].legend(fontsize=9, loc="lower left")
-fig.supxlabel("missing to the highest given reward (to the right: more budget, less missing)", fontsize=10)
+fig.supxlabel("given reward still missing (to the right: more budget, less missing)", fontsize=10)
 plt.show()
 
 # %% tags=["check"]
@@ -795,8 +800,8 @@ def select(rewards, chains):
 #
 # $$
 # \begin{aligned}
-# &q(x_{t_0}, \dots, x_0) \\
-# &\quad = \frac1Z\, p(x_{t_0})\, \prod p(x_s \mid x_t)\; e^{r(x_0)/\tau}.
+# q(x_{t_0}, \dots, x_0) &= \frac1Z\, e^{r(x_0)/\tau}\, p(x_{t_0}) \\
+# &\quad \times \prod p(x_s \mid x_t).
 # \end{aligned} \tag{7.3}
 # $$
 #

@@ -149,7 +149,7 @@ ax.legend(fontsize=9, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
 plt.show()
 
 # %% [markdown]
-# Read a bar from below: blue and orange are spent, hatched is passed on to the next step. Where the black mark lies above the bar, the step fails and falls back. (`inf` means: not beaten in 64 draws.)
+# Blue and orange are spent, hatched is passed on to the next step. Where the black mark lies above the bar, the step fails and falls back. (`inf` means: not beaten in 64 draws.)
 #
 # <details><summary>Answer</summary>
 #
@@ -159,7 +159,7 @@ plt.show()
 #
 # ## The paper's algorithm
 #
-# The figure shows how the paper divides its 500 evaluations. Two independent chains share them. Each chain first looks at 25 noises and keeps the best. Then nine steps (*transitions*) have equal quotas. The last step, to $t = 0$, needs no evaluation and is free.
+# The paper divides its 500 evaluations like this. Two independent chains share them. Each chain first looks at 25 noises and keeps the best. Then nine steps (*transitions*) have equal quotas. The last step, to $t = 0$, needs no evaluation and is free.
 
 # %% tags=["plot"] alt="Two bars of 250 evaluations, one for each chain. Each begins with a block of 25 first noises, followed by nine quotas of 25; arrows lead from each quota to the next: what is not used rolls over. The last quota is marked: spends all."
 fig, ax = plt.subplots(figsize=(8.4, 3))
@@ -491,7 +491,7 @@ assert np.median(early) <= 4
 #
 # ## The paper's table on tiny-flux
 #
-# Now the whole comparison, with the paper's settings and our model (`python -m tools.runs.paper`): 500 NFE, ten steps, three seeds for each of fifty hard prompts, from a list that no setting was tuned on. *The counter* is what the search optimised; *the held-out judge* is a network that no search has seen. Intervals are 95 %, over prompts. [Deeper](#Deeper:-the-table-in-numbers) has the numbers.
+# Now the whole comparison, with our model (`python -m tools.runs.paper`): 500 NFE, ten steps, three seeds for each of fifty hard prompts, from a list that no setting was tuned on. *The counter* is what the search optimised; *the held-out judge* is a network that no search has seen. Intervals are 95 %, over prompts. [Deeper](#Deeper:-the-table-in-numbers) has the numbers. *On VP* means: stepped on VP itself, as the authors do. *VP-SDE* is the same SDE written on the linear path ([notebook 05](05_interpolant_conversion.ipynb)).
 
 # %%
 METHODS = {"rbf": "RBF", "svdd, 25 first noises": "SVDD, 25 first noises"}
@@ -525,7 +525,7 @@ ax.legend(fontsize=9, loc="lower right")
 plt.show()
 
 # %% [markdown]
-# To compare two lines, take the mean of their *paired differences*, over the same prompts and seeds ([notebook 10](10_scaling.ipynb) says why). Below are RBF with the VP-SDE minus another line. *ahead* and *behind* mean: by both judges.
+# To compare two lines, take the mean of their *paired differences*, over the same prompts and seeds ([notebook 10](10_scaling.ipynb) says why). Below are RBF with the VP-SDE minus another line. *ahead* and *behind* mean: by both judges. *open* means not settled, not equal.
 
 
 # %%
@@ -556,7 +556,7 @@ gaps
 # - *The path pays.* With the VP-SDE, RBF is far ahead of RBF with the linear SDE. The same holds for SVDD and SMC.
 # - *First place is open.* RBF, SVDD and SMC cannot be told apart here. In the paper RBF is first, by a small margin.
 #
-# Does *rollover* pay? SVDD with 25 first noises a chain has RBF's chains and RBF's start, but equal shares. So RBF minus this method shows what RBF's rule alone brings. *On VP* means stepped on VP itself, as the authors do ([notebook 05](05_interpolant_conversion.ipynb)).
+# Does *rollover* pay? SVDD with 25 first noises a chain has RBF's chains and RBF's start, but equal shares. So RBF minus this method shows what RBF's rule alone brings.
 
 # %%
 equal = "SVDD, 25 first noises"
@@ -578,11 +578,9 @@ assert set(rows["seed"]) == {0, 1, 2} and rows["prompt"].nunique() == 50
 assert minus(("VP-SDE", "best-of-N"), ("ODE", "best-of-N"))["RBF is"] == "behind"
 
 # %% [markdown]
-# It depends on the sampler. On VP, RBF is ahead. With the same SDE written on the linear path it is open. With the linear SDE RBF is *behind*. We have not found out why.
+# It depends on the sampler. On VP, RBF is ahead. With the same SDE written on the linear path it is open. With the linear SDE RBF is *behind*. We have not found out why. [Notebook 10](10_scaling.ipynb) puts the paper's own numbers beside ours.
 #
-# *open* does not mean equal: these runs do not settle it. [Notebook 10](10_scaling.ipynb) puts the paper's own numbers beside ours.
-#
-# *Two notes.* SMC's temperature is our choice. In the authors' code SVDD and CoDe draw 25 identical states before the first step and count them; we draw them once, so both spend 452 of the 500 NFE.
+# *Two notes.* SMC's temperature is our choice. The authors' SVDD and CoDe count 25 identical first states; ours draw one, so both spend 452 of the 500 NFE.
 
 # %% [markdown]
 # ## Recap
@@ -817,7 +815,12 @@ plt.show()
 #
 # Nothing in this section is in the paper. What a step gains by a good choice, the noise of the next step partly erases. Nothing erases the last choice. And the best of $n$ grows ever more slowly with $n$. So let most steps draw *enough* and take the best, and let the rest roll over to the end. With $a$ transitions ahead and $B$ evaluations left, `BestOfEnough` draws
 #
-# $$n_a = \min(q, \max(\text{enough}, B/4^{a-1})) \tag{8.3}$$
+# $$
+# \begin{gathered}
+# n_a = \min(q, m_a), \\
+# m_a = \max(\text{enough}, B/4^{a-1})
+# \end{gathered} \tag{8.3}
+# $$
 #
 # children of its quota $q$. `RBF()` has this rule, with 24. `BestOfQuota` draws every quota to its end, so that nothing rolls over. How much is enough? Stored runs of `python -m tools.runs.toy_table`, at 500 NFE:
 
