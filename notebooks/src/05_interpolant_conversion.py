@@ -458,10 +458,10 @@ assert against("schnell", "DDPM on the grid", "VP-SDE", "part at 3").high > 0
 
 # %% [markdown]
 # - VP-SDE has the best mean, and the noise alone by far the worst, as in the paper. VP-SDE is ahead of the grid alone and of the noise alone: grid and noise need each other.
-# - Variety alone does not help. The DDPM transition on the grid makes siblings as different as VP-SDE does, but the search finds less, because on schnell this transition makes worse pictures ([notebook 04](04_ode_to_sde.ipynb)). *A search needs children that differ, and that are good.*
+# - Variety alone does not help. The DDPM transition on the grid makes siblings as different as VP-SDE does, but the search finds less. The likely reason: on schnell this transition makes worse pictures ([notebook 04](04_ode_to_sde.ipynb)). *A search needs children that differ, and that are good.*
 # - VP-SDE against the linear SDE stays open here: the interval contains 0.
 #
-# Is the last point a lack of data? [Notebook 08](08_rollover_budget_forcing.ipynb) has a larger run: 500 evaluations, fifty other prompts, three seeds. Here is the share of right pictures with the VP-SDE minus that with the linear SDE, for four searches.
+# Is the last point a lack of data? [Notebook 08](08_rollover_budget_forcing.ipynb) has a larger run: 500 evaluations, fifty other prompts, three seeds. Here is the share of right pictures with the VP-SDE minus that with the linear SDE, for the four searches that the next notebooks build: SMC, SVDD, CoDe and RBF. Two judges look at each picture: the *counter*, whose reward the search saw, and a *held-out judge*, which no search saw.
 
 # %%
 table = pd.read_json(locate("results") / "paper.jsonl", lines=True)
@@ -482,11 +482,11 @@ assert _judged == {"rbf": True, "svdd": True, "smc": True, "code": False}
 assert set(table["seed"]) == {0, 1, 2} and table["prompt"].nunique() == 50
 
 # %% [markdown]
-# With enough data the path does matter: all four searches find more with the VP-SDE by the counter, and three of them by the held-out judge too. So the question at the top has its answer. *The path changes the grid and the noise. Both together keep children different, and good. A search that chooses among such children finds more.*
+# With more runs and a larger budget the path does matter: all four searches find more with the VP-SDE by the counter, and three of them by the held-out judge too. So the question at the top has its answer. *The path changes the grid and the noise. Both together keep children different, and good. A search that chooses among such children finds more.*
 #
 # ## What goes wrong: the paper's grid on a multi-step model
 #
-# All this was schnell. On dev, the multi-step model, the paper's grid ruins pictures. Both rows are VP-SDE. Upper row: the paper's grid. Lower row: a grid that cuts the long last step in three.
+# All this was schnell. On dev, the multi-step model, the paper's grid harms the pictures. Both rows are VP-SDE. Upper row: the paper's grid. Lower row: a grid that cuts the long last step in three.
 
 # %% tags=["plot"] alt="Pictures of dev by the VP-SDE in two rows. Upper row, the paper's grid: blurred, overlapping or missing shapes. Lower row, eight steps with the last cut in three: cleaner shapes."
 prompt = FlowModel.encode(load(locate("tiny-flux/dev")), TEXT, guidance=2.0, chunk=64)

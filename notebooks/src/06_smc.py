@@ -414,7 +414,7 @@ assert int(alive[0].sum()) == 1 and last > 18, "the lower tree: one noise, a lar
 #
 # ## On pictures
 #
-# Now the same method on the latents of tiny-flux dev, with tempering. The particles move by `ddim()`, the DDPM transition of [notebook 04](04_ode_to_sde.ipynb), through the ten steps of `logit_normal(10)`. Most of these lie in the noisy half, where a multi-step model decides what the picture will show. The reward counts shapes ([notebook 03](03_rewards_and_best_of_n.ipynb)). Nobody knows the tilted density exactly here, so we look at the pictures and at the ancestors. The budget of 250 NFE pays for 25 particles.
+# Now the same method on the latents of tiny-flux dev, with tempering. The particles move by `ddim()`, the DDPM transition of [notebook 04](04_ode_to_sde.ipynb), through the ten steps of `logit_normal(10)`. Most of these lie in the noisy half, where a multi-step model decides what the picture will show. The reward counts shapes, and 0 is best ([notebook 03](03_rewards_and_best_of_n.ipynb)). Nobody knows the tilted density exactly here, so we look at the pictures and at the ancestors. The budget of 250 NFE pays for 25 particles.
 
 # %%
 from flowscale_lite import SMC, ddim, logit_normal, steps

@@ -219,7 +219,7 @@ plt.show()
 # | setting | the paper, on FLUX.1-schnell | here, on tiny-flux schnell |
 # |---|---|---|
 # | budget | 500 NFE, 10 steps | the same |
-# | sampler | $g_t = 3t^2$ on the converted, variance-preserving path | the same SDE, written on the linear path ([notebook 05](05_interpolant_conversion.ipynb)) |
+# | sampler | $g_t = 3t^2$ on the converted, variance-preserving path | the same SDE, written on the linear path ([05](05_interpolant_conversion.ipynb)); in the last table also on VP |
 # | chains | 2, the better one is returned | the same |
 # | first noises | 25 a chain | the same |
 # | draws at a time | one | the same |
