@@ -229,7 +229,7 @@ plt.show()
 #
 # ## Written out
 #
-# Now the code. As in [notebook 07](07_search.ipynb), a method has three functions, `check`, `start` and `advance`, and a `run` that draws (`propose`), judges (`score`) and counts the cost. One thing is new: what a method must remember travels with the particles, in `carry`. We begin with the quota, (8.1).
+# As in [notebook 07](07_search.ipynb), a method has three functions, `check`, `start` and `advance`, and a `run` that draws (`propose`), judges (`score`) and counts the cost. One thing is new: what a method must remember travels with the particles, in `carry`. We begin with the quota, (8.1).
 
 
 # %%
