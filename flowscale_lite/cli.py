@@ -253,9 +253,9 @@ def reserve(out: Path, size: int = 2**20) -> None:
     try:
         for part in parts(out):
             part.write_bytes(os.urandom(size))
-    except OSError:
+    except OSError as error:
         clear(out)
-        raise
+        raise OSError(f"no room for account and picture in {out.parent.absolute()}: {error.strerror}") from error
 
 
 def clear(out: Path) -> None:
