@@ -350,7 +350,7 @@ def detect(images: Tensor) -> Detections:
     owner = ndimage.maximum_filter(labels, size=(1, 1, 3, 3))  # each blob with its soft rim
     where = np.flatnonzero(owner)
     blob, mass = owner.ravel()[where], pixels.ravel()[where]
-    area = np.bincount(blob, mass, found + 1)
+    area = np.bincount(blob, mass, found + 1).astype(float)
     index = np.flatnonzero(area > _SPECK)
     area = area[index]
     axes = np.unravel_index(where, owner.shape)
