@@ -47,14 +47,14 @@ PAIRS = [("rbf, few step", "svdd, first noises of few step"), ("rbf", "svdd, fir
 BUDGETS = (250, 500, 100)
 
 
-def tasks(seeds: int, prompt_list: str = "tune") -> list[experiments.Task]:
+def tasks(seeds: int, test: bool) -> list[experiments.Task]:
     """Every run: budget by budget, method by method."""
-    prompts = locate(f"prompts/{prompt_list}.txt").read_text().splitlines()[:PROMPTS]
+    prompts = locate("prompts/test.txt" if test else "prompts/tune.txt").read_text().splitlines()[:PROMPTS]
     return [
         {"budget": budget, "method": method, "prompt": prompt, "seed": seed}
         for seed in range(seeds)
         for budget in BUDGETS
-        for method in (METHODS if prompt_list == "tune" else DEFAULTS)
+        for method in (DEFAULTS if test else METHODS)
         for prompt in prompts
     ]
 
@@ -106,8 +106,7 @@ def main() -> None:
     path = locate("results") / f"{name}.jsonl"
     rows = experiments.read(path)
     if not args.print:
-        todo = tasks(args.seeds, "test" if args.test else "tune")
-        rows = experiments.sweep(todo, run, path, workers=args.workers, title="runs")
+        rows = experiments.sweep(tasks(args.seeds, args.test), run, path, workers=args.workers, title="runs")
     rows.sort(key=lambda r: (r["budget"], [*METHODS, *DEFAULTS].index(r["method"])))
     text = f"{table(rows)}\n\n{pairs(rows)}" if args.test else table(rows)
     insert(locate("results") / "README.md", name.replace("_", " "), text)
