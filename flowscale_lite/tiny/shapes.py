@@ -327,7 +327,7 @@ def ink(pictures: Tensor) -> Tensor:
     size = hue.norm(dim=1, keepdim=True)
     chroma = pictures - pictures.mean(1, keepdim=True)
     cosine = torch.einsum("kchw,nc->knhw", chroma, hue / size)
-    nearest = torch.zeros_like(cosine).scatter_(1, cosine.argmax(1, keepdim=True), 1)
+    nearest = cosine == cosine.amax(1, keepdim=True)
     return (cosine * nearest / size[..., None]).clamp(0, 1)
 
 
