@@ -65,6 +65,7 @@ class Job:
     args: argparse.Namespace
     model: FlowModel
     problem: Problem
+    reward: Reward
     kernel: str
     name: str
     method: Method
@@ -87,6 +88,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--model", help="folder or hub id of a pipeline (default: the tiny-flux of this project)")
     sibling = "folder or hub id of a few-step model of the same latents: it searches, the model finishes"
     p.add_argument("--draft", metavar="MODEL", help=sibling)
+    small = "folder or hub id of a small autoencoder that decodes what the search judges, such as madebyollin/taef1"
+    p.add_argument("--preview", metavar="MODEL", help=small)
     judge = f"{', '.join(JUDGES)}, or path/to/file.py:function of pictures (K, 3, H, W) -> (K,) (default: a counter)"
     p.add_argument("--reward", help=judge)
     p.add_argument(
@@ -253,9 +256,9 @@ def reserve(out: Path, size: int = 2**20) -> None:
     try:
         for part in parts(out):
             part.write_bytes(os.urandom(size))
-    except OSError:
+    except OSError as error:
         clear(out)
-        raise
+        raise OSError(f"no room for account and picture in {out.parent.absolute()}: {error.strerror}") from error
 
 
 def clear(out: Path) -> None:
@@ -336,7 +339,8 @@ def prepare(args: argparse.Namespace) -> Job:
     from . import flux  # diffusers takes seconds to import: only once the words are right
 
     pipes, rows = load(args)
-    sides = {"height": args.height, "width": args.width, "guidance": args.guidance, **rows}
+    small = flux.hub.preview(args.preview, args.device) if args.preview else None
+    sides = {"height": args.height, "width": args.width, "guidance": args.guidance, "preview": small, **rows}
     model, *drafting = (flux.FlowModel.encode(pipe, args.prompt, **sides) for pipe in pipes)
     name = args.method or ("draft" if args.draft else "beam" if model.multi_step else "rbf")
     method, kernel = suited_method(args, name, model), suited_kernel(args, name, model)
@@ -349,7 +353,7 @@ def prepare(args: argparse.Namespace) -> Job:
     method.check(problem, args.nfe)
     if name == "refine" and model.multi_step:
         say("refine is made for few-step models; on this one beam finds more")
-    return Job(args, model, problem, kernel, name, method, scene, held_out)
+    return Job(args, model, problem, reward, kernel, name, method, scene, held_out)
 
 
 def load(args: argparse.Namespace) -> tuple[list[Any], dict[str, int]]:
@@ -472,10 +476,14 @@ def run(job: Job, state: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     result = plain if found.run.seen is None else found.so_far()  # nothing was judged: the plain sample is the best
     before, after = (job.model.decode(each.best[None]) for each in (plain, result))
+    if job.model.preview is not None and (said := scored(job.reward, "the judge", before, after)):
+        # The search has judged previews. What is told of a picture is of the picture.
+        plain, result = replace(plain, reward=said[0]), replace(result, reward=said[1])
+    held_out = scored(job.held_out, "the held-out judge", before, after)
     account = (
         told(job)
         | stopped
-        | judged(job, before, after)
+        | ({"held_out": [round(score, 4) for score in held_out]} if held_out else {})
         | {
             "plain": summary(plain, before, job.scene),
             "found": summary(result, after, job.scene) | spent(found) | {"seconds": round(seconds, 2)},
@@ -487,15 +495,13 @@ def run(job: Job, state: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
     return account
 
 
-def judged(job: Job, *pictures: Tensor) -> dict[str, list[float]]:
-    """The held-out judge's scores of single pictures (1, 3, H, W), if there is such a judge and it does not fail."""
-    if job.held_out is None:
-        return {}
+def scored(judge: Reward | None, name: str, *pictures: Tensor) -> list[float]:
+    """A judge's scores of single pictures (1, 3, H, W); none if there is no judge or it fails, which is said."""
     try:
-        return {"held_out": [round(float(job.held_out(picture)[0]), 4) for picture in pictures]}
+        return [float(judge(picture)[0]) for picture in pictures] if judge else []
     except Exception as error:  # the search's budget is spent, so its account is written in any case
-        say(f"the held-out judge failed: {failure(error)}")
-        return {}
+        say(f"{name} failed on the pictures: {failure(error)}")
+        return []
 
 
 def watched(found: Search, job: Job) -> dict[str, str]:

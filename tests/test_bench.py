@@ -38,6 +38,27 @@ def test_the_method_that_contributing_teaches_runs_twice_the_same(tmp_path, one_
     assert len(read(tmp_path / "a.jsonl")) == len(found[0])
 
 
+def test_stopped_it_goes_on_where_it_was(tmp_path, one_prompt, monkeypatch):
+    """The row that was there is neither lost nor made again."""
+    made, run, out = [], bench.run, tmp_path / "out.jsonl"
+
+    def until(stop):
+        def one(task, **options):
+            if len(made) == stop:
+                raise KeyboardInterrupt
+            made.append(task["seed"])
+            return run(task, **options)
+
+        monkeypatch.setattr(bench, "run", one)
+        cli.main(["bench", "few-step", of(tmp_path, TAUGHT) + "Halving", "--quick", "--out", str(out)])
+
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        until(1)
+    (first,) = read(out)
+    until(None)
+    assert made == [row["seed"] for row in read(out)] and len(made) == 2 and read(out)[0] == first
+
+
 @pytest.mark.parametrize(
     ("advance", "says"),
     [
@@ -84,7 +105,7 @@ def test_stored_rows_replay():
 
 
 def test_nothing_is_tuned_on_the_test_list():
-    """No tool but the one that fills the paper's table reads it; the bench is the other reader, of compose.txt too."""
-    for name, expected in {"test": ["paper.py"], "compose": []}.items():
+    """Two tools report on it, the paper's table and the defaults chosen on the tune list; so does the bench."""
+    for name, expected in {"test": ["defaults.py", "paper.py"], "compose": []}.items():
         tools = sorted((ROOT / "tools").rglob("*.py"))
         assert [p.name for p in tools if f"prompts/{name}.txt" in p.read_text()] == expected

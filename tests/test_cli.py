@@ -50,6 +50,20 @@ def test_same_seed_same_account_and_another_seed_another(capsys, tmp_path):
     assert account("c.png", "1")["found"]["reward"] != account("a.png", "0")["found"]["reward"]
 
 
+def test_previews_are_judged_on_the_way_and_the_picture_in_full(capsys, tmp_path):
+    out, small = tmp_path / "out.png", str(locate("tiny-flux/preview"))
+    flowscale(capsys, PROMPT, "--preview", small, "--nfe", "40", "--steps", "4", "--out", str(out))
+    account = json.loads(out.with_suffix(".json").read_text())
+    flowscale(capsys, PROMPT, "--nfe", "40", "--steps", "4", "--out", str(tmp_path / "full.png"))
+    full = json.loads((tmp_path / "full.json").read_text())
+    assert account["plain"] == full["plain"], "the same noise, drawn and judged in full"
+    assert account["trace"][0]["best"] != full["trace"][0]["best"]
+    assert account["trace"][0]["best"] == pytest.approx(full["trace"][0]["best"], abs=0.5)
+    with pytest.raises(SystemExit) as end:
+        cli.main(["replay", str(out.with_suffix(".json"))])
+    assert end.value.code == 0
+
+
 @pytest.mark.parametrize("method", ["draft", "cascade"])
 def test_a_sibling_drafts_and_the_account_replays(capsys, tmp_path, method):
     dev, schnell, out = (str(p) for p in (locate("tiny-flux/dev"), locate("tiny-flux/schnell"), tmp_path / "out.png"))

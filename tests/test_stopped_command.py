@@ -212,6 +212,21 @@ def test_killed_it_goes_on_to_the_same_result(tmp_path, kill):
     assert accounts[0]["found"]["nfe"] == 200 and parts(accounts[0]) == parts(accounts[1])
 
 
+ON_A_SMALL_DISK = 'mount -t tmpfs -o size=2052k tmpfs "$0" && cd "$0" && "$@" && cat out.json'
+
+
+def test_on_a_real_disk_that_is_full_the_search_ends_with_its_account(tmp_path):
+    """A file system in memory, with room for account and picture and nearly nothing more."""
+    shell = ["unshare", "-rm", "sh", "-c"]
+    if subprocess.run([*shell, 'mount -t tmpfs tmpfs "$0"', tmp_path], capture_output=True).returncode:
+        pytest.skip("this system lets nobody but root mount a disk")
+    search = [*COMMAND, "two red circles", "--nfe", "60", "--steps", "4", "--method", "refine"]
+    done = subprocess.run([*shell, ON_A_SMALL_DISK, tmp_path, *search], capture_output=True, text=True)
+    assert done.returncode == 0 and json.loads(done.stdout[done.stdout.index("{") :])["found"]["nfe"] == 60
+    (line,) = (line for line in done.stderr.splitlines() if "can no longer be saved" in line)
+    assert "No space left on device" in line and "the search goes on" in line
+
+
 # Rows of sweeps
 
 

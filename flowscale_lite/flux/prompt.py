@@ -187,13 +187,16 @@ class FlowModel:
         it takes a second forward pass. `max_tokens` of the text count; if None, as many as the model was made for.
 
         Raises ValueError if the pipeline is not supported, a side is no positive multiple of the latent patch, another
-        number is out of range, or the text is new to a pipeline without text encoders.
+        number is out of range, the preview is of other latents, or the text is new to a pipeline without text encoders.
         """
         family = families.family(pipe)
         height, width = (native_size(pipe) if side is None else side for side in (height, width))
         family.shape(pipe, height, width)
         if chunk < 1 or (max_tokens is not None and max_tokens < 1):
             raise ValueError(f"chunk must be at least 1, and so must max_tokens; got {chunk} and {max_tokens}")
+        if preview is not None and preview.config.latent_channels != pipe.vae.config.latent_channels:
+            channels = preview.config.latent_channels, pipe.vae.config.latent_channels
+            raise ValueError("the preview decodes latents of {} channels, the model has {}".format(*channels))
         guidance = family.guidance(pipe, guidance)
         if not math.isfinite(guidance):
             raise ValueError(f"guidance must be a finite number; got {guidance}")
@@ -301,7 +304,8 @@ class FlowModel:
         pipe, listener, encoded = copy.copy(self._twin), _Listener(self.pipe.scheduler, t), self.encoded
         pipe.scheduler = listener
         if vae is not None:
-            pipe.vae, encoded = vae, _cast(encoded, vae.dtype)  # the call casts latents to the precision of `encoded`
+            # The call casts latents to the precision of `encoded`. (`vae.dtype` would walk through all of its modules.)
+            pipe.vae, encoded = vae, _cast(encoded, next(vae.parameters()).dtype)
         call = inspect.unwrap(type(pipe).__call__)  # without its no_grad, for a gradient may be wanted
         kind = "latent" if vae is None else "pt"
         given: families.Arguments = {"height": self.height, "width": self.width, "num_inference_steps": steps}

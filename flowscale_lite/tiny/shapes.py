@@ -235,6 +235,25 @@ _IN_RADIUS = np.sqrt(np.pi / (3 * np.sqrt(3)))  # equilateral triangle; its circ
 _REACH = np.array([1.0, _HALF_SIDE, 2 * _IN_RADIUS * np.cos(np.pi / 6)])
 
 
+def _outside_circle(y: Array, x: Array) -> Array:
+    """How far a point lies outside a circle of radius 1; below 0 inside."""
+    return np.hypot(x, y) - 1
+
+
+def _outside_square(y: Array, x: Array) -> Array:
+    """How far a point lies outside a square of the same area."""
+    return np.maximum(np.abs(x), np.abs(y)) - _HALF_SIDE
+
+
+def _outside_triangle(y: Array, x: Array) -> Array:
+    """How far a point lies outside a triangle of the same area, the middle of whose bounding box is at 0."""
+    y = y - _IN_RADIUS / 2
+    return np.maximum(y, np.abs(x) * np.cos(np.pi / 6) - y / 2) - _IN_RADIUS
+
+
+_OUTSIDE = (_outside_circle, _outside_square, _outside_triangle)  # in the order of SHAPES
+
+
 def coverage(shape: Integers, centre: Array, radius: Array, size: int) -> Array:
     """The share of each pixel that an object covers, on canvases of its own: (N, size, size).
 
@@ -247,15 +266,11 @@ def coverage(shape: Integers, centre: Array, radius: Array, size: int) -> Array:
     centre, radius = centre.astype(np.float32), radius.astype(np.float32)
     y = (axis[:, None] - centre[:, 0, None, None]) / radius[:, None, None]
     x = (axis[None, :] - centre[:, 1, None, None]) / radius[:, None, None]
-    y = y + np.where(shape == 2, -_IN_RADIUS / 2, 0)[:, None, None]  # centre the triangle's bounding box
-    inside = np.stack(
-        [
-            np.hypot(x, y) - 1,
-            np.maximum(np.abs(x), np.abs(y)) - _HALF_SIDE,
-            np.maximum(y, np.abs(x) * np.cos(np.pi / 6) - y / 2) - _IN_RADIUS,
-        ]
-    )
-    distance = np.take_along_axis(inside, shape[None, :, None, None], 0)[0] * radius[:, None, None]
+    y, x = y.astype(float), x.astype(float)
+    distance = np.empty((len(shape), size, size))
+    for kind, outside in enumerate(_OUTSIDE):
+        distance[shape == kind] = outside(y[shape == kind], x[shape == kind])
+    distance *= radius[:, None, None]
     return np.clip(0.5 - distance, 0, 1)
 
 
@@ -312,7 +327,7 @@ def ink(pictures: Tensor) -> Tensor:
     size = hue.norm(dim=1, keepdim=True)
     chroma = pictures - pictures.mean(1, keepdim=True)
     cosine = torch.einsum("kchw,nc->knhw", chroma, hue / size)
-    nearest = torch.zeros_like(cosine).scatter_(1, cosine.argmax(1, keepdim=True), 1)
+    nearest = cosine == cosine.amax(1, keepdim=True)
     return (cosine * nearest / size[..., None]).clamp(0, 1)
 
 
@@ -333,13 +348,13 @@ def detect(images: Tensor) -> Detections:
     pixels = ink(images.detach().to("cpu", torch.float32).clamp(0, 1)).numpy()
     labels, found = ndimage.label(pixels > 0.4, structure=_IN_PLANE)
     owner = ndimage.maximum_filter(labels, size=(1, 1, 3, 3))  # each blob with its soft rim
-    area = np.bincount(owner.ravel(), pixels.ravel(), found + 1).astype(float)
+    where = np.flatnonzero(owner)
+    blob, mass = owner.ravel()[where], pixels.ravel()[where]
+    area = np.bincount(blob, mass, found + 1).astype(float)
     index = np.flatnonzero(area > _SPECK)
-    index = index[index > 0]
     area = area[index]
-    where = np.nonzero(owner)
-    mass = pixels[where]
-    moments = [np.bincount(owner[where], mass * axis, found + 1)[index] / area for axis in where]
+    axes = np.unravel_index(where, owner.shape)
+    moments = [np.bincount(blob, mass * axis, found + 1)[index] / area for axis in axes]
     place = np.stack(moments, 1) if len(index) else np.zeros((0, 4))
     plane, centre = np.rint(place[:, :2]).astype(np.int64), place[:, 2:] + 0.5  # a plane is a picture and a colour
     overlap = _overlap(pixels, owner, index, plane, centre, area)
@@ -362,9 +377,10 @@ def _overlap(
     """Soft intersection over union of each blob with each ideal shape of its area at its centre of mass: (N, 3)."""
     window = 20
     corner = np.rint(centre).astype(np.int64) - window // 2
-    edge = ((0, 0), (0, 0), (window, window), (window, window))
-    row = corner[:, 0, None, None] + np.arange(window)[:, None] + window
-    column = corner[:, 1, None, None] + np.arange(window) + window
+    margin = window // 2
+    edge = ((0, 0), (0, 0), (margin, margin), (margin, margin))
+    row = corner[:, 0, None, None] + np.arange(window)[:, None] + margin
+    column = corner[:, 1, None, None] + np.arange(window) + margin
     at = (*plane.T[:, :, None, None], row, column)
     patch = np.pad(pixels, edge)[at] * (np.pad(owner, edge)[at] == index[:, None, None])
     radius = np.sqrt(area / np.pi)

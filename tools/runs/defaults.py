@@ -1,8 +1,9 @@
 """`python -m tools.runs.defaults`: what RBF's defaults rest on. Rows go to data/results/defaults.jsonl. Resumable.
 
 RBF with several shares of the budget for first noises, numbers of chains and stopping rules, beside SVDD with the same
-chains and first noises. tiny-flux schnell under the VP-SDE, as in the paper's table. Only prompts of the tune list, so
-that what is chosen here can be reported on the test list. `--print` runs nothing.
+chains and first noises. tiny-flux schnell under the VP-SDE, as in the paper's table. Prompts of the tune list, so that
+what is chosen on them can be reported on the test list: with `--test` the defaults and their SVDD run on that one, and
+rows go to defaults_test.jsonl. `--print` runs nothing.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
+import pandas as pd
 import torch
 
 from flowscale_lite import RBF, SVDD, BestOfEnough, FirstImprovement, experiments
@@ -22,7 +24,7 @@ from flowscale_lite.tiny.data import locate
 from .results import parts
 from .tables import insert, markdown
 
-PATH, PROMPTS = locate("results") / "defaults.jsonl", 50
+PROMPTS = 50
 FIRST = FirstImprovement()
 METHODS: dict[str, Callable[[int], Method]] = {  # of the budget
     "rbf, a quarter, first improvement": lambda nfe: RBF(init=nfe // 4, rule=FIRST),
@@ -35,17 +37,24 @@ METHODS: dict[str, Callable[[int], Method]] = {  # of the budget
     "svdd, a tenth": lambda nfe: SVDD(chains=1, init=nfe // 10),
     "svdd, a tenth, two chains": lambda nfe: SVDD(init=nfe // 20),
 }
+DEFAULTS: dict[str, Callable[[int], Method]] = {
+    "rbf, few step": RBF.few_step,
+    "svdd, first noises of few step": lambda nfe: SVDD(chains=1, init=nfe // 4),
+    "rbf": lambda nfe: RBF(),
+    "svdd, first noises of rbf": lambda nfe: SVDD(chains=1, init=RBF().init),
+}
+PAIRS = [("rbf, few step", "svdd, first noises of few step"), ("rbf", "svdd, first noises of rbf")]
 BUDGETS = (250, 500, 100)
 
 
-def tasks(seeds: int) -> list[experiments.Task]:
+def tasks(seeds: int, test: bool) -> list[experiments.Task]:
     """Every run: budget by budget, method by method."""
-    prompts = locate("prompts/tune.txt").read_text().splitlines()[:PROMPTS]
+    prompts = locate("prompts/test.txt" if test else "prompts/tune.txt").read_text().splitlines()[:PROMPTS]
     return [
         {"budget": budget, "method": method, "prompt": prompt, "seed": seed}
         for seed in range(seeds)
         for budget in BUDGETS
-        for method in METHODS
+        for method in (DEFAULTS if test else METHODS)
         for prompt in prompts
     ]
 
@@ -56,7 +65,7 @@ def run(task: experiments.Task) -> experiments.Row:
     scene, prompt = shapes.parse(task["prompt"]), FlowModel.encode(pipe, task["prompt"], guidance=2.0)
     sampler = paper.SAMPLERS["VP-SDE"]
     problem = sampler.of(prompt.problem(shapes.CountReward(scene), sampler.kernel))
-    method = METHODS[task["method"]](task["budget"])
+    method = (METHODS | DEFAULTS)[task["method"]](task["budget"])
     found = search(problem, method, max_nfe=task["budget"], generator=torch.Generator().manual_seed(task["seed"]))
     picture = prompt.decode(found.best[None])
     return {
@@ -74,18 +83,34 @@ def table(rows: list[experiments.Row]) -> str:
     return markdown(lines.rename(columns=titles).reset_index())
 
 
+def pairs(rows: list[experiments.Row]) -> str:
+    """Markdown: each default minus SVDD with the same chains and first noises, paired by prompt and seed."""
+    frame, lines = pd.DataFrame(rows), []
+    for budget in sorted(BUDGETS):
+        for names in PAIRS:
+            ours, theirs = (frame[(frame.budget == budget) & (frame.method == name)] for name in names)
+            judged = [experiments.paired_difference(ours, theirs, judge) for judge in ("exact", "held_out")]
+            lines.append([budget, " - ".join(names), len(ours), *judged])
+    titles = ["budget", "difference", "pairs", "by the counter", "by the held-out judge"]
+    return markdown(pd.DataFrame(lines, columns=titles))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--test", action="store_true", help="the defaults, on the test list")
     parser.add_argument("--print", action="store_true", help="run nothing")
     args = parser.parse_args()
-    rows = experiments.read(PATH)
+    name = "defaults_test" if args.test else "defaults"
+    path = locate("results") / f"{name}.jsonl"
+    rows = experiments.read(path)
     if not args.print:
-        rows = experiments.sweep(tasks(args.seeds), run, PATH, workers=args.workers, title="runs")
-    rows.sort(key=lambda r: (r["budget"], [*METHODS].index(r["method"])))
-    insert(locate("results") / "README.md", "defaults", table(rows))
-    print(table(rows))
+        rows = experiments.sweep(tasks(args.seeds, args.test), run, path, workers=args.workers, title="runs")
+    rows.sort(key=lambda r: (r["budget"], [*METHODS, *DEFAULTS].index(r["method"])))
+    text = f"{table(rows)}\n\n{pairs(rows)}" if args.test else table(rows)
+    insert(locate("results") / "README.md", name.replace("_", " "), text)
+    print(text)
 
 
 if __name__ == "__main__":
