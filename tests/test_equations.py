@@ -96,8 +96,8 @@ NAMES = {
 
 
 def signs(latex: str) -> str:
-    """A formula without what only spaces and sizes it."""
-    latex = re.sub(r"\\(?:[bB]ig|quad|qquad|text|mathrm)(?![a-zA-Z])|\\[,;! \\]|[\s&{}]", "", latex)
+    """A formula without what only spaces, sizes and breaks it."""
+    latex = re.sub(r"\\(?:[bB]ig|quad|qquad|text|mathrm|times)(?![a-zA-Z])|\\[,;! \\]|[\s&{}]", "", latex)
     return latex.replace(r"\mid", "|").replace(r"\tfrac", r"\frac")
 
 
