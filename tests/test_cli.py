@@ -34,6 +34,11 @@ def test_picture_table_and_account_agree(capsys, tmp_path):
         assert f"{account[key]['reward']:.2f}" in out and f"{account[key]['reward_calls']}" in out
 
 
+def test_python_m_flowscale_lite_is_the_command():
+    command = [sys.executable, "-m", "flowscale_lite", "--help"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.startswith("usage: flowscale ")
+
+
 def test_same_seed_same_account_and_another_seed_another(capsys, tmp_path):
     def account(name: str, seed: str) -> dict:
         flowscale(capsys, PROMPT, "--method", "best-of-n", "--nfe", "20", "--seed", seed, "--out", str(tmp_path / name))
