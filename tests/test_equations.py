@@ -87,11 +87,16 @@ NAMES = {
     "quota": r"q = B - \lfloor",
     "the chance to fail": r"\frac{m}{m + n}",
     "the right push": r"\nabla_x \log E[e^{r(x_0)/\tau} | x_t = x]",
-    "paired comparison": r"\Delta = \frac{1}{|P||S|}",
-    "in pairs, with an interval": r"\Delta = \frac{1}{|P||S|}",
+    "paired comparison": r"(a_{ps} - b_{ps})",
+    "in pairs, with an interval": r"(a_{ps} - b_{ps})",
     "chance of a try": r"p_k = \frac{k}{n} q^k",
     "hungriest stage": r"peak = \max_{s}",
+    "gradient through the look-ahead": r"J = \frac{\partial x_{0|t}}{\partial x}",
+    "steering": r"\varepsilon_{|t}' = \frac{x - \alpha_t x_{0|t}'}",
+    "memory at its peak": r"peak = \max_{s}",
     "seconds of a search": r"S = \frac{n F_v",
+    "runs on $g$ gpus": r"T \le \frac{W}{g} + ",
+    "smallest gain shown": r"1.96 \sqrt{d / n}",
 }
 
 
