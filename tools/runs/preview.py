@@ -27,7 +27,7 @@ from flowscale_lite.tiny.data import locate
 from .results import parts
 from .tables import insert, markdown
 
-PATH, NFE, PROMPTS, SEEDS = locate("results") / "preview.jsonl", 250, 50, (0, 1)
+PATH, NFE, PROMPTS, SEEDS = locate("results") / "preview.jsonl", 250, 50, (0,)
 
 
 def tasks() -> list[experiments.Task]:
