@@ -19,7 +19,7 @@
 #
 # **Goals.**
 # - see a small but genuine FLUX miscount
-# - spend 250 model evaluations twice: on whole pictures, and on single steps
+# - spend 250 evaluations of the model in two ways: on whole pictures, and step by step
 # - tell a real gain from luck, and from a fooled reward
 # - search with a prompt of your own
 #
@@ -205,6 +205,8 @@ for step in run:  # one step of the search at a time
     when.append(step.t)
 result = run.result()
 film_trace = result.trace
+film_pictures = torch.cat([prompt.decode(x0) for x0 in film[:-1]])
+film_rewards = reward(film_pictures)
 print(f"RBF: reward {result.reward:.2f}, {result.nfe} NFE")
 print(f"guesses judged: {result.reward_calls}")
 
@@ -218,13 +220,13 @@ plt.show()
 # %% [markdown]
 # Same model, same seed, same 250 evaluations. RBF's picture is right.
 #
-# Here is the film of its search: the guess of the state that RBF kept after each step.
+# Here is the film of its search: the guess of the state that RBF kept after each step. Mind the times. Steps 0 to 6 all lie above $t = 0.96$, where the state is nearly pure noise. The paper's grid takes small steps there, because there the picture is still open.
 
 # %% tags=["plot"] alt="Ten pictures, the guesses that RBF kept step by step. Objects come, go and change their kind on the way; the last picture is right."
-film_pictures = torch.cat([prompt.decode(x0) for x0 in film[:-1]])
-film_rewards = reward(film_pictures)
 fig, axes = plt.subplots(2, 5, figsize=(9, 4.6))
-titles = [f"step {k}\nreward {value:.1f}" for k, value in enumerate(film_rewards)]
+titles = []
+for k, value in enumerate(film_rewards):
+    titles.append(f"step {k}, t = {when[k]:.3f}\nreward {value:.1f}")
 for row in range(2):
     part = slice(5 * row, 5 * row + 5)
     plots.strip(axes[row], film_pictures[part], titles[part])
@@ -233,10 +235,13 @@ plt.show()
 # %% alt="Rewards against the evaluations spent. Upper line, the child kept at each step: it falls from the first point, wanders, and rises to 0 in the last steps. Lower line, the mean of all children drawn in a step: low for most of the way, higher in the last two steps."
 fig, ax = plt.subplots(figsize=(6, 3.2))
 plots.reward_trace(ax, result)
+for k, step in enumerate(film_trace[:-1]):  # the number of each step
+    ax.annotate(str(k), (step.nfe, step.accepted), (0, 5), textcoords="offset points")
+ax.set_ylim(top=4)
 plt.show()
 
 # %% [markdown]
-# (Both lines end in one point: the last step, to $t = 0$, has one child and costs no evaluation.) **Why does the reward kept fall at first?**
+# (The numbers are the steps of the film. Both lines end in one point: the last step, to $t = 0$, has one child and costs no evaluation.) **Why does the reward kept fall at first?**
 #
 # <details><summary>Answer</summary>
 #
@@ -416,7 +421,7 @@ plt.show()
 # - Best-of-N spends a budget on whole pictures, and no try learns from another.
 # - At every step the model guesses the finished picture (0.3), and a reward can judge the guess for one NFE.
 # - RBF spends the budget step by step: it draws random children and goes on from a good one.
-# - A gain counts if prompts nobody tuned on show it and a judge that no search saw confirms it.
+# - Believe a gain only if it shows on prompts that nobody tuned on, and if a judge that no search saw confirms it.
 
 # %% [markdown]
 # ## Exercises
