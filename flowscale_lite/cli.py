@@ -56,6 +56,7 @@ KERNELS: dict[str, Callable[[], kernels.Kernel]] = {
 
 
 JUDGES = ("clip", "pickscore", "vqascore")
+AIMED = ("counts:2 red apple, 3 cup", "aesthetic:head.safetensors")  # judges that need more than their name
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--draft", metavar="MODEL", help=sibling)
     small = "folder or hub id of a small autoencoder that decodes what the search judges, such as madebyollin/taef1"
     p.add_argument("--preview", metavar="MODEL", help=small)
-    judge = f"{', '.join(JUDGES)}, or path/to/file.py:function of pictures (K, 3, H, W) -> (K,) (default: a counter)"
+    judge = f"{', '.join((*JUDGES, *AIMED))}, or path/to/file.py:function of pictures (K, 3, H, W) -> (K,)"
+    judge += " (default: counts, of the coloured shapes in the prompt)"
     p.add_argument("--reward", help=judge)
     p.add_argument(
         "--held-out", help="a second judge, named like --reward, that sees the two pictures of the table only"
@@ -330,7 +332,10 @@ def prepare(args: argparse.Namespace) -> Job:
     Raises:
         ValueError, OSError: with one clear line.
     """
-    scene = None if args.reward else shapes.parse(args.prompt)
+    try:
+        scene = None if args.reward else shapes.parse(args.prompt)
+    except ValueError as error:
+        raise ValueError(f"{error}; for other words name a judge with --reward") from error
     check_numbers(args)
     check_output(args.out)
     reward = named_reward(args.reward, args) if scene is None else shapes.CountReward(scene)
@@ -386,9 +391,16 @@ def named_reward(name: str, args: argparse.Namespace) -> Reward:
             return judges.vqa_score(judges.VisionLanguage.load(device=args.device), args.prompt)
         clip = judges.Clip.load("pickscore" if name == "pickscore" else "clip-l", device=args.device)
         return (judges.pick_score if name == "pickscore" else judges.clip_score)(clip, args.prompt)
+    kind, _, wanted = name.partition(":")
+    if kind == "counts":
+        return counts_reward(wanted, args)
+    if kind == "aesthetic":
+        return aesthetic_reward(Path(wanted), args)
     path, _, function = name.rpartition(":")
     if not Path(path).is_file():
-        choices = f"one of {', '.join(JUDGES)}, or path/to/file.py:function with an existing file"
+        choices = (
+            f"one of {', '.join(JUDGES)}, counts, {', '.join(AIMED)}, or path/to/file.py:function with an existing file"
+        )
         raise ValueError(f"--reward must be {choices}; got {name!r}")
     try:
         found = runpy.run_path(path).get(function)
@@ -397,6 +409,43 @@ def named_reward(name: str, args: argparse.Namespace) -> Reward:
     if not callable(found):
         raise ValueError(f"--reward: {path} has no function {function!r}")
     return found
+
+
+def counts_reward(wanted: str, args: argparse.Namespace) -> Reward:
+    """Minus the squared error of counts: "2 red apple, 3 cup" by GroundingDINO and SAM; "" by the prompt's shapes.
+
+    Raises ValueError if the prompt is not of coloured shapes, or a part of `wanted` is not a number and a thing.
+    """
+    if not wanted:
+        try:
+            return shapes.CountReward(shapes.parse(args.prompt))
+        except ValueError as error:
+            raise ValueError(f"{error}; for other things say which: --reward {AIMED[0]!r}") from error
+    from . import judges
+
+    parts = [part.strip().partition(" ") for part in wanted.split(",")]
+    if not all(number.isdigit() and thing for number, _, thing in parts):
+        raise ValueError(f"--reward counts takes numbers and things, as in {AIMED[0]!r}; got {wanted!r}")
+    target = {thing.strip(): int(number) for number, _, thing in parts}
+    return judges.grounded_counts(judges.Finder.load(device=args.device), target)
+
+
+def aesthetic_reward(head: Path, args: argparse.Namespace) -> Reward:
+    """The aesthetic score by a head of linear layers over CLIP, in a safetensors file.
+
+    Raises ValueError if there is no such file, or if it holds something else.
+    """
+    if not head.is_file():
+        raise ValueError(f"--reward aesthetic needs the file of its head, {AIMED[1]!r}; got no such file")
+    from safetensors import SafetensorError
+
+    from . import judges
+
+    try:
+        layers = judges.linear_head(head)
+    except SafetensorError as error:
+        raise ValueError(f"--reward: {head} is damaged, or no safetensors file: {error}") from error
+    return judges.aesthetic_score(judges.Clip.load("clip-l", device=args.device), layers)
 
 
 def check_numbers(args: argparse.Namespace) -> None:

@@ -88,9 +88,11 @@ def test_what_cannot_be_run_is_refused_in_a_line(tmp_path, capsys, name, says):
 
 def test_a_function_of_the_budget_and_a_sampler_of_ones_own(tmp_path):
     code = "from flowscale_lite import BestOfN\nfrom flowscale_lite.experiments.paper import SAMPLERS\n"
-    code += "SAMPLER = SAMPLERS['ODE']\ndef mine(nfe):\n    return BestOfN(nfe // 20)\n"
+    code += "SAMPLER, SIBLING = SAMPLERS['ODE'], True\ndef mine(nfe):\n    return BestOfN(nfe // 20)\n"
+    code += "from flowscale_lite import RBF\nfew = RBF.few_step\n"
     entry, digest = bench.imported(of(tmp_path, code) + "mine")
     assert entry.method(100) == BestOfN(5) and entry.sampler == paper.SAMPLERS["ODE"] and len(digest) == 12
+    assert entry.sibling and bench.imported(of(tmp_path, code) + "few")[0].method(100).init == 25
 
 
 def test_stored_rows_replay():

@@ -8,8 +8,11 @@ import pytest
 import torch
 from matplotlib import pyplot as plt
 from PIL import Image
+from safetensors.torch import save_file
+from torch import Generator
 
 from flowscale_lite import beyond, cli, judges, methods, plots
+from flowscale_lite.tiny import shapes
 from flowscale_lite.tiny.data import locate
 
 PROMPT = "three red circles and two blue squares"
@@ -32,6 +35,11 @@ def test_picture_table_and_account_agree(capsys, tmp_path):
     assert account["trace"][-1]["t"] == 0 and account["trace"][-1]["nfe"] == account["found"]["nfe"]
     for key in ("plain", "found"):
         assert f"{account[key]['reward']:.2f}" in out and f"{account[key]['reward_calls']}" in out
+
+
+def test_python_m_flowscale_lite_is_the_command():
+    command = [sys.executable, "-m", "flowscale_lite", "--help"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.startswith("usage: flowscale ")
 
 
 def test_same_seed_same_account_and_another_seed_another(capsys, tmp_path):
@@ -188,7 +196,10 @@ def test_size_memory_and_a_held_out_judge(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("reward", "message"),
     [
-        ("beauty", "--reward must be one of clip, pickscore, vqascore, or path/to/file.py:function"),
+        ("beauty", "--reward must be one of clip, pickscore, vqascore, counts, "),
+        ("counts:apples", "takes numbers and things, as in 'counts:2 red apple, 3 cup'; got 'apples'"),
+        ("aesthetic", "--reward aesthetic needs the file of its head, 'aesthetic:head.safetensors'; got no such file"),
+        ("aesthetic:mine.py", "mine.py is damaged, or no safetensors file"),
         ("nowhere.py:red", "with an existing file; got 'nowhere.py:red'"),
         ("mine.py:blue", "mine.py has no function 'blue'"),
         ("mine.py:number", "mine.py has no function 'number'"),
@@ -216,6 +227,32 @@ def test_judges_are_loaded_by_name_for_the_whole_prompt(monkeypatch, name):
     expected = {"clip": ("clip_score", "clip"), "pickscore": ("pick_score", "clip"), "vqascore": ("vqa_score", "vlm")}
     assert made == (*expected[name], "three cats")
     assert asked == [({"clip": "clip-l", "pickscore": "pickscore", "vqascore": "vlm"}[name], "cpu")]
+
+
+def test_counts_and_an_aesthetic_head_by_name(monkeypatch, tmp_path):
+    """The counter of shapes, a detector for other things with their numbers, and linear layers from a file."""
+    args = cli.parser().parse_args([PROMPT, "--device", "cpu"])
+    pictures = torch.rand(2, 3, 64, 64, generator=Generator().manual_seed(0))
+    expected = shapes.CountReward(shapes.parse(PROMPT))(pictures)
+    assert torch.equal(cli.named_reward("counts", args)(pictures), expected)
+    cats = cli.parser().parse_args(["three cats", "--device", "cpu"])
+    with pytest.raises(ValueError, match="for other things say which: --reward 'counts:2 red apple, 3 cup'"):
+        cli.named_reward("counts", cats)
+
+    monkeypatch.setattr(judges.Finder, "load", lambda device: f"finder on {device}")
+    monkeypatch.setattr(judges, "grounded_counts", lambda *given: given)
+    assert cli.named_reward("counts:3 cat, 1 red sofa", cats) == ("finder on cpu", {"cat": 3, "red sofa": 1})
+
+    layers = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Dropout(), torch.nn.Linear(3, 1)).eval()
+    save_file({f"layers.{name}": part for name, part in layers.state_dict().items()}, tmp_path / "head.safetensors")
+    monkeypatch.setattr(judges.Clip, "load", lambda name, device: name)
+    monkeypatch.setattr(judges, "aesthetic_score", lambda clip, head: (clip, head))
+    clip, head = cli.named_reward(f"aesthetic:{tmp_path / 'head.safetensors'}", cats)
+    vectors = torch.rand(2, 4, generator=Generator().manual_seed(0))
+    assert clip == "clip-l" and torch.equal(head(vectors), layers(vectors))
+    save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="should hold weights and biases of linear layers; it holds x"):
+        cli.named_reward(f"aesthetic:{tmp_path / 'other.safetensors'}", cats)
 
 
 def test_the_account_is_json_by_the_letter(capsys, tmp_path):

@@ -1,6 +1,7 @@
 """The notebooks as nbgrader's assignments: the metadata that it wants, and the grades that it gives."""
 
 import os
+import re
 
 import nbformat
 import pytest
@@ -28,6 +29,8 @@ def test_assignment_is_marked_up_for_nbgrader(source):
         assert test.metadata["nbgrader"]["points"] == points and 1 <= points <= 5
         assert notebooks.NOT_DONE not in test.source  # an exercise that is not done has no points
     assert not any("A solution" in cell.source for cell in made.cells)
+    text = "\n".join(cell.source for cell in made.cells if cell.cell_type == "markdown")
+    assert all(link.startswith(("https://", "#")) for link in re.findall(r"\]\(([^)]+)\)", text)), "it travels alone"
     assert f"({source.stem}.ipynb)" not in made.cells[0].source and f"/{source.stem}.ipynb" not in made.cells[0].source
 
 

@@ -7,6 +7,7 @@ import httpx
 import huggingface_hub
 import pytest
 import torch
+from diffusers import FluxImg2ImgPipeline
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub.constants import HF_HUB_DISABLE_PROGRESS_BARS
 from huggingface_hub.errors import (
@@ -19,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Generator
 from transformers.utils import logging as transformers_logging
 
-from flowscale_lite import RBF, BestOfN, ddim, flux, ode, search
+from flowscale_lite import RBF, BestOfN, Run, ddim, flux, ode, search
 from flowscale_lite.flux import FlowModel, hub
 from flowscale_lite.tiny import shapes
 from flowscale_lite.tiny.data import locate
@@ -42,6 +43,34 @@ def diffusers_pictures(pipe, number: int, steps: int) -> torch.Tensor:
         TEXT, height=64, width=64, num_inference_steps=steps, guidance_scale=2.0, max_sequence_length=16,
         num_images_per_prompt=number, generator=seeded(), output_type="pt",
     ).images  # fmt: skip
+
+
+@pytest.mark.parametrize(("steps", "strength"), [(4, 0.5), (10, 0.6), (10, 1.0)])
+def test_image_to_image_equals_diffusers(pipe, steps, strength):
+    """From a picture's latents, noised to where the strength begins, down the pipeline's own grid: equal to 1e-4."""
+    picture = torch.rand(1, 3, 8, 8, generator=seeded(1)).repeat_interleave(8, 2).repeat_interleave(8, 3)
+    expected = FluxImg2ImgPipeline(**pipe.components)(
+        TEXT, image=picture, height=64, width=64, num_inference_steps=steps, strength=strength, guidance_scale=2.0,
+        max_sequence_length=16, generator=seeded(), output_type="pt",
+    ).images  # fmt: skip
+
+    prompt, generator = FlowModel.encode(pipe, TEXT, guidance=2.0), seeded()
+    times = prompt.times(steps)[steps - round(steps * strength) :]
+    run = Run(prompt.problem(REWARD, ode, times=times), max_nfe=steps, generator=generator)
+    x0 = prompt.latents(picture, generator)
+    p = run.start(1, (1 - times[0]) * x0 + times[0] * torch.randn(x0.shape, generator=generator))
+    while p.t > 0:
+        p = run.propose(p)
+    torch.testing.assert_close(prompt.decode(p.x), expected, atol=1e-4, rtol=0)
+
+
+def test_the_latents_of_a_picture_decode_to_it(pipe):
+    prompt = FlowModel.encode(pipe, TEXT, guidance=2.0)
+    x = search(prompt.problem(REWARD, ode, 4), BestOfN(1), max_nfe=4, generator=seeded()).best[None]
+    picture = prompt.decode(x)
+    assert (prompt.decode(prompt.latents(picture)) - picture).abs().mean() < 0.05
+    with pytest.raises(ValueError, match=r"pictures must be \(K, 3, 64, 64\); got \(1, 3, 64, 32\)"):
+        prompt.latents(picture[..., :32])
 
 
 @pytest.mark.parametrize("number", [1, 4])

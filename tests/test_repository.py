@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import tomllib
+import warnings
 from pathlib import Path
 
 import pytest
@@ -105,7 +106,7 @@ def test_wrong_arrows_are_found():
 def test_the_core_is_read_in_an_evening():
     """What the course derives: the files at the top, but for command and figures, and the methods."""
     files = [*PACKAGE.glob("*.py"), *PACKAGE.glob("methods/*.py")]
-    core = [path for path in files if path.stem not in ("cli", "plots")]
+    core = [path for path in files if path.stem not in ("cli", "plots", "__main__")]
     assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in core) <= 2000
 
 
@@ -196,26 +197,26 @@ def test_make_targets_are_documented():
 def test_readme_examples_run(monkeypatch):
     """The blocks of Python on both pages, in their order; with a toy for your model, and tiny-flux for FLUX.1."""
     from flowscale_lite import flux
+    from flowscale_lite.flux import memory
     from flowscale_lite.tiny import shapes
     from flowscale_lite.tiny.data import locate
 
-    load = flux.load
-    monkeypatch.setattr(flux, "load", lambda *args, **kwargs: load(locate("tiny-flux/schnell")))
-    text = "three red circles and two blue squares"
+    pipe = flux.load(locate("tiny-flux/schnell"))
+    monkeypatch.setattr(memory, "load_planned", lambda name, plan, prompts: pipe)
+    monkeypatch.setattr(memory, "free_gib", lambda: 24.0)
     names = {
         "model": lambda x, t: x / (1 + t).view(-1, 1, 1, 1),
         "judge": lambda x0: -x0.square().mean((1, 2, 3)),
-        "text": text,
-        "reward": shapes.CountReward(shapes.parse(text)),
-        "FlowModel": flux.FlowModel,
-        "load": flux.load,
-        "pipe": flux.load(),
+        "reward": shapes.CountReward(shapes.parse("three red circles and two blue squares")),
     }
     pages = "".join((ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "flowscale_lite/README.md"))
     blocks = re.findall(r"^```python\n(.+?)^```$", pages, re.M | re.S)
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), names)
-    assert len(blocks) >= 3 and names["result"].nfe <= 250 and isinstance(names["prompt"], flux.FlowModel)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "the model does not know these words")  # tiny-flux does not, of FLUX's prompt
+        for block in blocks:
+            exec(compile(block, "README.md", "exec"), names)
+    assert len(blocks) >= 3 and names["result"].nfe <= 250 and names["picture"].shape == (1, 3, 64, 64)
+    assert names["plan"].chunk >= 1
     assert type(names["pipe"].scheduler).__name__ == "FlowSDEScheduler"
 
 

@@ -170,7 +170,8 @@ def imported(name: str) -> tuple[Entry, str]:
     """The method `path/to/file.py:Name`, and a digest of its file.
 
     Name is a method, its class, or a function of the budget that returns one. If the file has a `SAMPLER`, a
-    `bench.Sampler`, it is used in place of the track's. Raises ValueError: no such file or name.
+    `bench.Sampler`, it is used in place of the track's; with `SIBLING = True` schnell looks ahead for dev. Raises
+    ValueError: no such file or name.
     """
     path, _, attribute = name.rpartition(":")
     if not attribute or not Path(path).is_file():
@@ -183,9 +184,10 @@ def imported(name: str) -> tuple[Entry, str]:
     found = getattr(module, attribute, None)
     if not callable(getattr(found, "advance", found)):
         raise ValueError(f"{path} has no method, class or function {attribute!r}")
-    make: Any = found if inspect.isfunction(found) else (lambda nfe: found() if inspect.isclass(found) else found)
+    of_budget = not hasattr(found, "advance")
+    make: Any = found if of_budget else (lambda nfe: found() if inspect.isclass(found) else found)
     digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
-    return Entry(make, getattr(module, "SAMPLER", None)), digest
+    return Entry(make, getattr(module, "SAMPLER", None), getattr(module, "SIBLING", False)), digest
 
 
 def compared(rows: Sequence[Row], stored: Sequence[Row], name: str) -> pd.DataFrame:

@@ -274,6 +274,28 @@ class FlowModel:
         with torch.set_grad_enabled(torch.is_grad_enabled() and x.requires_grad):
             return chunked(lambda rows: self._ask(rows, vae=vae)[0].float(), self.chunk if chunk is None else chunk)(x)
 
+    def latents(self, pictures: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Pictures (K, 3, height, width) in [0, 1] -> their latents (K, C, H, W), float32, by the pipeline's VAE.
+
+        What `decode` undoes. For image-to-image start at a time t below 1 from (1 - t) latents + t noise. With a
+        generator the latents are drawn from the VAE's distribution, if it has one, as diffusers does; else its mean.
+
+        Raises ValueError if the pictures are of another size, or it is no pipeline of FLUX.1's latents.
+        """
+        size, vae = (self.height, self.width), self.pipe.vae
+        if pictures.ndim != 4 or pictures.shape[1] != 3 or pictures.shape[2:] != size:
+            raise ValueError(f"pictures must be (K, 3, {size[0]}, {size[1]}); got {tuple(pictures.shape)}")
+        scale, shift = (vae.config.get(name) for name in ("scaling_factor", "shift_factor"))
+        if self.family.pack is None or scale is None or shift is None:
+            raise ValueError(f"pictures cannot be the start with {type(self.pipe).__name__}, only with FLUX.1")
+        with torch.no_grad():
+            found = vae.encode(2 * pictures.to(self.device, vae.dtype) - 1)
+            if hasattr(found, "latent_dist"):
+                found = found.latent_dist.mode() if generator is None else found.latent_dist.sample(generator)
+            else:  # AutoencoderTiny
+                found = found.latents
+        return ((found - shift) * scale).float()
+
     def leaders(self, result: Result, reward: Reward, number: int = 4) -> tuple[Tensor, Tensor]:
         """The best finished particles of a search that judged previews, decoded in full and judged again.
 

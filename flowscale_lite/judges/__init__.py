@@ -14,7 +14,7 @@ binds it to a prompt, and is a Reward: pictures (K, 3, H, W) in [0, 1] -> (K,), 
 loaded; torchvision is not needed.
 """
 
-from .clip import Clip, aesthetic_score, clip_score, pick_score
+from .clip import Clip, aesthetic_score, clip_score, linear_head, pick_score
 from .combined import lexicographic, weighted
 from .counts import Finder, Found, clean, grounded_counts
 from .vqa import VisionLanguage, vqa_score
@@ -29,6 +29,7 @@ __all__ = [
     "clip_score",
     "grounded_counts",
     "lexicographic",
+    "linear_head",
     "pick_score",
     "vqa_score",
     "weighted",

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -86,6 +87,30 @@ def pick_score(clip: Clip, prompt: str, *, chunk: int = 16) -> Reward:
     """
     text = clip.text(prompt) * clip.model.logit_scale.detach().float().exp()
     return chunked(lambda images: (clip.pictures(images) @ text).to(images.device), chunk)
+
+
+def linear_head(path: str | Path) -> nn.Module:
+    """Linear layers one after the other, from a safetensors file that holds nothing else, in the order of their names.
+
+    Raises ValueError if the file holds other tensors; what safetensors raises for a damaged file.
+    """
+    held = load_file(path)
+    names = sorted((key[: -len(".weight")] for key in held if key.endswith(".weight")), key=_numbers)
+    if set(held) != {f"{name}.{part}" for name in names for part in ("weight", "bias")}:
+        raise ValueError(f"{path} should hold weights and biases of linear layers; it holds {', '.join(sorted(held))}")
+    layers = nn.Sequential()
+    for name in names:
+        weight, bias = held[f"{name}.weight"], held[f"{name}.bias"]
+        if weight.ndim != 2:
+            raise ValueError(f"{path}: {name} is no linear layer; its weights are {tuple(weight.shape)}")
+        layer = nn.Linear(weight.shape[1], weight.shape[0])
+        layer.load_state_dict({"weight": weight.float(), "bias": bias.float()})
+        layers.append(layer)
+    return layers
+
+
+def _numbers(name: str) -> list[int]:
+    return [int(part) for part in name.split(".") if part.isdigit()]
 
 
 def aesthetic_score(clip: Clip, head: nn.Module, *, chunk: int = 16) -> Reward:

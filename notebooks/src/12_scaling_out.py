@@ -92,7 +92,7 @@ assert max(dollars.values()) / PICTURES < 1
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# The T4's. Days differ by a factor of fifteen, dollars by two, because the prices that we assumed grow nearly as fast as the peaks. Each picture costs less than a dollar, as the paper says of its own.
+# The T4's. Days differ by a factor of fifteen, dollars by two, because the prices that we assumed grow nearly as fast as the peaks. Each picture costs less than a dollar, as the paper says of its own. So the slow card is the dear one: you wait a month, and pay more.
 #
 # </details>
 #
@@ -102,7 +102,7 @@ assert max(dollars.values()) / PICTURES < 1
 #
 # A search pays for four things. It evaluates velocities: $n$ of them, its NFE. It decodes every picture that it judges, $R$ of them, and its answer once more. It asks the judge $R$ times. And it encodes one text. Each has its number of operations: $F_v$, $F_d$, $F_j$ and $F_t$. A machine has a peak of $P$ operations a second and reaches a share $u$ of it, the *utilisation*. So a search takes $S$ seconds:
 #
-# $$\small S = \frac{n F_v + (R + 1) F_d + R F_j + F_t}{u\,P}. \tag{12.2}$$
+# $$\small S = \frac{n F_v + (R + 1) F_d + R F_j + F_t}{u\,P}. \tag{12.1}$$
 #
 # PyTorch counts the operations for us: on its *meta device* a tensor has a shape and no contents, so a forward pass of a model of 12 billion weights costs nothing.
 
@@ -120,9 +120,16 @@ pd.DataFrame(lines).T.map("{:.3g}".format)
 # RBF judges a picture at every evaluation. Best-of-N in ten steps judges one in ten.
 #
 # **Guess: at equal NFE, how much longer does RBF take than best-of-N, on tiny-flux and on FLUX.1?**
+#
+# To count operations alone, we plan for an imagined machine, `ONE`, that does one operation a second. What it needs in seconds is the number of operations.
+
+# %%
+ONE = cost.Gpu("one operation a second", 1e-12, 1, 0)  # peak in 10^12, GiB, dollars
+for method, calls in (("best-of-N", 50), ("RBF", 500)):
+    counted = cost.estimate(work, ONE, 500, reward_calls=calls, utilisation=1)
+    print(f"{method} on FLUX.1: {counted.seconds:.1e} operations")
 
 # %% tags=["plot"] alt="Stacked bars, best-of-N as 1. On tiny-flux RBF takes about three times as long, most of it for decoding. On FLUX.1 with a judge it takes about 1.3 times as long, and velocities are by far the largest part."
-ONE = cost.Gpu("one operation a second", 1e-12, 1, 0)
 shades = {"velocity": "0.35", "decode": "#0072B2", "judge": "#D55E00", "text": "0.85"}
 fig, ax = plt.subplots(figsize=(7, 3))
 ratios, rows = [], []
@@ -153,7 +160,7 @@ assert 2 < ratios[0] < 3.5 and 1.2 < ratios[1] < 1.4, ratios
 #
 # ## Is one number enough? Ask a clock
 #
-# Above the line of (12.2) all is counted. Below it stands one number that must be measured or assumed, $uP$. Can one number be enough for two methods that mix evaluations and decodes so differently? Take the machine that this page ran on. We time best-of-N once, read off $uP$, and let (12.2) foretell three other searches.
+# Above the line of (12.1) all is counted. Below it stands one number that must be measured or assumed, $uP$. Can one number be enough for two methods that mix evaluations and decodes so differently? Take the machine that this page ran on. We time best-of-N once, read off $uP$, and let (12.1) foretell three other searches.
 
 # %%
 from flowscale_lite import RBF, BestOfN, ddim, ode, search
@@ -211,9 +218,9 @@ ratio = timed["measured, s"] / timed["foretold, s"]
 assert ratio.between(0.4, 2.5).all(), list(ratio)
 
 # %% [markdown]
-# On this work one number foretells the others to about 30 %. That is enough for a plan. It belongs to this *kind* of work, however. Another model, or another batch size, has another number. And (12.2) knows nothing of memory. A GPU that fetches its weights from the host for every evaluation waits for them, whatever its peak.
+# On this work one number foretells the others to about 30 %. That is enough for a plan. It belongs to this *kind* of work, however. Another model, or another batch size, has another number. And (12.1) knows nothing of memory. A GPU that fetches its weights from the host for every evaluation waits for them, whatever its peak.
 #
-# And on a GPU? `python -m tools.runs.gpu_check` measures evaluations of FLUX.1 at its real size and stores them beside what (12.2) says with $u = 0.4$. Here are all records that there are. A ratio of 1 means that the plan was right, above 1 that the card was slower.
+# And on a GPU? `python -m tools.runs.gpu_check` measures evaluations of FLUX.1 at its real size and stores them beside what (12.1) says with $u = 0.4$. Here are all records that there are. A ratio of 1 means that the plan was right, above 1 that the card was slower.
 
 # %% tags=["nbval-ignore-output"]
 COLUMNS = ["card", "check", "what", "weights", "size", "batch"]
@@ -234,7 +241,7 @@ else:
 #
 # Prompts and seeds do not talk to one another, so $K$ runs of lengths $t_1, \dots, t_K$ can go to $g$ GPUs. There are two ways to hand them out. Cut the list into $g$ equal pieces beforehand. Or keep a queue, from which each GPU takes the next run when it is free. No way is faster than $\max(W/g, \max_k t_k)$, where $W$ is the sum of all lengths. The queue is never slower than
 #
-# $$T \le \frac{W}{g} + \Big(1 - \frac1g\Big)\max_k t_k \tag{12.3}$$
+# $$T \le \frac{W}{g} + \Big(1 - \frac1g\Big)\max_k t_k \tag{12.2}$$
 #
 # ([Deeper](#Deeper:-why-the-queue-is-good) has the reason).
 
@@ -288,7 +295,7 @@ first, listed, cut = (faster[name][31] for name in ways)
 assert 29 < first < 32 and 20 < listed < 27 and cut < 20, (first, listed, cut)
 for name in list(ways)[:2]:
     most = total / gpus + (1 - 1 / gpus) * max(lengths)
-    assert (total / faster[name] <= most + 1e-6).all(), "(12.3) is violated"
+    assert (total / faster[name] <= most + 1e-6).all(), "(12.2) is violated"
 
 # %% [markdown]
 # <details><summary>Answer</summary>
@@ -303,39 +310,49 @@ for name in list(ways)[:2]:
 #
 # Cheap machines are machines that may be taken away. The remedy is old. Write down each result when it is there. When started again, look first. We keep one line of JSON a run, in a file that is only ever appended to.
 #
-# A *task* is a dict that says all about one run, the seed included. So it does not matter where and when it runs. Here is a job, as you would give it to a machine, in a file of its own:
+# A *task* is a dict that says all about one run, the seed included. So it does not matter where and when it runs. Here is a job, as you would give it to a machine, in a file of its own. First the list of tasks, and what to do with one:
 
 # %%
-TASKS = """import sys, time, torch
-from flowscale_lite import LINEAR, RBF, GaussianMixture, Problem, QuadraticReward
-from flowscale_lite import ddim, experiments, search, uniform
+from flowscale_lite import LINEAR, GaussianMixture, Problem, QuadraticReward, uniform
 
-RING = GaussianMixture.ring()
-TASKS = [{"budget": b, "seed": s} for b in (80, 20) for s in range(24)]  # longest first
-"""
+
+def tasks():
+    """Two budgets, 24 seeds each, the longest first."""
+    return [{"budget": b, "seed": s} for b in (80, 20) for s in range(24)]
+
 
 # %%
-RUN = """
 def run(task):
-    reward = QuadraticReward((2.4, 0.0))
-    problem = Problem(RING.velocity(LINEAR), reward, LINEAR, ddim(), uniform(10), (2,))
+    """One search on the ring of eight clouds."""
+    flow, reward = GaussianMixture.ring().velocity(LINEAR), QuadraticReward((2.4, 0.0))
+    problem = Problem(flow, reward, LINEAR, ddim(), uniform(10), (2,))
     generator = torch.Generator().manual_seed(task["seed"])
     found = search(problem, RBF(init=4), max_nfe=task["budget"], generator=generator)
     time.sleep(0.05)  # a picture would take longer
     return {"reward": found.reward, "nfe": found.nfe}
-"""
 
-MAIN = """
+
+# %% [markdown]
+# Both functions go into the file as they stand, between the imports and one call of `sweep`.
+
+# %%
+import inspect
+import tempfile
+
+FIRST = """import sys, time, torch
+from flowscale_lite import LINEAR, RBF, GaussianMixture, Problem, QuadraticReward
+from flowscale_lite import ddim, experiments, search, uniform
+
+"""
+LAST = """
 if __name__ == "__main__":
-    experiments.sweep(TASKS, run, sys.argv[1], workers=2)
+    experiments.sweep(tasks(), run, sys.argv[1], workers=2)
 """
 
 # %%
-import tempfile
-
 folder = tempfile.TemporaryDirectory()
 script, stored = Path(folder.name, "job.py"), Path(folder.name, "rows.jsonl")
-script.write_text(TASKS + RUN + MAIN)
+script.write_text(FIRST + inspect.getsource(tasks) + inspect.getsource(run) + LAST)
 print("written:", script.name)
 
 # %% [markdown]
@@ -363,12 +380,9 @@ print(f"killed with {len(before)} of 48 rows written")
 # **Guess: we start the same command again. How many rows will the file have, and will the numbers be those of a run that was never killed?**
 
 # %%
-sys.path.insert(0, folder.name)
-import job
-
 subprocess.run(command, env=paths, check=True)
 rows = [json.loads(line) for line in stored.read_text().splitlines()]
-whole = experiments.sweep(job.TASKS, job.run, Path(folder.name, "whole.jsonl"))
+whole = experiments.sweep(tasks(), run, Path(folder.name, "whole.jsonl"))
 same = sorted(rows, key=json.dumps) == sorted(whole, key=json.dumps)
 print(f"{len(rows)} rows; the same as in a run without a kill: {same}")
 
@@ -404,7 +418,7 @@ print("and who appends blindly writes", path.read_text().splitlines()[-1][:60], 
 # %%
 path.write_text(intact[:-11])
 again = []
-experiments.sweep(job.TASKS, lambda task: again.append(task) or job.run(task), path)
+experiments.sweep(tasks(), lambda task: again.append(task) or run(task), path)
 print(f"sweep runs {len(again)} of 48 again, rows now {len(experiments.read(path))}")
 
 # %% tags=["check"]
@@ -418,7 +432,7 @@ assert len(again) == 1 and sorted(mended, key=json.dumps) == sorted(whole, key=j
 #
 # You have 20 dollars and want to know whether method A beats method B. Two things follow from the budget: how many pictures you can pay for, and how small a difference they can show. For the second: on most prompts the two methods agree. Let them differ on a share $d$ of the prompts. Then a paired difference over $n$ prompts has a standard error of about $\sqrt{d/n}$, and a gain is shown if it is larger than
 #
-# $$1.96 \sqrt{d / n}. \tag{12.5}$$
+# $$1.96 \sqrt{d / n}. \tag{12.3}$$
 #
 # A true gain of just this size is shown by only about half of such studies. For a safe plan ask for one and a half times as much.
 
@@ -688,7 +702,7 @@ def accidents():
 #
 # In each of the $B$ blocks every token passes through weights of $12\,d^2$ entries: $3d^2$ for query, key and value, $d^2$ for the output of the attention, and $4d^2 + 4d^2$ for the two layers of the MLP. (A single-stream block arranges the same twelve differently.) Attention itself has no weights: each of $N$ queries meets $N$ keys, and then sums $N$ values, $2Nd$ operations each time. Together
 #
-# $$F = 24\,B\,d^2 N + 4\,B\,d\,N^2 + \text{a little}. \tag{12.1}$$
+# $$F = 24\,B\,d^2 N + 4\,B\,d\,N^2 + \text{a little}. \tag{12.4}$$
 #
 # The little comes once a row and not once a token (the modulations), or once a token and not in every block (the layers into and out of the model). Written out, it makes the count exact.
 
@@ -710,7 +724,7 @@ def by_hand(config, image, text):
 # %%
 config = hub.skeleton(cost.FLUX1).transformer.config
 assert sum(by_hand(config, 64 * 64, 256)) == flux["velocity"].flops
-print("(12.1) and PyTorch's counter agree to the last operation")
+print("(12.4) and PyTorch's counter agree to the last operation")
 
 # %% alt="Operations of one FLUX.1 evaluation against the side of the picture, on logarithmic axes. The part through weights is linear in the number of tokens and dominates at 1024 pixels; attention is quadratic and catches up."
 sides = np.array([256, 512, 768, 1024, 1536, 2048])
@@ -738,9 +752,9 @@ plt.show()
 #
 # Let run $k$ be the one that ends last. Up to its start no GPU was idle, or it would have taken $k$. So $k$ started at the latest when the other work, $W - t_k$, shared equally, was done:
 #
-# $$\begin{aligned} T &\le \frac{W - t_k}{g} + t_k \\ &= \frac{W}{g} + \Big(1 - \frac1g\Big) t_k, \end{aligned} \tag{12.6}$$
+# $$\begin{aligned} T &\le \frac{W - t_k}{g} + t_k \\ &= \frac{W}{g} + \Big(1 - \frac1g\Big) t_k, \end{aligned} \tag{12.5}$$
 #
-# and $t_k \le \max_k t_k$ gives (12.3).
+# and $t_k \le \max_k t_k$ gives (12.2).
 #
 # A GPU also has to load the model before its first run, and is paid for until the last run of all has ended. The *efficiency* is the share of the paid time that went into pictures.
 
@@ -768,7 +782,7 @@ assert lines[30]["dollars"] > lines[50]["dollars"]
 #
 # A judge of 8 billion weights does not fit beside FLUX.1 on a GPU of 40 GB. The paper's authors run theirs on a machine of its own, and several generators ask it. Say a generator takes $a$ seconds to produce and decode a batch, and then waits for the judge, who needs $b$ seconds a batch. Each of $g$ generators goes round once in $a + b$ seconds at best, and the judge cannot answer more than $1/b$ a second. For the rate $r$ of batches a second this gives
 #
-# $$r \le \min\Big(\frac{g}{a + b},\; \frac1b\Big). \tag{12.4}$$
+# $$r \le \min\Big(\frac{g}{a + b},\; \frac1b\Big). \tag{12.6}$$
 #
 # The two bounds meet at the *knee*, $g^* = 1 + a/b$.
 
@@ -794,7 +808,7 @@ bound = np.minimum(generators / (a + b), 1 / b)
 
 # %% alt="Batches a second against the number of generators that share one judge: rising in proportion up to the knee at about eight, flat beyond it. The simulated points lie on the bound."
 fig, ax = plt.subplots(figsize=(6, 3.4))
-ax.plot(generators, bound, label="bound (12.4)")
+ax.plot(generators, bound, label="bound (12.6)")
 ax.plot(generators, simulated, "o", label="simulated")
 ax.axvline(1 + a / b, color="0.7", linestyle="-", linewidth=1)
 ax.annotate(f"  knee, {1 + a / b:.1f}", (1 + a / b, bound[0]), fontsize=10)
@@ -820,5 +834,5 @@ assert 7.5 < 1 + a / b < 9
 #
 # ## Further reading
 # - Kaplan et al., [Scaling Laws for Neural Language Models](https://arxiv.org/abs/2001.08361), 2020: two operations a weight and token
-# - Graham, [Bounds on Multiprocessing Timing Anomalies](https://doi.org/10.1137/0117039), 1969: (12.3), and longest first
+# - Graham, [Bounds on Multiprocessing Timing Anomalies](https://doi.org/10.1137/0117039), 1969: (12.2), and longest first
 # - Moritz et al., [Ray: A Distributed Framework for Emerging AI Applications](https://arxiv.org/abs/1712.05889), 2018

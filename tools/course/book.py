@@ -30,7 +30,7 @@ PAGES = [
 BADGE = re.compile(r"\[!\[Open in Colab\]\([^)]*\)\]")
 CODE = r"```.*?```|`[^`]*`|"  # is left as it is
 LINK = re.compile(CODE + r"(?<=\]\()(?!\w+:)([^)\s#]*)(#[^)\s]*)?(?=\))", re.S)
-EQUATION = re.compile(r"\$\$(.+?)\\tag\{(\d+\.\d+)\}\s*\$\$", re.S)
+EQUATION = re.compile(r"\$\$((?:(?!\$\$).)+?)\\tag\{(\d+\.\d+)\}\s*\$\$", re.S)
 REFERENCE = re.compile(CODE + r"(?<![\w\[])\((\d+\.\d+)\)", re.S)
 HEADING = re.compile(r"^#+ +(.+)$", re.M)
 ARXIV = re.compile(r"arXiv[ :](\d{4}\.\d{5})")

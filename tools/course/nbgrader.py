@@ -29,6 +29,7 @@ from tools.course.rehearsal import tagged
 
 COURSE = notebooks.ROOT / "build" / "nbgrader"
 WORTH = re.compile(r"^### Exercise \d+: .+ \(difficulty (\d) of 5, \d+ minutes\)$", re.M)
+OTHER = re.compile(r"\]\((?=\d\d_\w+\.ipynb)")  # a link to another notebook, which no course's folder has
 CONFIG = """\
 c = get_config()
 c.CourseDirectory.course_id = "flowscale"
@@ -47,6 +48,11 @@ def assignment(source: Path) -> NotebookNode:
     """The notebook as nbgrader's source version: solutions between its markers, tests locked and worth their points."""
     notebook = notebooks.assemble(source, student=True)
     notebook.cells[0].source = notebook.cells[0].source.replace(notebooks.badge(source.stem, student=True), "")
+    about = notebooks.project()
+    students = f"]({about['repository']}/blob/v{about['version']}/notebooks/student/"
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = OTHER.sub(students, cell.source)
     for tag, name in (("exercise", "exercise"), ("exercise-test", "test")):
         cells = [cell for cell in notebook.cells if tag in notebooks.tags(cell)]
         for number, (cell, code, worth) in enumerate(zip(cells, tagged(source, tag), points(source), strict=True), 1):
