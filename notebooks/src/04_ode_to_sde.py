@@ -205,7 +205,7 @@ plt.show()
 #
 # The *diffusion coefficient* $g_t \ge 0$ may change with time in any way, as long as it stays bounded. $g = 0$ is the ODE.
 #
-# ## The score from the velocity
+# ## The model gives the score
 #
 # One thing seems to be missing: nobody trained a network on the score. But a state $x_t = (1-t)\,x_0 + t\,\varepsilon$ is data with noise on it, and the density rises in the direction in which the noise gets less. The score is minus the average noise in the state, divided by its size $t$:
 #
