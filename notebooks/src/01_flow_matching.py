@@ -25,7 +25,7 @@
 #
 # **Prerequisites.** Conditional expectation, and a little PyTorch. No flow or diffusion models.
 #
-# **Time.** Core: about 45 minutes. Exercises: about 40. Deeper: about 25.
+# **Time.** Core: about 50 minutes. Exercises: about 40. Deeper: about 25.
 #
 # <!-- measured -->
 
@@ -52,13 +52,13 @@ square = {"xlim": (-3.2, 3.2), "ylim": (-3.2, 3.2), "aspect": "equal"}
 generator = torch.Generator().manual_seed(0)
 x = torch.randn(1000, 2, generator=generator)
 times = torch.linspace(1, 0, 51).tolist()
-road = [x]
+strip = [x]
 for t, s in pairwise(times):
     x = x + (s - t) * u(x, torch.full((1000,), t))
-    road.append(x)
+    strip.append(x)
 fig, axes = plt.subplots(1, 5, figsize=(10, 2.5), sharey=True)
 for ax, k in zip(axes, (0, 15, 30, 40, 50), strict=True):
-    ax.scatter(*road[k].T, s=2, color="black")
+    ax.scatter(*strip[k].T, s=2, color="black")
     ax.set(title=f"t = {times[k]:.1f}", **square)
 plt.show()
 
@@ -111,8 +111,6 @@ plt.show()
 # %% [markdown]
 # Sixty pairs already cross everywhere. Here is the difficulty. A sampler stands at a place $x$ at a time $t$. It does not know which pair it belongs to. It needs *one* arrow.
 #
-# **Guess: many pairs pass through the same place at the same time, each with its own velocity. What should the velocity there be?**
-#
 # Let us look at one crossing. We draw a million pairs, take their states at $t = 0.6$, and keep those that are very near one place.
 
 # %%
@@ -120,23 +118,48 @@ here, now = torch.tensor([1.2, 0.6]), 0.6
 x0_all, eps_all = draw_pairs(1_000_000, generator)
 states = mix(x0_all, eps_all, torch.full((1_000_000,), now))
 near = (states - here).norm(dim=1) < 0.08
+print(f"{near.sum()} of a million pairs pass by")
+
+
+# %% tags=["plot"] alt="Fifty thin lines from noise to both moons pass through one place, in many directions."
+def crossing():
+    """Draw fifty of the pairs that pass by; returns the axes."""
+    starts, ends = eps_all[near][:50], x0_all[near][:50]
+    ax = plt.subplots(figsize=(4.6, 4.4))[1]
+    for a, b in zip(starts, ends, strict=True):
+        ax.plot(*torch.stack([a, b]).T, color="0.7", linewidth=0.7, linestyle="-", zorder=1)
+    ax.scatter(*starts.T, s=10, color="black", zorder=2, label="noise")
+    ax.scatter(*ends.T, s=14, color="#D55E00", marker="s", zorder=2, label="data")
+    ax.scatter(*here, s=50, facecolors="white", edgecolors="black", zorder=5)
+    ax.set(title="pairs through one place at t = 0.6", **square)
+    return ax
+
+
+crossing().legend(loc="lower left", fontsize=9)
+plt.show()
+
+# %% [markdown]
+# Fifty of these pairs. They pass through the white dot at the same time, each with its own velocity.
+#
+# **Guess: what should the one velocity at the white dot be?**
+#
+# <details><summary>Answer</summary>
+#
+# The average over the pairs that pass. The next cell compares it with the arrow that the strip at the top used. They agree, up to the error of a finite number of pairs.
+#
+# </details>
+
+# %%
 velocities = (eps_all - x0_all)[near]
 average = velocities.mean(0)
 exact = u(here[None], torch.tensor([now]))[0]
-print(f"{near.sum()} pairs pass by; average velocity {average.numpy().round(2)}")
+print(f"average velocity of the pairs:    {average.numpy().round(2)}")
 print(f"the velocity that the strip used: {exact.numpy().round(2)}")
 
-# %% tags=["plot"] alt="Fifty thin lines from noise to both moons pass through one place. A thick arrow from that place, minus their average velocity, points between the directions of the lines and is short."
-starts, ends = eps_all[near][:50], x0_all[near][:50]
-fig, ax = plt.subplots(figsize=(4.6, 4.4))
-for a, b in zip(starts, ends, strict=True):
-    ax.plot(*torch.stack([a, b]).T, color="0.7", linewidth=0.7, linestyle="-", zorder=1)
-ax.scatter(*starts.T, s=10, color="black", zorder=2, label="noise")
-ax.scatter(*ends.T, s=14, color="#D55E00", marker="s", zorder=2, label="data")
+# %% tags=["plot"] alt="The same fifty lines. A thick arrow from the place, minus their average velocity, points between the directions of the lines and is short."
+ax = crossing()
 style = {"angles": "xy", "scale_units": "xy", "scale": 1, "width": 0.014, "zorder": 4}
 ax.quiver(*here, *(-average), color="#0072B2", label="minus the average velocity", **style)
-ax.scatter(*here, s=50, facecolors="white", edgecolors="black", zorder=5)
-ax.set(title="pairs through one place at t = 0.6", **square)
 ax.legend(loc="lower left", fontsize=9)
 plt.show()
 
@@ -145,12 +168,6 @@ error = velocities.std(0) / near.sum() ** 0.5
 assert ((average - exact).abs() < 4 * error + 0.03).all() and near.sum() > 500
 
 # %% [markdown]
-# <details><summary>Answer</summary>
-#
-# The average. It is what the strip used: the two printed arrows agree, up to the error of a finite number of pairs.
-#
-# </details>
-#
 # (The blue arrow is *minus* the average, because the sampler walks from noise to data.)
 #
 # *In words*: the velocity at a place is the average velocity of all pairs that pass there at that time. *As a formula*, it is a conditional expectation,
@@ -158,7 +175,7 @@ assert ((average - exact).abs() < 4 * error + 0.03).all() and near.sum() > 500
 # $$u_t(x) = E\big[\varepsilon - x_0 \,\big|\, x_t = x\big]. \tag{1.3}$$
 #
 # Why is the average enough? Think of cars on a wide square. Every car has its own direction. To know how the *density* of cars changes at a place, you need not know the single cars. You only need how many cars flow through that place and which way, all in all: density times average velocity.
-# Now let new cars drive. Each takes, at every moment, the average velocity of the place where it is. They drive along other roads, but at every place and every time there are as many of them as of the old cars. [Deeper](#Deeper:-why-the-average-is-enough) has the proof.
+# Now let new cars drive. Each takes, at every moment, the average velocity of the place where it is. Their *trajectories*, the curves along which they drive, are others, but at every place and every time there are as many of them as of the old cars. [Deeper](#Deeper:-why-the-average-is-enough) has the proof.
 #
 # The sampler is such a new car. It starts at noise and solves
 #
@@ -181,20 +198,23 @@ def euler(velocity, x, times):
 
 
 noise = torch.randn(1000, 2, generator=generator)
-road = euler(u, noise, times)
+flow = euler(u, eps, times)  # from the noises of the sixty pairs
 
-# %% tags=["plot"] alt="Left, straight lines between noise and data cross everywhere. Right, the flow's roads from noise to the moons bend, and each part of the moons is fed from its own side."
+# %% tags=["plot"] alt="Sixty noise points, the same in both panels. Left, straight lines from them to data cross everywhere. Right, the flow's trajectories from them to the moons bend, and each part of the moons is fed from its own side."
 fig, axes = plt.subplots(1, 2, figsize=(8, 4), sharey=True)
-lines = torch.stack([eps, x0])
-for ax, paths, title in zip(axes, (lines, road[:, :60]), ("pairs: straight", "the flow: bent"), strict=True):
-    ax.plot(*paths.permute(2, 0, 1), color="0.6", linewidth=0.8, linestyle="-", zorder=1)
-    ax.scatter(*paths[0].T, s=14, color="black", zorder=2)
-    ax.scatter(*paths[-1].T, s=18, color="#D55E00", marker="s", zorder=2)
+panels = {"pairs: straight": (torch.stack([eps, x0]), "data"), "the flow: bent": (flow, "samples")}
+for ax, (title, (lines, ends)) in zip(axes, panels.items(), strict=True):
+    ax.plot(*lines.permute(2, 0, 1), color="0.6", linewidth=0.8, linestyle="-", zorder=1)
+    ax.scatter(*lines[0].T, s=14, color="black", zorder=2, label="noise")
+    ax.scatter(*lines[-1].T, s=18, color="#D55E00", marker="s", zorder=2, label=ends)
     ax.set(title=title, **square)
+    ax.legend(loc="upper left", fontsize=9)
 plt.show()
 
 # %% [markdown]
-# Left the pairs, right the flow. At every time both have the same density. But where there is one arrow for each place and time, two roads can never meet at the same place and time. So the flow's roads bend away from each other.
+# Left the pairs, right the flow, from the same sixty noises. Most noises end elsewhere than in their pair. But with very many points both panels would have the same density at every time.
+#
+# Where there is one arrow for each place and time, two trajectories can never meet at the same place and time. So the flow's trajectories bend away from each other.
 #
 # ## Learn the average
 #
@@ -333,9 +353,9 @@ for ax, n in zip(axes, (1, 2, 4, 16), strict=True):
 plt.show()
 
 # %% [markdown]
-# One step sends *every* noise to the cross, the mean of the data, where no data lies. Why? At $t = 1$ the state is pure noise and says nothing about the data, so the average over all pairs that pass is an average over all data. The lines of single pairs are straight, but the roads of the flow bend, and one step cannot follow a bend.
+# One step sends *every* noise to the cross, the mean of the data, where no data lies. Why? At $t = 1$ the state is pure noise and says nothing about the data, so the average over all pairs that pass is an average over all data. The lines of single pairs are straight, but the trajectories of the flow bend, and one step cannot follow a bend.
 #
-# [Notebook 02](02_tiny_flux.ipynb) shows how a model is trained to need only few steps: its roads are made nearly straight.
+# [Notebook 02](02_tiny_flux.ipynb) shows how a model is trained to need only few steps: its trajectories are made nearly straight.
 #
 # ## Two equations, two unknowns
 #
@@ -367,13 +387,13 @@ def guess(velocity, x, t):
 
 
 moments = [0, 15, 30, 45]  # of the 51 times
-road = euler(second, noise, times)
-guesses = [guess(second, road[k], times[k]) for k in moments]
+states = euler(second, noise, times)
+guesses = [guess(second, states[k], times[k]) for k in moments]
 
 # %% tags=["plot"] alt="Upper row, states of 1000 samples at four times, from a round cloud to the moons. Lower row, their posterior means: near one point at time 1, a bent band between the moons at 0.7, the moons pulled together at 0.4, on the moons at 0.1."
 fig, axes = plt.subplots(2, 4, figsize=(9, 4.8), sharex=True, sharey=True)
 for column, k in zip(axes.T, moments, strict=True):
-    for ax, points in zip(column, (road[k], guesses[moments.index(k)]), strict=True):
+    for ax, points in zip(column, (states[k], guesses[moments.index(k)]), strict=True):
         plots.contours(ax, moons.log_prob, limit=3.2)
         ax.scatter(*points.T, s=2, color="#D55E00")
     column[0].set_title(f"t = {times[k]:.1f}")
@@ -617,8 +637,8 @@ def frame(points, t):
 
 
 # %% tags=["plot"]
-road = euler(u, noise, times)
-film = [frame(road[k], times[k]) for k in [0] * 4 + list(range(2, 51, 2)) + [50] * 6]
+states = euler(u, noise, times)
+film = [frame(states[k], times[k]) for k in [0] * 4 + list(range(2, 51, 2)) + [50] * 6]
 file = io.BytesIO()
 film[0].save(file, "gif", save_all=True, append_images=film[1:], duration=120, loop=0)
 text = "A film. A round cloud of points turns slowly, then quickly, into two moons."

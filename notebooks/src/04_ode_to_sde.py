@@ -65,7 +65,7 @@ def onwards(kernel, x, times, seed=0):
     return x
 
 
-noisy = kernels.sde(kernels.quadratic())  # the amount of noise is explained below
+noisy = kernels.sde(kernels.quadratic())  # noise of strength g = 3 t², explained below
 first = torch.randn(1, *prompt.shape, generator=torch.Generator().manual_seed(0))
 state = onwards(kernels.ode, first, times[:5])
 
@@ -102,6 +102,7 @@ import numpy as np
 from flowscale_lite import GaussianMixture, uniform
 
 data = GaussianMixture([[-1.5], [0.2], [1.6]], [0.3, 0.12, 0.4], [0.45, 0.2, 0.35])
+axis = torch.linspace(-3.2, 3.2, 400, dtype=torch.float64)[:, None]  # places x
 
 
 def marginal(t):
@@ -136,7 +137,6 @@ def stir(x, t, length, noise, pull, generator, h=0.01):
 
 
 # %% tags=["plot"] alt="Three rows of histograms against one density with three hills, after a short, a middle and a long time. Noise alone: the histogram gets flat and wide. Pull alone, arrows pointing uphill: it shrinks to three needles. Both: it stays on the line at all times."
-axis = torch.linspace(-3.2, 3.2, 400, dtype=torch.float64)[:, None]
 places = torch.linspace(-2.7, 2.7, 10, dtype=torch.float64)[:, None]
 arrows = 0.15 * autograd_score(places, 0.3)
 rows = {"noise alone": (1, 0), "pull alone": (0, 1), "both": (1, 1)}
@@ -190,7 +190,7 @@ plt.show()
 #
 # This holds for every $g$, and is the third row of the figure. ($g\,dw$ is the usual name for the pushes of (4.1) in the limit of small $h$.)
 #
-# ## A density that flows
+# ## Noise on top of the flow
 #
 # Now let time run again. The sampler goes from noise to data, so its clock is $\ell = 1 - t$, and on this clock the flow moves with $-u_t$. Along the way it carries the density through all $p_t$. Now add noise and pull, the pair (4.4), at every moment, with the score of the
 # $p_t$ of that moment. The pair changes nothing, so the density still goes through all $p_t$:
@@ -201,9 +201,11 @@ plt.show()
 #
 # $$dx = \big[u_t - \tfrac12 g_t^2 \nabla \log p_t\big] dt + g_t\, dw. \tag{4.6}$$
 #
+# The drift changed its sign, the noise did not: a random push is as likely to go left as right.
+#
 # The *diffusion coefficient* $g_t \ge 0$ may change with time in any way, as long as it stays bounded. $g = 0$ is the ODE.
 #
-# ## The model knows its score
+# ## The model gives the score
 #
 # One thing seems to be missing: nobody trained a network on the score. But a state $x_t = (1-t)\,x_0 + t\,\varepsilon$ is data with noise on it, and the density rises in the direction in which the noise gets less. The score is minus the average noise in the state, divided by its size $t$:
 #
@@ -309,7 +311,7 @@ axes[0].set_ylabel("t")
 plt.show()
 
 # %% [markdown]
-# Each panel shows ten particles from the same ten starts at the top. The motions are very different.
+# Each panel shows ten particles from the same ten starts at the top.
 #
 # **Guess: draw the four histograms at $t = 0.5$ on top of each other. Which one stands out?**
 
@@ -334,7 +336,7 @@ plt.show()
 #
 # </details>
 #
-# A picture can hide a small error, so we also measure one number: the *Wasserstein distance* $W_1$, the mean distance between the sorted sample and the quantiles of the exact distribution. We compute it for the samples at $t = 0$. For comparison, we also compute it for samples drawn from the data itself.
+# A picture can hide a small error, so we also measure one number: the *Wasserstein distance* $W_1$, the mean distance between the sorted sample and the quantiles of the exact distribution. We compute it at $t = 0$, and for comparison for samples drawn from the data itself.
 
 
 # %%
@@ -486,9 +488,13 @@ assert _means == sorted(_means, reverse=True), "early siblings should differ mos
 #
 # ## Does noise keep the distribution of pictures?
 #
-# Now the question from the beginning. We do not know the density of pictures, but we can count: in what share of the pictures is every number (and the relation, if there is one) right? If noise keeps the
-# distribution, it keeps this share. `tools/runs/noise.py` drew plain samples, without any search: 400 random prompts, one picture each by the ODE, by the SDE (4.9) with $3t^2$, and by the *DDPM
-# transition*, another noisy step in wide use ([Deeper](#Deeper:-the-DDPM-transition)). All three start from the same noise.
+# Now the question from the beginning. We do not know the density of pictures, but we can count: in what share of the pictures is every number (and the relation, if there is one) right? If noise keeps the distribution, it keeps this share.
+#
+# For 400 random prompts we drew a picture by each of three samplers, all from the same noise (`tools/runs/noise.py`, no search):
+#
+# - the **ODE**;
+# - the **SDE**, step (4.9) with $g_t = 3t^2$;
+# - **DDPM**, the step of an early diffusion model (denoising diffusion probabilistic model). It keeps the guess $x_{0|t}$ over a step, not the velocity, and replaces part of the old noise by new ([Deeper](#Deeper:-the-DDPM-transition)).
 #
 # **Guess: there are three models, dev at guidance 1, dev at guidance 2, and schnell, which was reflowed to draw in few steps. For which of them might (4.6) fail?**
 
@@ -540,24 +546,28 @@ plt.show()
 #
 # </details>
 #
-# Some prompts are harder than others, so the fair comparison is within each prompt: the verdict on the noisy picture minus the verdict on the ODE's, with a 95 % interval. *Held out* is the verdict of a network that shares nothing with the counter.
+# Some prompts are harder than others, so we compare within each prompt: the verdict on the noisy picture (1 right, 0 wrong) minus that on the ODE's. *How to read the table*: $-0.10\ [-0.15, -0.04]$ says that noise lost 10 right pictures in 100, and in brackets is the 95 % interval. If it contains 0, we see no difference. *Held out* is the verdict of a network that shares nothing with the counter.
 
 # %%
 lines = []
-for name in MODELS:
-    for steps in (4, 10, 30):
-        line = {"model": name, "steps": steps}
-        for judge, by in (("exact", "counter"), ("held_out", "held out")):
+for judge, by in (("exact", "counter"), ("held_out", "held out")):
+    for name in MODELS:
+        for steps in (4, 10, 30):
             right, texts = verdicts(name, steps, judge)
-            line[f"SDE - ODE, {by}"] = clustered_mean(right[:, 1] - right[:, 0], texts)
-            line[f"DDPM - ODE, {by}"] = clustered_mean(right[:, 2] - right[:, 0], texts)
-        lines.append(line)
-difference = pd.DataFrame(lines).set_index(["model", "steps"])
-difference
+            line = {"judge": by, "model": name, "steps": steps}
+            for k, sampler in ((1, "SDE"), (2, "DDPM")):
+                gap = right[:, k] - right[:, 0]
+                line[f"{sampler} - ODE"] = clustered_mean(gap, texts)
+            lines.append(line)
+difference = pd.DataFrame(lines).set_index(["judge", "model", "steps"])
+difference.loc["counter"]
+
+# %%
+difference.loc["held out"]  # the same rows by the held-out judge
 
 # %% tags=["check"]
 for _judge in ("counter", "held out"):
-    _sde, _ddpm = (difference[f"{kind} - ODE, {_judge}"] for kind in ("SDE", "DDPM"))
+    _sde, _ddpm = (difference.loc[_judge][f"{kind} - ODE"] for kind in ("SDE", "DDPM"))
     for _n in (4, 10, 30):
         assert _sde["dev, guidance 1", _n].low < 0 < _sde["dev, guidance 1", _n].high
     assert all(_ddpm["dev, guidance 1", n].low > 0 for n in (10, 30))
@@ -569,14 +579,14 @@ for _judge in ("counter", "held out"):
 assert abs(_sde["dev, guidance 2", 4].mean + 0.1) < 0.02
 
 # %% [markdown]
-# What do the rows say? The two judges agree everywhere, so we speak of the counter.
+# The two judges agree everywhere, so we speak of the counter.
 #
 # - **dev at guidance 1** is the case of the theory: a model trained by flow matching, and its own velocity. The SDE's pictures are exact as often as the ODE's, in 4, 10 and 30 steps: all three intervals contain 0. So, as far as counting can tell, the answer to our first question is *yes*.
-#   The DDPM transition is even *better* than the ODE, in 10 and in 30 steps. But then it draws from another distribution than the ODE. Two reasons are known, and we have not measured which of them matters here: its samples vary too little ([Deeper](#Deeper:-the-DDPM-transition)), and noise lets a sampler correct errors of the model and of earlier steps.
+#   DDPM is even *better* than the ODE, in 10 and in 30 steps. But then it draws from another distribution than the ODE. Two reasons are known, and we have not measured which of them matters here: its samples vary too little ([Deeper](#Deeper:-the-DDPM-transition)), and noise lets a sampler correct errors of the model and of earlier steps.
 # - **dev at guidance 2.** A guided velocity is not the average over the pairs of any path, so (4.7) is not exactly a score, and (4.6) is an approximation. In 10 and 30 steps no loss shows. In 4 steps noise lowers the share of exact pictures by 0.10.
 # - **schnell** loses in 4 and in 10 steps, by both samplers and both judges. It was trained on its *own* pairs of noise and picture. In such a pair the noise is not independent of the picture, which (4.7) needs. In 30 steps the loss is smaller, and its intervals contain 0. So long steps are a part of the cause.
 #
-# A search on schnell pays this price first: before any choice, its noisy pictures are worse than the ODE's. Choosing must gain more than that. [Notebook 05](05_interpolant_conversion.ipynb) looks for a noise that costs less.
+# A search on schnell pays this price first: its noisy pictures are worse than the ODE's. Choosing must gain more than that. [Notebook 05](05_interpolant_conversion.ipynb) looks for a noise that costs less.
 
 # %% [markdown]
 # ## Recap
