@@ -217,7 +217,7 @@ if not real:
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# The colours move to their sides, and the counts are wrong. The reward says nothing about counts, and only the model itself still leans towards the prompt.
+# The colours move to their sides, and the counts are wrong. Two red *squares* have come in, for they make the left redder, and even a yellow circle. The reward says nothing about shapes and counts. Only the model itself still leans towards the prompt.
 #
 # </details>
 #
@@ -257,7 +257,7 @@ if not real:
     assert float(counts(again)) > float(counts(searched)) + 2
 
 # %% [markdown]
-# *Counts* is minus the squared error of all counts together, so 0 is best. Asked for both, the search gives up some of the warmth and gains much of the counts.
+# *Counts* is minus the squared error of all counts together, so 0 is best. Asked for both, the search gives up some of the warmth and gains much of the counts. If you want more of one wish, give it more weight.
 #
 # ### Three wishes more
 #
@@ -316,8 +316,15 @@ for k, ax in enumerate(axes[0]):
     plots.picture(ax, pictures[k], f"number {k}\nscore {float(scores[k]):.2f}")
 plt.show()
 
+# %% tags=["check"]
+if not real:
+    assert shapes.exact(scene, pictures[:1])[0] and float(warm_left(pictures[:1])) > 0.1
+    assert not shapes.exact(scene, pictures[1:]).any()
+
 # %% [markdown]
-# The score is the weighted sum above. Its unit is a standard deviation of the first looks: a picture one higher in `warm_left` alone is one spread redder on the left. The search returns more than one finished picture, and the best score need not be the picture that *you* like best. So choose, and save it with the account of how it was found:
+# The score is the weighted sum above. Its unit is a standard deviation of the first looks: a picture one higher in `warm_left` alone is one spread redder on the left. On tiny-flux number 0 has it all: two red circles, three blue squares, and red on the left.
+#
+# The search returns more than one finished picture, and the best score need not be the picture that *you* like best. So choose, and save it with the account of how it was found:
 
 # %%
 choice = 0  # the number that you like best
