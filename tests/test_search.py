@@ -94,6 +94,8 @@ def test_rows_that_are_known_are_not_paid_for_again():
     assert torch.equal(both.x[1:3], fresh.x) and torch.equal(both.reward[3:], known.reward[1:])
     torch.testing.assert_close(both.x0, both.x - both.v)
     torch.testing.assert_close(both.reward, run.problem.reward(both.x - both.v))
+    evaluated = run.evaluate(Particles.cat([run.evaluate(run.start(2)), run.start(3)]))
+    assert run.nfe == 6 + 5 and not evaluated.v.isnan().any()
 
 
 def test_the_last_transition_is_free():
