@@ -247,13 +247,13 @@ assert _exact["mean reward"][30] > _dps["mean reward"][30], "the exact tilt gets
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# The exact distribution goes to the best place *inside the data*, and stays there. DPS leaves the data. At strength 30 even its reward gets worse again, although the reward is all it climbs.
+# The exact distribution goes to the best place *inside the data*, and stays there: it fills the cloud at the right, which is too rare to be seen in grey. DPS leaves the data. At strength 30 even its reward gets worse again, although the reward is all it climbs.
 #
 # </details>
 #
 # The square marks the highest reward; log density says how likely samples are under the data. The approximation (9.3) is to blame here. Near $t = 1$ the look-ahead is an average of many clouds and answers slowly, so DPS pushes on and on, until the state is where no noised sample ever was. Smaller steps do not help ([Deeper](#Deeper:-is-it-the-step)).
 #
-# For pictures the gradient's size changes along the way, so one strength cannot be right at all times. There we use `Guide(..., normalised=True)`: it moves $x_{0|t}$ in the direction of the gradient, always by the same length: strength times $\sigma_t$, as a root mean square over the latents' numbers.
+# For pictures the gradient's size changes along the way, so one strength cannot be right at all times. There we use `Guide(..., normalised=True)`: it moves $x_{0|t}$ in the direction of the gradient, always by the same length. So *strength* has another meaning than in the toys: not $\lambda$, but a length, in units of $\sigma_t$. The move is strength times $\sigma_t$, as a root mean square over the latents' numbers.
 #
 # ## Inside a search
 #
@@ -288,7 +288,7 @@ assert torch.equal(ours.best, theirs.best), "ours and the package's disagree"
 print(f"{ours.nfe} NFE, of them {3 * ours.gradients} for {ours.gradients} gradients")
 
 # %% [markdown]
-# RBF takes the same line: the state is steered before its quota is spent on children. SVDD + DPS and RBF + DPS are the paper's methods for a reward with a gradient, beside DPS alone. The upper row below shows the paper's numbers: an aesthetic score is given, ImageReward is held out. The lower row shows ours for *ink as asked*: tiny-flux schnell, VP-SDE, ten steps, the 50 test prompts, three seeds. Held out is whether all counts are right. We add methods *without* a gradient as controls; their marks are hollow.
+# RBF takes the same line: the state is steered before its quota is spent on children. SVDD + DPS and RBF + DPS are the paper's methods for a reward with a gradient, beside DPS alone. The upper row below shows the paper's numbers: an aesthetic score is given, ImageReward is held out. The lower row shows ours for *ink as asked*: tiny-flux schnell, VP-SDE, ten steps, the 50 test prompts, three seeds. Not given here: whether all counts are right, by the counter. (The judge of the next section is another one.) We add methods *without* a gradient as controls; their marks are hollow.
 
 # %%
 from flowscale_lite import experiments

@@ -168,8 +168,8 @@ assert nfe["svdd"] == nfe["code"] == 452 and nfe["rbf"] == nfe[control[0]] == 50
 # <details><summary>Answer</summary>
 #
 # - *Confirmed.* RBF is ahead of CoDe, search over paths and best-of-N.
-# - *Contradicted.* In the paper SMC and best-of-N are level; here SMC is far ahead. In the paper CoDe is close to RBF; here it is far behind.
-# - *Open.* RBF against SVDD, and against SMC: these intervals contain 0. The same holds for search over paths against best-of-N.
+# - *Contradicted.* By the given reward, SMC and best-of-N are level in the paper; here SMC is far ahead. (By the held-out judge it is ahead in the paper too.) And in the paper CoDe is close behind RBF; here it is far behind.
+# - *Open.* RBF against SVDD, and against SMC: these intervals contain 0. The same holds for search over paths against best-of-N. So no bet on a single first or last is paid out: three methods share the front, two the end.
 #
 # An interval that contains 0 does not show that two methods are equal. It shows how large a difference could still be.
 #
@@ -236,7 +236,7 @@ assert gap(at(hard, "rbf", 50), at(hard, "best-of-n", 50))["held_out"].low <= 0
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# More than 1,000, the right end of the figure. RBF with 250 beats best-of-N with four times as much.
+# In ten steps more than 1,000, the right end of its line: RBF with 250 beats best-of-N with four times as much. In four steps more than 500, where that line ends.
 #
 # </details>
 #

@@ -217,15 +217,15 @@ if not real:
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# The colours move to their sides, and the counts are wrong. Two red *squares* have come in, for they make the left redder, and even a yellow circle. The reward says nothing about shapes and counts. Only the model itself still leans towards the prompt.
+# The colours move to their sides. The counts were wrong before, and they still are: the left has too many red shapes, and a yellow circle has come in. The reward says nothing about shapes and counts, so the search takes what it finds. Only the model itself leans towards the prompt.
 #
 # </details>
 #
 # ## What goes wrong: one wish alone
 #
-# A search gives you what you ask for, and pays for it with everything you do not mention. So ask for all that you want. Let a second reward count: GroundingDINO with SAM's masks on FLUX.1, the counter of this series on tiny-flux.
+# A search gives you what you ask for, and cares for nothing that you do not mention. So ask for all that you want. Let a second reward count: GroundingDINO with SAM's masks on FLUX.1, the counter of this series on tiny-flux.
 #
-# Two rewards have two units. An error of one object costs 1, and `warm_left` moves by a tenth. `judges.weighted` puts both on one scale: it looks at some pictures of the prompt, and divides each reward by its standard deviation there. The first look of schnell will do, at one evaluation a picture.
+# Two rewards have two units. An error of one object costs 1, and `warm_left` moves by a tenth. `judges.weighted` puts both on one scale: it looks at some pictures of the prompt, subtracts each reward's mean there, and divides by its standard deviation. The first look of schnell will do, at one evaluation a picture.
 
 # %%
 from flowscale_lite import judges
@@ -441,7 +441,7 @@ else:
 # ## Recap
 # - What fits is arithmetic: weights by precision, activations by rows, the hungriest stage decides. Drop the text encoders before you drop digits.
 # - The search on FLUX.1 is that of [notebook 00](00_start.ipynb). A reward is any function of pictures, and five lines can do.
-# - A search pays for what you ask with what you do not mention. Put several rewards on one scale, and keep one judge out of it.
+# - A search cares for nothing that you do not mention. Put several rewards on one scale, and keep one judge out of it.
 # - Draft with schnell, finish with dev: the few-step model looks ahead, the multi-step model draws.
 # - Times and memory on this page are planned. A record of your card says what is true.
 

@@ -69,7 +69,7 @@ plt.show()
 assert [round(d) for d in days.values()] == [34, 18, 7, 7, 2]
 
 # %% [markdown]
-# This is one table of the paper (Kim, Yoon, Hwang and Sung, 2025): fourteen searches, each with 500 NFE on each of 121 prompts, on FLUX.1-schnell at 1,024 x 1,024. The judge, of 8 billion weights, is our assumption. The days are *planned*. We count operations on a model without weights and divide by 40 % of the peak on the GPU's data sheet. Where a card cannot hold the model in 16 bits (T4, L4), it would be slower still.
+# This is one table of the paper (Kim, Yoon, Hwang and Sung, 2025): fourteen searches, each with 500 NFE on each of 121 prompts, on FLUX.1-schnell at 1,024 x 1,024. The judge, of 8 billion weights, is our assumption. The days are *planned*. We count operations on a model without weights and divide by 40 % of the peak on the GPU's data sheet. Where a card cannot hold model and judge in 16 bits (T4, L4, A100-40), it would be slower still.
 #
 # Prices of clouds differ and change. We assume round ones: a T4 at 0.40 dollars an hour, an H100 at 3.50.
 #
@@ -92,7 +92,7 @@ assert max(dollars.values()) / PICTURES < 1
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# The T4's. Days differ by a factor of fifteen, dollars by two, because the prices that we assumed grow nearly as fast as the peaks. Each picture costs less than a dollar, as the paper says of its own. So the slow card is the dear one: you wait a month, and pay more.
+# The T4's. Days differ by a factor of fifteen, dollars by two, because the prices that we assumed grow nearly as fast as the peaks. Each picture costs less than a dollar, as the paper says of its own. So waiting for a slow card saves no money.
 #
 # </details>
 #
@@ -218,7 +218,7 @@ ratio = timed["measured, s"] / timed["foretold, s"]
 assert ratio.between(0.4, 2.5).all(), list(ratio)
 
 # %% [markdown]
-# On this work one number foretells the others to about 30 %. That is enough for a plan. It belongs to this *kind* of work, however. Another model, or another batch size, has another number. And (12.1) knows nothing of memory. A GPU that fetches its weights from the host for every evaluation waits for them, whatever its peak.
+# On this work one number foretells the others within a factor of two, the grey band. That is enough for a first plan. It belongs to this *kind* of work, however. Another model, or another batch size, has another number. And (12.1) knows nothing of memory. A GPU that fetches its weights from the host for every evaluation waits for them, whatever its peak.
 #
 # And on a GPU? `python -m tools.runs.gpu_check` measures evaluations of FLUX.1 at its real size and stores them beside what (12.1) says with $u = 0.4$. Here are all records that there are. A ratio of 1 means that the plan was right, above 1 that the card was slower.
 
@@ -268,7 +268,7 @@ def queue(lengths, g):
 # **Guess: on 32 GPUs, how many times as fast as on one GPU is each way?**
 
 # %%
-a100 = cost.GPUS["A100-40"]
+a100 = cost.GPUS["A100-80"]
 each = {nfe: cost.estimate(work, a100, nfe).seconds for nfe in (100, 250, 500)}
 lengths = [each[nfe] for nfe in (100, 250, 500) for _ in range(40)]
 total, gpus = sum(lengths), np.arange(1, 65)
