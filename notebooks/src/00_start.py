@@ -95,7 +95,7 @@ for picture, value in zip(pictures, reward(pictures), strict=True):
 # Now the 25 tries. We write the sampler ourselves, because we shall change it soon. A state $x_t$ mixes a picture $x_0$ with noise $\varepsilon$, namely $x_t = (1 - t)\,x_0 + t\,\varepsilon$. So $t = 1$ is pure noise and $t = 0$ is the picture. The model was trained to
 # predict the *velocity*, the direction $\varepsilon - x_0$ from picture to noise. We walk against it from $t = 1$ to $0$ in ten steps. Each goes from a time $t$ to a smaller time $s$:
 #
-# $$x_s = x_t + (s - t)\, v(x_t, t). \tag{0.2}$$
+# $$x_s = x_t + (s - t)\, u(x_t, t). \tag{0.2}$$
 #
 # One evaluation of the model, for one picture, is one *NFE* ("number of function evaluations"). It is the currency of this series. A picture in ten steps costs 10 NFE, so 25 pictures cost 250.
 
@@ -160,11 +160,11 @@ assert not shapes.exact(scene, pictures).any() and not shapes.exact(scene, tries
 #
 # ## The model shows early what it will draw
 #
-# Look at the sampler again. In the middle of the way, at $x_t$, the velocity says where the picture is. Solve $x_t = (1 - t)\,x_0 + t\,\varepsilon$ and $v = \varepsilon - x_0$ for $x_0$:
+# Look at the sampler again. In the middle of the way, at $x_t$, the velocity says where the picture is. Solve $x_t = (1 - t)\,x_0 + t\,\varepsilon$ and $u = \varepsilon - x_0$ for $x_0$:
 #
-# $$x_{0|t} = x_t - t\, v(x_t, t). \tag{0.3}$$
+# $$x_{0|t} = x_t - t\, u(x_t, t). \tag{0.3}$$
 #
-# This is the model's *guess* of the finished picture, made at time $t$. The name in the field is *posterior mean*, because it is an average over all pictures that may still come ([notebook 01](01_flow_matching.ipynb)). It costs nothing extra: we kept the guesses above. Here are those of the best try.
+# This is the model's *guess* of the finished picture, made at time $t$. The name in the field is *posterior mean*, because it is an average over all pictures that may still come ([notebook 01](01_flow_matching.ipynb)). On a path that we walk anyway it is free: we kept the guesses above. Here are those of the best try.
 
 # %% alt="The guess of the finished picture at five times. It shows shapes already at time 1, from pure noise; they change a little and get clear."
 shown = [0, 2, 4, 6, 9]

@@ -406,7 +406,7 @@ assert guesses[0].std() < 0.4 and abs(float(moons.mean().norm())) < 0.1
 assert torch.allclose(guess(u, noise, 1.0), moons.mean().float().expand(1000, 2), atol=1e-4)
 
 # %% [markdown]
-# Grey is the density of the data. Orange are 1,000 points: above the states, below their posterior means. At $t = 1$ all posterior means are nearly the same point, and no data lies there. Then they spread. Only near $t = 0$ do they lie on the moons.
+# Grey is the density of the data. Orange are 1,000 points: above the states, below their posterior means. At $t = 1$ all posterior means are nearly the same point, and no data lies there. Then they spread. At $t = 0.4$ many lie on the moons; those between the moons come last.
 #
 # So the posterior mean is not a likely data point. It is an average, and an average of two moons is no moon. The less the state has decided, the more wrong it is to take the average for the sample. An average of many pictures is a blur, and a judge learns little from a blur. This is the weak spot of every search that judges $x_{0|t}$. [Notebook 02](02_tiny_flux.ipynb) shows one model on which it matters, and one on which it hardly does.
 

@@ -19,7 +19,7 @@
 #
 # **Goals.**
 # - write a reward, and see why a search wants it smooth
-# - see why each doubling of $N$ buys less
+# - see why each further picture buys less
 # - judge a picture before it is finished, and know when to trust that
 # - count the price: NFE, reward calls, seconds
 # - watch a reward being gamed, and the judge that notices
@@ -176,7 +176,7 @@ assert [r == 0 for r in shapes.residual(scene, film)] == list(shapes.exact(scene
 #
 # The climb matters because a search takes small steps, and asks which of two candidates is a little better. To this question the counter often answers "no difference". The smooth reward is the package's `CountReward`; where a prompt has a relation ("above"), each misplaced object costs up to 1.
 #
-# ## Each doubling buys less
+# ## Each further picture buys less
 #
 # *Best-of-N in words*: draw $N$ noises, run the ODE, return the picture of highest reward. In the package it is `BestOfN`.
 #
@@ -188,7 +188,7 @@ assert [r == 0 for r in shapes.residual(scene, film)] == list(shapes.exact(scene
 #
 # $$E\big[\max_{i \le N} r_i\big] = \int_0^1 Q(u)\, N u^{N-1}\, du. \tag{3.3}$$
 #
-# At $N = 1$ all places weigh the same. The larger $N$, the more of the weight sits close to $u = 1$. On average the highest place is $N/(N + 1)$: for $N = 1, 2, 4, 8$ it is $\frac12, \frac23, \frac45, \frac89$. So doubling $N$ again and again moves us up by less and less. How much reward that brings depends on $Q$, so we measure it.
+# At $N = 1$ all places weigh the same. The larger $N$, the more of the weight sits close to $u = 1$. On average the highest place is $N/(N + 1)$: for $N = 1, 2, 4, 8$ it is $\frac12, \frac23, \frac45, \frac89$. So each further draw moves us up by less. How much reward that brings depends on $Q$: where good pictures are rare, even a doubling may pay in full until $N$ is large. So we measure it.
 #
 # We need more prompts than one. Here are six, with 64 pictures each.
 
@@ -315,7 +315,7 @@ assert sorted(exact.sum(1))[:2] == [1, 1]
 # \end{aligned} \tag{3.4}
 # $$
 #
-# (In formulas, $v$ is this reward and $u$ the velocity.) We follow one noise, with dev and with schnell.
+# (In formulas, $v$ is this reward and $u$ the velocity; in code, `v` is the velocity.) We follow one noise, with dev and with schnell.
 
 # %%
 schnell = load(locate("tiny-flux/schnell"))
@@ -488,7 +488,7 @@ assert [bool(held_out[5, int(np.argmax(v[5]))]) for v in hurried.values()] == [T
 # %% [markdown]
 # ## Recap
 # - A reward is a function of a picture. A smooth one tells candidates apart that a counter calls equal.
-# - Best-of-$N$ gains less from each doubling (3.3), and hardly helps where the model hardly ever succeeds.
+# - Best-of-$N$ gains less from each further picture (3.3), and hardly helps where the model hardly ever succeeds.
 # - To beat it, a method must know early which pictures go wrong. The look-ahead reward (3.4) judges the posterior mean.
 # - For schnell it says much from the first evaluation on, for dev only late.
 # - A search uses whatever a reward leaves out; only a judge that was not optimised notices.

@@ -86,7 +86,7 @@ plt.show()
 #
 # <details><summary>Answer, in short</summary>
 #
-# Yes, on two conditions. With the noise we must add a drift that undoes its blur. And the model must be trained by flow matching. This notebook shows the first exactly, for a toy, and the second for pictures, by counting.
+# Yes, on two conditions. With the noise we must add a drift that undoes its blur. And in the training pairs, noise and picture must be independent. This notebook shows the first exactly, for a toy, and the second for pictures, by counting.
 #
 # </details>
 #
@@ -398,7 +398,7 @@ _far = {name: w1(end) for name, end in ends.items()}
 assert [name for name, far in _far.items() if far < 0.05] == ["c = 1/2, right"], _far
 
 # %% [markdown]
-# Without the half, the noise is paid for twice, and the hills come out too narrow. On pictures this is the most dangerous mistake, because it *looks* good: fewer odd samples, at the price of variety.
+# Without the half, the noise is paid for twice, and the hills come out too narrow. On pictures this mistake may *look* good: fewer odd samples, at the price of variety.
 #
 # One noisy sampler is in common use. The option `stochastic_sampling` of diffusers' `FlowMatchEulerDiscreteScheduler` guesses the picture and draws *all* the noise anew: $x_s = (1 - s)\, x_{0|t} + s\, z$. **Guess: is it a member of the family (4.6)?**
 #
@@ -579,7 +579,7 @@ for _judge in ("counter", "held out"):
 assert abs(_sde["dev, guidance 2", 4].mean + 0.1) < 0.02
 
 # %% [markdown]
-# The two judges agree everywhere, so we speak of the counter.
+# The two judges nearly agree, so we speak of the counter.
 #
 # - **dev at guidance 1** is the case of the theory: a model trained by flow matching, and its own velocity. The SDE's pictures are exact as often as the ODE's, in 4, 10 and 30 steps: all three intervals contain 0. So, as far as counting can tell, the answer to our first question is *yes*.
 #   DDPM is even *better* than the ODE, in 10 and in 30 steps. But then it draws from another distribution than the ODE. Two reasons are known, and we have not measured which of them matters here: its samples vary too little ([Deeper](#Deeper:-the-DDPM-transition)), and noise lets a sampler correct errors of the model and of earlier steps.
