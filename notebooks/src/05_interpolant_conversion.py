@@ -414,7 +414,7 @@ for _model in ("dev", "schnell"):
 # %% [markdown]
 # Beside the paper's table:
 #
-# - VP-SDE has more variety than the linear SDE and than the grid alone, as in the paper. At step 0 it has more by little.
+# - Split at step 0 or 3, VP-SDE has more variety than the linear SDE and than the grid alone, as in the paper; at step 0 by little. Split late, it has less than the grid alone (left panel): there VP's noise is the weaker one.
 # - VP-SDE has far more variety than the noise alone at step 3. At step 0 the two are not told apart; but there part of the variety of the noise alone is clutter, which a distance of pixels counts as well.
 # - The grid alone has more variety than the linear SDE at step 3, as in the paper, and not at step 0.
 # - The noise alone ruins the pictures, as in the paper. VP-SDE makes the best ones; its lead over the linear SDE is small.
@@ -457,8 +457,8 @@ for _name in ("grid alone", "noise alone", "DDPM on the grid"):
 assert against("schnell", "DDPM on the grid", "VP-SDE", "part at 3").high > 0
 
 # %% [markdown]
-# - VP-SDE has the best mean, and the noise alone by far the worst, as in the paper. VP-SDE is ahead of the grid alone and of the noise alone: grid and noise need each other.
-# - Variety alone does not help. The DDPM transition on the grid makes siblings as different as VP-SDE does, but the search finds less. The likely reason: on schnell this transition makes worse pictures ([notebook 04](04_ode_to_sde.ipynb)). *A search needs children that differ, and that are good.*
+# - VP-SDE has the best mean, and the noise alone by far the worst, as in the paper. VP-SDE is ahead of the grid alone and of the noise alone: here grid and noise need each other. What VP's noise adds to the grid, we have not found out.
+# - Variety alone does not help. The grid alone has more of it than the linear SDE, and its mean is not the higher one. The DDPM transition on the grid makes siblings as different as VP-SDE does, but the search finds less. The likely reason: on schnell this transition makes worse pictures ([notebook 04](04_ode_to_sde.ipynb)). *A search needs children that differ, and that are good.*
 # - VP-SDE against the linear SDE stays open here: the interval contains 0.
 #
 # Is the last point a lack of data? [Notebook 08](08_rollover_budget_forcing.ipynb) has a larger run: 500 evaluations, fifty other prompts, three seeds. Here is the share of right pictures with the VP-SDE minus that with the linear SDE, for the four searches that the next notebooks build: SMC, SVDD, CoDe and RBF. Two judges look at each picture: the *counter*, whose reward the search saw, and a *held-out judge*, which no search saw.

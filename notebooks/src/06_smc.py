@@ -136,7 +136,7 @@ for tau in (2.0, 0.5, 0.1, 0.01):
 #
 # $$e^{f_1}\, e^{f_{t_1} - f_1} \cdots e^{f_0 - f_{t_{n-1}}} = e^{r(x_0)/\tau}. \tag{6.5}$$
 #
-# **The product telescopes, so we may pay the reward out gradually and resample at any step.** Whatever $f$ we choose on the way, the final weight is that of (6.2). The natural choice is the look-ahead,
+# **The product telescopes, so we may pay the reward out gradually.** Whatever $f$ we choose on the way, the final weight is that of (6.2). The natural choice is the look-ahead,
 #
 # $$f_t(x_t) = \frac{v(x_t)}{\tau} = \frac{r(x_{0\mid t})}{\tau}. \tag{6.6}$$
 
@@ -167,7 +167,7 @@ def look(x, t, tau, strength=lambda t: 1.0):
 #
 # $$E[n_k] = K\, W_k. \tag{6.7}$$
 #
-# Any scheme with that mean is correct; schemes differ in the noise they add. All of them work like this: lay the weights end to end on a line, and place $K$ points on it. A particle gets as many copies as there are points on its stretch. The schemes differ in how they place the points.
+# So a resampled cloud has the same averages in expectation, and we may resample at any step. Any scheme with that mean is correct; schemes differ in the noise they add. All of them work like this: lay the weights end to end on a line, and place $K$ points on it. A particle gets as many copies as there are points on its stretch. The schemes differ in how they place the points.
 
 # %%
 from flowscale_lite.resampling import SCHEMES, systematic
@@ -462,7 +462,7 @@ plt.show()
 # %% [markdown]
 # In every run SMC raises the mean reward by far. The second row shows the price: all particles descend from very few noises, and look alike. So 25 particles do not represent the tilted density of pictures. But SMC is a way to *find* a good picture. If one good picture is all you want, you can be greedier: see [notebook 07](07_search.ipynb).
 #
-# **Which of the printed numbers would warn you of the collapse, if you could not see the pictures?**
+# **Which number would warn you of the collapse, if you could not see the pictures?**
 #
 # <details><summary>Answer</summary>
 #
@@ -473,7 +473,7 @@ plt.show()
 # %% [markdown]
 # ## Recap
 # - The tilted density (6.1) is the model's, times $e^{r/\tau}$. Weighing finished samples is right for it, but at low temperature a few samples hold all the weight.
-# - The product of gains telescopes (6.5), so we may pay the reward out gradually and resample at any step.
+# - The product of gains telescopes (6.5), so we may pay the reward out gradually, and resample (6.7) at any step.
 # - Resampling needs $E[n_k] = K W_k$ and nothing else; the systematic comb adds the least noise.
 # - "Exact up to the number of particles" does not say how many are needed. At low temperature, temper the look-ahead (6.8).
 # - ESS does not see ancestry: count the noises that have descendants.

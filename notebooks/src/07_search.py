@@ -283,7 +283,7 @@ print(f"reward {result.reward:.4f}, {result.nfe} NFE")
 #
 # ## CoDe: choose after a block
 #
-# SVDD judges a child after one step, when *siblings*, the children of one state, hardly differ. *CoDe* (Singh et al. 2025) lets each child run a block of steps before it judges; here a block is two. **One change**: after `propose`, propose again. A branch now costs two evaluations, so there are half as many.
+# SVDD judges a child after one step, when *siblings*, the children of one state, hardly differ. *CoDe* (Singh et al. 2025) lets each child run a block of steps before it judges; here a block is two. **One change**: after `propose`, propose again. A branch now costs two evaluations. Each choice still has as many branches, but there are half as many choices.
 
 
 # %%
@@ -423,7 +423,7 @@ plt.show()
 assert [name for name, right in verdicts.items() if right] == ["CoDe", "SVDD"]
 
 # %% [markdown]
-# This is one prompt and one seed, chosen because the methods differ on it: an illustration. The evidence is in stored runs (`data/results/paper.jsonl`, made by `python -m tools.runs.paper`): 50 prompts with three seeds each, 500 NFE, ten steps, with the settings of the paper. Two judges look at the pictures. The *counter* is the exact form of the reward that the searches saw. The *held-out judge* is a network that no search saw.
+# This is one prompt and one seed, chosen because the methods differ on it: an illustration. The evidence is in stored runs (`data/results/paper.jsonl`, made by `python -m tools.runs.paper`): 50 prompts with three seeds each, a budget of 500 NFE, ten steps, with the settings of the paper (with them SVDD and CoDe spend 452). Two judges look at the pictures. The *counter* is the exact form of the reward that the searches saw. The *held-out judge* is a network that no search saw.
 
 # %%
 from flowscale_lite import experiments

@@ -337,7 +337,7 @@ for seed in range(3):
 print("Forcing() and RBF.published(): the same draws, samples and accounts")
 
 # %% [markdown]
-# ## A picture, put right
+# ## Right, says the counter
 #
 # Now the paper's setting on tiny-flux: 500 NFE, VP-SDE, two chains. We follow the search step by step and keep the look-ahead of the better chain.
 
@@ -553,7 +553,7 @@ gaps
 
 # %% [markdown]
 # - *Searching pays.* RBF is far ahead of CoDe, search over paths and best-of-N. The noise alone does not do it: best-of-N with the VP-SDE is behind best-of-N with the ODE.
-# - *The path pays.* With the VP-SDE, RBF is far ahead of RBF with the linear SDE. The same holds for SVDD and SMC.
+# - *The path pays.* With the VP-SDE, RBF is far ahead of RBF with the linear SDE. SVDD and SMC gain too, but less.
 # - *First place is open.* RBF, SVDD and SMC cannot be told apart here. In the paper RBF is first, by a small margin.
 #
 # Does *rollover* pay? SVDD with 25 first noises a chain has RBF's chains and RBF's start, but equal shares. So RBF minus this method shows what RBF's rule alone brings.
@@ -588,7 +588,7 @@ assert minus(("VP-SDE", "best-of-N"), ("ODE", "best-of-N"))["RBF is"] == "behind
 # - RBF takes the first child that beats the best so far, and passes on the draws that are left. A step without success falls back on its best child.
 # - As published it has two chains of 25 first noises, and a last paid transition that spends all. It returns a finished sample.
 # - Where the look-ahead rises by itself, as with multi-step models, the first improvement is a poor choice.
-# - Give methods the same first noises before you compare them. Then our table has RBF ahead of SVDD on VP, and behind it with the linear SDE.
+# - Give methods the same first noises when you compare them. Then our table has RBF ahead of SVDD on VP, and behind it with the linear SDE.
 
 # %% [markdown]
 # ## Exercises
