@@ -75,7 +75,8 @@ class Job:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="flowscale", description=__doc__)
+    more = "also: flowscale replay out.json, flowscale resume out.search, flowscale bench --help"
+    p = argparse.ArgumentParser(prog="flowscale", description=__doc__, epilog=more)
     p.add_argument("prompt", help="what to draw, in plain English")
     p.add_argument(
         "--method", choices=METHODS, help="default: rbf; beam for models that need many steps; draft with --draft"
