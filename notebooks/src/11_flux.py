@@ -26,7 +26,7 @@
 #
 # **Shown so far.** Everything here has run on a CPU with tiny-flux, in pictures of 64 x 64. No graphics card has been measured yet: seconds and memory of cards are planned.
 #
-# **Prerequisites.** [Notebook 00](00_start.ipynb). Three names are explained in later ones: the grid `paper_vp` in [notebook 05](05_interpolant_conversion.ipynb), `RBF` in [notebook 08](08_rollover_budget_forcing.ipynb), drafts in [notebook 10](10_scaling.ipynb).
+# **Prerequisites.** [Notebook 00](00_start.ipynb). Explained later: the grid `paper_vp` in [notebook 05](05_interpolant_conversion.ipynb), `RBF` in [notebook 08](08_rollover_budget_forcing.ipynb), drafts in [notebook 10](10_scaling.ipynb).
 #
 # **Time.** Core: about 70 minutes. Exercises: about 40. Deeper: about 25.
 #
@@ -79,7 +79,7 @@ ax.legend(fontsize=9, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.24))
 plt.show()
 
 # %% [markdown]
-# This is the memory of FLUX.1-dev at 1,024 x 1,024, with its transformer in three precisions. The text encoders stay at 16 bits. The last piece of a bar is what runs on these weights: one row (one candidate) or one decode, whichever takes more. The lines are three cards. All is *planned*, not measured: weights and operations are counted on a model without weights.
+# This is the memory of FLUX.1-dev at 1,024 x 1,024, with its transformer in three precisions. The text encoders stay at 16 bits. The last piece is what runs: one row (one candidate) or one decode, whichever takes more. The lines are three cards. All is *planned*, not measured: `memory.sizes` counts on models that have shapes and no contents.
 #
 # **Guess: a card is sold as 24 GB, and PyTorch finds 22 GiB on it, as on the L4. Does FLUX.1-dev fit in 16 bits? And in int8?**
 #
@@ -120,7 +120,7 @@ ax.legend(handles, shades, fontsize=9, ncols=4, loc="upper center", bbox_to_anch
 plt.show()
 
 # %% [markdown]
-# `gpu_check` measures your card and downloads nothing. A search is one of schnell's, with 100 NFE, each of them decoded and judged by a reward without a network. An L4 cannot hold the pair in 16 bits, so the plan for it is too hopeful. Not in the hour is what costs most of a first one: mistakes. So this page runs every cell on a CPU, with a small model, before you pay.
+# `gpu_check` measures your card. A search has 100 NFE of schnell, and all are decoded; its reward needs no network. An L4 cannot hold the pair in 16 bits, so the plan for it is too hopeful. Mistakes are not in the plan. Make them here, where every cell runs on a CPU, with a small model.
 #
 # ## What fits, before anything loads
 #
@@ -160,7 +160,7 @@ assert "bfloat16" in lines["A100-80"]["dev and schnell"] and "turns" not in line
 #
 # ## Load
 #
-# The next two cells load a pair of models. Without a CUDA GPU it is tiny-flux's, with one FLUX.1's: accept both licences on the hub once, and set `HF_TOKEN`. Of dev all is needed, 34 GB, and of schnell the transformer, 24 GB more. **All outputs on this page come from a CPU and from tiny-flux.** The rest of the code is the same, but for a few lines under `if real`.
+# The next two cells load a pair of models. Without a CUDA GPU it is tiny-flux's, with one FLUX.1's: accept both licences on the hub once, and set `HF_TOKEN`. Of dev all is needed, 34 GB, and of schnell the transformer, 24 GB more. **All outputs on this page come from a CPU and from tiny-flux.** The rest of the code is the same but for `if real`.
 
 # %%
 real = torch.cuda.is_available()  # set it to False to stay with tiny-flux
@@ -189,7 +189,7 @@ print(f"{type(big).__name__}, pictures of {dev.height} x {dev.width} pixels")
 # %% [markdown]
 # `KEEP` is the room for judges. On a card of 16 GB set it to 1, and use the reward of the next section alone.
 #
-# `FlowModel` rebuilds nothing of a pipeline. It runs the pipeline's own `__call__`, with a listener in the scheduler's place that is handed the velocity. So it works for six families of diffusers' pipelines, not for FLUX alone.
+# `FlowModel` rebuilds nothing of a pipeline. It runs the pipeline's own `__call__`, so it works for six families of diffusers' pipelines.
 #
 # ## The same search, your reward
 #
@@ -231,7 +231,7 @@ searched = found_by(RBF.few_step(NFE), NFE, warm_left, **rbf)
 def seen(picture):
     """What the counter of this series finds on a picture of tiny-flux, a line for each kind."""
     kinds = zip(shapes.count(picture)[0], shapes.CLASSES, strict=True)
-    return "\n".join(f"{number} {colour} {shape}" for number, (colour, shape) in kinds if number)
+    return "\n".join(f"{colour} {shape}s: {number}" for number, (colour, shape) in kinds if number)
 
 
 fig, axes = plt.subplots(1, 2, figsize=(5.6, 3.7))
@@ -247,7 +247,7 @@ if PAGE:
     scene = shapes.parse(TEXT)
     assert float(warm_left(searched)) > float(warm_left(plain)) + 0.1
     assert shapes.exact(scene, plain)[0] and not shapes.exact(scene, searched)[0]
-    assert "2 red square" in seen(searched) and "1 yellow triangle" in seen(searched)
+    assert "red squares: 2" in seen(searched) and "yellow triangles: 1" in seen(searched)
 
 # %% [markdown]
 # <details><summary>Answer</summary>
@@ -284,7 +284,7 @@ fig, axes = plt.subplots(1, 2, figsize=(5.6, 3.4))
 pair = {"warm_left alone": searched, "counts and warm_left": again}
 for ax, (name, picture) in zip(axes, pair.items(), strict=True):
     errors, warm = float(counts(picture)), float(warm_left(picture))
-    plots.picture(ax, picture[0], f"{name}\ncounts {errors:.1f}, warm {warm:.2f}")
+    plots.picture(ax, picture[0], f"{name}\ncounts {errors:z.1f}, warm {warm:.2f}")
 plt.show()
 
 # %% tags=["check"]
@@ -297,7 +297,7 @@ if PAGE:
 #
 # ### Three wishes more
 #
-# Rewards are quick to invent, and each draws another picture from the same prompt and seed. Here are three, each of one line. **Guess: which of the pictures A, B and C belongs to which wish?**
+# Rewards are quick to invent. Here are three of one line, with the same prompt and seed. **Guess: which of the pictures A, B and C belongs to which wish?**
 
 # %%
 WISHES = {  # pictures (K, 3, H, W) -> (K,)
@@ -356,7 +356,7 @@ if PAGE:
     assert shapes.exact(scene, pictures).all() and float(warm_left(pictures[:1])) > 0.1
 
 # %% [markdown]
-# The score is the weighted sum above: 0 is an average first look, and one more in `warm_left` alone is one standard deviation redder on the left. On tiny-flux all four are right, and number 0 is best parted.
+# The score is the weighted sum above: 0 is an average first look, and one more in `warm_left` alone is one standard deviation redder on the left. On tiny-flux all four have the right counts, and number 0 is the reddest on the left.
 #
 # The best score need not be the picture that *you* like best. So choose, and save it with the account of how it was found:
 
@@ -372,7 +372,7 @@ account.update(nfe=result.nfe, score=float(scores[choice]), choice=choice)
 print("saved in", folder, *sorted(path.name for path in folder.iterdir()))
 
 # %% [markdown]
-# Now it is your turn. Change `TEXT` and `warm_left`, set `PAGE` to False, for the folded checks know this page's own prompt only, and run the cells again from "Load". On tiny-flux keep to coloured shapes, and give the counter a prompt that it can parse. On FLUX.1 change the counts in `grounded_counts` too, and restart the kernel first: the pair that is loaded fills the card.
+# Now it is your turn. Change `TEXT` and `warm_left`, set `PAGE` to False (the folded checks know this page's own prompt only), and run the cells again from "Load". On tiny-flux keep to coloured shapes, and give the counter a prompt that it can parse. On FLUX.1 change the counts in `grounded_counts` too, and restart the kernel first: the pair that is loaded fills the card.
 #
 # ## Is it better? Ask a judge that no search has seen
 #
@@ -418,7 +418,7 @@ for name, (where, method, budget) in ways.items():
             line[judge] = float(reward(picture))
         lines.append(line)
 found = pd.DataFrame(lines)
-found.groupby("way", sort=False)[[*asked]].mean().round(2)
+found.groupby("way", sort=False)[[*asked]].mean().map("{:z.2f}".format)
 
 # %% tags=["plot"] alt="Three panels, a dot for each seed and a bar for the mean, for plain, best-of-N and Draft: by counts, by the position of the colours, and by the held-out judge. In counts both searches are above the plain pictures; in the position Draft is highest."
 fig, axes = plt.subplots(1, 3, figsize=(7.5, 2.8))
@@ -441,11 +441,11 @@ if PAGE:
     assert means.loc["Draft", "warm_left"] > means.loc["best-of-N", "warm_left"]
 
 # %% [markdown]
-# Read across: the last column was not asked. It confirms that both searches gain over the plain picture. It also sees that the warmest picture of all, one of Draft's, has a count wrong: that is what the weights allow. Between best-of-N and Draft four seeds of one prompt decide nothing. The fifty prompts of [notebook 10](10_scaling.ipynb) do.
+# Read across: the last column was not asked. It confirms that both searches gain over the plain picture. It also sees that Draft's warmest picture has a count wrong. Between best-of-N and Draft four seeds of one prompt decide nothing. The fifty prompts of [notebook 10](10_scaling.ipynb) do.
 #
 # ## The bill
 #
-# How long did a search take here, and how long should it take on your card? The plan counts the evaluations and the decodes, and takes 40 % of the card's peak. It leaves the judge out. All times are in seconds. *Here* is measured, with tiny-flux on a CPU. The two cards are planned: the same number of evaluations and decodes on FLUX.1 at 1,024 x 1,024. (A plain picture of FLUX.1-dev takes 28 evaluations, not 10, so multiply that row by about three.)
+# How many seconds did a search take here, and how many should it take on your card? *Here* is measured, with tiny-flux on a CPU. The two cards are planned as above, for as many evaluations and decodes on FLUX.1, without a judge. (A plain picture of FLUX.1-dev takes 28 evaluations, not 10, so multiply that row by about three.)
 
 # %% tags=["nbval-ignore-output"]
 bill = found.groupby("way", sort=False)[["NFE", "decodes", "seconds"]].mean().round(1)
