@@ -228,7 +228,7 @@ searched = found_by(RBF.few_step(NFE), NFE, warm_left, **rbf)
 
 
 # %% tags=["plot"] alt="Two pictures, with what a counter sees below each. Left, the plain one: three red squares and two blue triangles, as the prompt asks, anywhere. Right, the search's: red to the left and blue to the right, but only two red squares, and a yellow triangle."
-def seen(picture):
+def contents(picture):
     """What the counter of this series finds on a picture of tiny-flux, a line for each kind."""
     kinds = zip(shapes.count(picture)[0], shapes.CLASSES, strict=True)
     return "\n".join(f"{colour} {shape}s: {number}" for number, (colour, shape) in kinds if number)
@@ -238,7 +238,7 @@ fig, axes = plt.subplots(1, 2, figsize=(5.6, 3.7))
 pair = {"plain": plain, "searched": searched}
 for ax, (name, picture) in zip(axes, pair.items(), strict=True):
     plots.picture(ax, picture[0], f"{name}: reward {float(warm_left(picture)):.2f}")
-    ax.set_xlabel("" if real else seen(picture))
+    ax.set_xlabel("" if real else contents(picture))
 fig.suptitle(TEXT, fontsize=10)
 plt.show()
 
@@ -247,7 +247,7 @@ if PAGE:
     scene = shapes.parse(TEXT)
     assert float(warm_left(searched)) > float(warm_left(plain)) + 0.1
     assert shapes.exact(scene, plain)[0] and not shapes.exact(scene, searched)[0]
-    assert "red squares: 2" in seen(searched) and "yellow triangles: 1" in seen(searched)
+    assert "red squares: 2" in contents(searched) and "yellow triangles: 1" in contents(searched)
 
 # %% [markdown]
 # <details><summary>Answer</summary>
@@ -805,7 +805,7 @@ def clock(ask):
 
 
 # %%
-text, grid = "three red circles and two blue squares", schedules.paper_vp(10, finish=1)
+text, grid = "three red circles and two blue squares", schedules.paper_vp(10)
 prompt = FlowModel.encode(half, text)
 own = half.scheduler
 options = {"kernel": "ode", "times": list(grid)}
@@ -849,7 +849,7 @@ assert len(set(told)) < 10 and len(set(told[:3])) == 1
 # pipe.scheduler = FlowSDEScheduler.from_config(pipe.scheduler.config, kernel="sde", seed=0)
 # ```
 #
-# Kernels are those of [notebook 04](04_ode_to_sde.ipynb): `"ode"`, `"sde"` with $g_t = 3t^2$, and `"ddim"`, the DDPM transition. `interpolant="vp"` is the conversion of [notebook 05](05_interpolant_conversion.ipynb). Noise comes from the scheduler's own generator, for `FluxPipeline` does not hand its own to `step`.
+# Kernels are those of [notebook 04](04_ode_to_sde.ipynb): `"ode"`, `"sde"` with $g_t = 3t^2$, and `"ddim"`, the DDPM transition. `interpolant="vp"` is the conversion of [notebook 05](05_interpolant_conversion.ipynb), and `finish=1` the paper's grid, whose last step is long. Noise comes from the scheduler's own generator, for `FluxPipeline` does not hand its own to `step`.
 
 
 # %%
@@ -907,7 +907,7 @@ at_most = rows[rows["steps"] == max(steps)].groupby("scheduler")["distance"].mea
 assert at_most["FlowMatchEuler, stochastic_sampling"] > 5 * at_most["ours, sde, g = 3 t^2"]
 
 # %% [markdown]
-# It does not converge. Each of its steps forgets the noise it had: right for a model that jumps straight to the data, wrong for a flow. Note also `finish = 1`, the paper's grid, whose last step is long. This flow needs many steps, and there it costs more than all else at 10 steps.
+# It does not converge. Each of its steps forgets the noise it had: right for a model that jumps straight to the data, wrong for a flow. Note also the paper's grid, `finish = 1`. This flow needs many steps, and there the long last step costs more than all else at 10 steps.
 #
 # ## Not shown
 # Anything of FLUX.1 itself where the cell of records says so: whether the plans hold, whether its pair draws alike, what its pictures gain. LoRA, image conditions, video. Many GPUs: [notebook 12](12_scaling_out.ipynb).

@@ -420,7 +420,7 @@ assert kept == 47 and sorted(mended, key=json.dumps) == sorted(whole, key=json.d
 #
 # ## A plan for your budget
 #
-# You have 20 dollars and want to know whether method A beats method B. Two things follow from the budget: how many pictures you can pay for, and how small a difference they can show. For the second: on most prompts the two methods agree. Let them differ on a share $d$ of the prompts. Then a paired difference over $n$ prompts has a standard error of about $\sqrt{d/n}$, and a gain is shown if it is larger than
+# You have 20 dollars and want to know whether method A beats method B. Two things follow from the budget: how many pictures you can pay for, and how small a gain they can show. A gain of 0.1 means: right on 10 more prompts in 100. On most prompts the two methods agree. Let them differ on a share $d$ of the prompts. Then a paired difference over $n$ prompts has a standard error of about $\sqrt{d/n}$, and a gain is shown if it is larger than
 #
 # $$1.96 \sqrt{d / n}. \tag{12.3}$$
 #
