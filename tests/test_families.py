@@ -66,7 +66,7 @@ def test_image_to_image_equals_diffusers(named, steps, strength):
     name, pipe = named
     prompt, picture = encoded(pipe, name), torch.rand(1, 3, 64, 64, generator=seeded(1))
     if type(pipe).__name__ not in IMAGE_TO_IMAGE:
-        with pytest.raises(ValueError, match=rf"cannot be the start with {type(pipe).__name__}, only with FluxPipeline"):
+        with pytest.raises(ValueError, match=f"the start with {type(pipe).__name__}, only with FluxPipeline"):
             prompt.latents(picture)
         return
     changed = copy.copy(pipe.scheduler)
