@@ -189,7 +189,7 @@ print(f"{type(big).__name__}, pictures of {dev.height} x {dev.width} pixels")
 # %% [markdown]
 # `KEEP` is the room for judges. On a card of 16 GB set it to 1, and use the reward of the next section alone.
 #
-# `FlowModel` rebuilds nothing of a pipeline. It runs the pipeline's own `__call__`, so it works for six families of diffusers' pipelines.
+# `FlowModel` rebuilds nothing of a pipeline. It runs the pipeline's own `__call__`, so it works for six families of diffusers' pipelines. A LoRA that you load before the search (`big.load_lora_weights(...)`) is searched with.
 #
 # ## The same search, your reward
 #
