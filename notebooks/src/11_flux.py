@@ -362,7 +362,7 @@ if PAGE:
 
 # %%
 choice = 0  # the number that you like best
-folder = Path("build", "my_pictures")
+folder = Path("my_pictures")
 folder.mkdir(parents=True, exist_ok=True)
 image = judges.pictures.to_pil(pictures[choice : choice + 1])[0]
 image.save(folder / "mine.png")
