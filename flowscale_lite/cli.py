@@ -135,10 +135,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     word, words = "".join(argv[:1]), argv[1:]
     if word in HELP and {"-h", "--help"} & {*words}:
         return print(HELP[word])
+    told_before, state = None, None
     try:
         if word == "replay" and ".jsonl:" in "".join(words[:1]):
             return replay_row(*words)
-        told_before, state = None, None
         if word == "replay":
             told_before = read_account(words)
             argv = told_before["command"]
@@ -146,7 +146,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             state, argv = read_search(words)
         job = prepared(parser().parse_args(argv), told_before)
     except (ValueError, OSError) as error:
-        say(line_of(error))
+        lost = isinstance(error, FileNotFoundError) and (told_before or state)
+        say(line_of(error) + (f"; put it where it was, as seen from {words[0]}" if lost else ""))
         sys.exit(2)
     try:
         account = run(job, state)
@@ -402,7 +403,8 @@ def load(args: argparse.Namespace) -> tuple[list[Any], dict[str, int]]:
 def named_reward(name: str, args: argparse.Namespace, option: str = "--reward") -> Reward:
     """The reward asked for by `option`: a judge's name, or a function of pictures (K, 3, H, W) -> (K,) by its file.
 
-    Raises ValueError if there is no such file or function, or the file cannot be run; what loading a judge raises.
+    Raises FileNotFoundError if there is no such file, ValueError if it cannot be run or has no such function, and what
+    loading a judge raises.
     """
     if name in JUDGES:
         from . import judges
@@ -421,7 +423,7 @@ def named_reward(name: str, args: argparse.Namespace, option: str = "--reward") 
         choices = (
             f"one of {', '.join(JUDGES)}, counts, {', '.join(AIMED)}, or path/to/file.py:function with an existing file"
         )
-        raise ValueError(f"{option} must be {choices}; got {name!r}")
+        raise FileNotFoundError(f"{option} must be {choices}; got {name!r}")
     try:
         found = runpy.run_path(path).get(function)
     except Exception as error:

@@ -203,6 +203,11 @@ def test_an_account_replays_from_another_folder(capsys, monkeypatch, tmp_path):
         with pytest.raises(SystemExit) as end:
             cli.main(["replay", name])
         assert end.value.code == 0 and "the same picture and numbers" in capsys.readouterr().out
+    (there / "mine.py").unlink()
+    with pytest.raises(SystemExit) as end:
+        cli.main(["replay", "out.json"])
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert end.value.code == 2 and "got '../mine.py:red'; put it where it was, as seen from out.json" in last
 
 
 @pytest.mark.parametrize(
