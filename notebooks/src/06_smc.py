@@ -67,7 +67,7 @@ assert 0.8 < top[:3].sum() < 0.95
 #
 # <details><summary>Answer</summary>
 #
-# Long before the end. Half-way a state has mostly chosen its cloud, and the look-ahead reward of [notebook 03](03_rewards_and_best_of_n.ipynb) shows it. This notebook uses this knowledge early, and still gets the right distribution.
+# Long before the end. A state heads for its cloud early, and the look-ahead reward of [notebook 03](03_rewards_and_best_of_n.ipynb) shows it. This notebook uses this knowledge early, and still gets the right distribution.
 #
 # </details>
 #
@@ -122,7 +122,7 @@ for tau in (2.0, 0.5, 0.1, 0.01):
     print(f"tau = {tau:4}: ESS {ess(reward(draws) / tau):5.1f} of 1,000")
 
 # %% [markdown]
-# The colder the target, the fewer samples count.
+# (`ess` takes the logarithms of the weights $w_k$, here $r/\tau$.) The colder the target, the fewer samples count.
 #
 # ## Weighing early
 #
@@ -368,7 +368,7 @@ assert abs(more["SMC", 1000] - more["SMC, tempered", 100]) < 0.02
 assert more["SMC, tempered", 1000] < 0.6 * more["SMC", 1000]
 
 # %% [markdown]
-# More particles help. But plain SMC needs 1,000 of them to be as good as tempered SMC with 100.
+# More particles help. But in these few runs plain SMC with 1,000 particles is only about as good as tempered SMC with 100.
 #
 # ## A family tree
 #
@@ -408,7 +408,7 @@ plt.show()
 assert int(alive[0].sum()) == 1 and last > 18, "the lower tree: one noise, a large ESS"
 
 # %% [markdown]
-# Black lines lead to finished particles, grey lines die out. Above, the finished particles descend from a few noises. Below, in the cold, all descend from a single one, although the final ESS is nearly as large. On this toy that does little harm, since the noise of later steps makes the copies different again. On pictures it does harm: a picture is decided early, so all particles may show one picture with small variations.
+# Each row of lines is a particle, and time runs from noise (left) to data (right). Black lines lead to finished particles, grey lines die out. Above, the finished particles descend from a few noises. Below, in the cold, all descend from a single one, although the final ESS is nearly as large. On this toy that does little harm, since the noise of later steps makes the copies different again. On pictures it does harm: a picture is decided early, so all particles may show one picture with small variations.
 #
 # SMC needs a sampler with noise. Under the ODE, copies would stay equal for ever, so the package refuses to resample there.
 #
@@ -476,7 +476,7 @@ plt.show()
 # - The product of gains telescopes (6.5), so we may pay the reward out gradually, and resample (6.7) at any step.
 # - Resampling needs $E[n_k] = K W_k$ and nothing else; the systematic comb adds the least noise.
 # - "Exact up to the number of particles" does not say how many are needed. At low temperature, temper the look-ahead (6.8).
-# - ESS does not see ancestry: count the noises that have descendants.
+# - ESS does not see ancestry: count the noises that have descendants. On pictures all 25 particles came from one to three noises: good pictures, but little variety.
 
 # %% [markdown]
 # ## Exercises
