@@ -46,15 +46,19 @@ top = weights.sort(descending=True).values
 print(f"the three heaviest of 1,000 points: {top[:3].sum():.0%} of the weight")
 
 # %% [markdown]
-# Our data are eight clouds on a circle; the one on the right is rare. The reward $r$ is highest at the star. We have drawn 1,000 samples, and given each the weight $e^{r/\tau}$ with a small number $\tau = 0.01$. In the right panel the area of a disc is the weight of its sample.
+# Our data are eight clouds on a circle; the one on the right is rare. The reward $r$ is highest at the star. We have drawn 1,000 samples, and given each the weight $e^{r/\tau}$ with a small number $\tau = 0.01$. The right panel shows what lies in the orange frame: the area of a disc is the weight of its sample.
 
-# %% tags=["plot"] alt="Left: a thousand points in eight clouds on a circle. Right: the same points as discs whose area is their weight; three or four discs beside a star at the right are all that can be seen."
-fig, axes = plt.subplots(1, 2, figsize=(7.5, 3.6), sharex=True, sharey=True)
+# %% tags=["plot"] alt="Left: a thousand points in eight clouds on a circle. Right: the part around a star at the right, enlarged, with the points as discs whose area is their weight; three large discs with their shares of the weight, and a few small ones, are all that can be seen."
+fig, axes = plt.subplots(1, 2, figsize=(8, 3.8))
 axes[0].scatter(*draws.T, s=3, color="black")
-axes[1].scatter(*draws.T, s=1500 * weights, color="#D55E00", alpha=0.6, linewidths=0)
-for ax, title in zip(axes, ("1,000 samples", "weighted"), strict=True):
+axes[1].scatter(*draws.T, s=4000 * weights, color="#F0B080", edgecolors="black", linewidths=0.8)
+axes[0].plot([1.75, 2.75, 2.75, 1.75, 1.75], [-0.5, -0.5, 0.5, 0.5, -0.5], color="#D55E00", linestyle="-")
+for k in weights.argsort(descending=True)[:3].tolist():
+    axes[1].text(*draws[k].tolist(), f"{weights[k]:.0%}", ha="center", va="center", fontsize=9)
+for ax, title in zip(axes, ("1,000 samples", "in the frame, by weight"), strict=True):
     ax.plot(*reward.centre, marker="*", markersize=9, color="black")
     ax.set(title=title, xlim=(-3, 3), ylim=(-3, 3), aspect="equal")
+axes[1].set(xlim=(1.75, 2.75), ylim=(-0.5, 0.5))
 plt.show()
 
 # %% tags=["check"]
@@ -188,7 +192,7 @@ fig, axes = plt.subplots(3, 1, figsize=(6.5, 2.9), sharex=True)
 for ax, scheme in zip(axes, ("multinomial", "stratified", "systematic"), strict=True):
     for k in range(12):
         ax.barh(0, W[k], left=edges[k], height=0.8, color="0.85" if k % 2 else "0.6", linewidth=0)
-    for u in points(scheme, 12, seeded(3)):
+    for u in points(scheme, 12, seeded(24)):
         ax.plot([u, u], [-0.55, 0.55], color="black", linestyle="-", linewidth=1.3)
     ax.set(yticks=[], xlim=(0, 1))
     ax.set_title(scheme, fontsize=10, loc="left", pad=2)
@@ -446,7 +450,7 @@ for seed in range(3):
     mean = float(p.logw.softmax(0) @ p.reward)
     before = float(finish(PLAIN, seed)[0].reward.mean())
     print(f"seed {seed}: mean reward {before:.1f} plain, {mean:.1f} by SMC;", end=" ")
-    print(f"{len(p)} particles from {len(origin.unique())} noises")
+    print(f"ESS {ess(p.logw):.0f}; {len(p)} particles, noises left: {len(origin.unique())}")
 
 # %% tags=["plot"] alt="Six plain samples, all different and mostly miscounted, above six draws from SMC's weighted particles, which have nearly the right counts and look like variations of a few layouts."
 fig, axes = plt.subplots(2, 6, figsize=(9, 3.4))
@@ -466,7 +470,7 @@ plt.show()
 #
 # <details><summary>Answer</summary>
 #
-# The number of noises that have descendants. The mean reward does not warn: it is highest when all particles are copies of one good picture. The ESS does not warn either: right after resampling it is large.
+# The number of noises that have descendants. The mean reward does not warn: it is highest when all particles are copies of one good picture. The ESS does not warn either: it counts about ten of 25 particles, even where all of them descend from one noise.
 #
 # </details>
 
