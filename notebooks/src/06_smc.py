@@ -51,10 +51,11 @@ print(f"the three heaviest of 1,000 points: {top[:3].sum():.0%} of the weight")
 # %% tags=["plot"] alt="Left: a thousand points in eight clouds on a circle. Right: the part around a star at the right, enlarged, with the points as discs whose area is their weight; three large discs with their shares of the weight, and a few small ones, are all that can be seen."
 fig, axes = plt.subplots(1, 2, figsize=(8, 3.8))
 axes[0].scatter(*draws.T, s=3, color="black")
-axes[1].scatter(*draws.T, s=4000 * weights, color="#F0B080", edgecolors="black", linewidths=0.8)
+axes[1].scatter(*draws.T, s=1500 * weights, color="#D55E0066", edgecolors="black")
 axes[0].plot([1.75, 2.75, 2.75, 1.75, 1.75], [-0.5, -0.5, 0.5, 0.5, -0.5], color="#D55E00", linestyle="-")
-for k in weights.argsort(descending=True)[:3].tolist():
-    axes[1].text(*draws[k].tolist(), f"{weights[k]:.0%}", ha="center", va="center", fontsize=9)
+style = {"arrowprops": {"arrowstyle": "-", "linewidth": 0.7}, "va": "center", "fontsize": 9}
+for y, k in zip((0.02, 0.14, -0.14), weights.argsort(descending=True)[:3].tolist(), strict=True):
+    axes[1].annotate(f"{weights[k]:.0%}", draws[k].tolist(), (2.28, y), **style)
 for ax, title in zip(axes, ("1,000 samples", "in the frame, by weight"), strict=True):
     ax.plot(*reward.centre, marker="*", markersize=9, color="black")
     ax.set(title=title, xlim=(-3, 3), ylim=(-3, 3), aspect="equal")
@@ -450,7 +451,7 @@ for seed in range(3):
     mean = float(p.logw.softmax(0) @ p.reward)
     before = float(finish(PLAIN, seed)[0].reward.mean())
     print(f"seed {seed}: mean reward {before:.1f} plain, {mean:.1f} by SMC;", end=" ")
-    print(f"ESS {ess(p.logw):.0f}; {len(p)} particles, noises left: {len(origin.unique())}")
+    print(f"{len(p)} particles, ESS {ess(p.logw):.0f}, noises left: {len(origin.unique())}")
 
 # %% tags=["plot"] alt="Six plain samples, all different and mostly miscounted, above six draws from SMC's weighted particles, which have nearly the right counts and look like variations of a few layouts."
 fig, axes = plt.subplots(2, 6, figsize=(9, 3.4))
