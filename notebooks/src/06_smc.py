@@ -451,7 +451,7 @@ for seed in range(3):
     mean = float(p.logw.softmax(0) @ p.reward)
     before = float(finish(PLAIN, seed)[0].reward.mean())
     print(f"seed {seed}: mean reward {before:.1f} plain, {mean:.1f} by SMC;", end=" ")
-    print(f"{len(p)} particles, ESS {ess(p.logw):.0f}, noises left: {len(origin.unique())}")
+    print(f"ESS {ess(p.logw):.0f} of {len(p)}, from {len(origin.unique())} noises")
 
 # %% tags=["plot"] alt="Six plain samples, all different and mostly miscounted, above six draws from SMC's weighted particles, which have nearly the right counts and look like variations of a few layouts."
 fig, axes = plt.subplots(2, 6, figsize=(9, 3.4))
