@@ -38,7 +38,9 @@ def test_where_rbf_is_behind_svdd_is_told():
     assert len(rows) == len(toy_table.away())
     table = toy_table.away_table(rows)
     assert table in (ROOT / "data/results/README.md").read_text(encoding="utf-8")
-    assert re.search(r"-0\.\d+ \[-0\.\d+, -0\.\d+\]", table)
+    behind = [line for line in table.splitlines() if re.search(r"-0\.\d+ \[-0\.\d+, -0\.\d+\] \|$", line)]
+    assert [line.split(" | ")[:2] for line in behind] == [["| 1000", "VP-SDE, long last step"]]  # same chain and noises
+    assert re.search(r"-0\.\d+ \[-0\.\d+, -0\.\d+\] \| ", table)  # SVDD with two chains
 
 
 def test_what_the_page_says_of_the_toy_is_what_its_rows_say():

@@ -9,12 +9,12 @@ from itertools import pairwise
 import pytest
 import torch
 from conftest import seeded
-from diffusers import AutoencoderTiny, DPMSolverMultistepScheduler
+from diffusers import AutoencoderTiny, AutoPipelineForImage2Image, DPMSolverMultistepScheduler
 from tiny_families import BUILDERS, build
 
-from flowscale_lite import RBF, BestOfN, ddim, ode, search
+from flowscale_lite import RBF, BestOfN, Run, ddim, ode, search
 from flowscale_lite.flux import FlowModel, FlowSDEScheduler, families, hub
-from flowscale_lite.flux.prompt import exact_time
+from flowscale_lite.flux.prompt import IMAGE_TO_IMAGE, exact_time
 from flowscale_lite.tiny.data import locate
 
 TEXT = "two red circles"
@@ -58,6 +58,31 @@ def test_ode_equals_the_pipelines_own_call(named):
     assert ours.shape == (3, 3, 64, 64) and expected.std() > 0.01
     torch.testing.assert_close(ours, expected, atol=1e-4, rtol=0)
     assert result.nfe == 12 * prompt.cost
+
+
+@pytest.mark.parametrize(("steps", "strength"), [(4, 0.5), (5, 0.8), (4, 1.0)])
+def test_image_to_image_equals_diffusers(named, steps, strength):
+    """From latents drawn by the class's own VAE, noised to where the strength begins: equal pictures to 1e-4."""
+    name, pipe = named
+    prompt, picture = encoded(pipe, name), torch.rand(1, 3, 64, 64, generator=seeded(1))
+    if type(pipe).__name__ not in IMAGE_TO_IMAGE:
+        with pytest.raises(ValueError, match=f"the start with {type(pipe).__name__}, only with FluxPipeline"):
+            prompt.latents(picture)
+        return
+    changed = copy.copy(pipe.scheduler)
+    whole = AutoPipelineForImage2Image.from_pipe(pipe)
+    expected = whole(
+        prompt=TEXT, image=picture, num_inference_steps=steps, strength=strength,
+        **CALLS[name], output_type="pt", generator=seeded(),
+    ).images  # fmt: skip
+    pipe.scheduler, generator = changed, seeded()
+    times = prompt.times(steps)[steps - round(steps * strength) :]
+    x0 = prompt.latents(picture, generator)
+    run = Run(prompt.problem(reward, ode, times=times), max_nfe=steps * prompt.cost, generator=generator)
+    p = run.start(1, (1 - times[0]) * x0 + times[0] * torch.randn(x0.shape, generator=generator))
+    while p.t > 0:
+        p = run.propose(p)
+    torch.testing.assert_close(prompt.decode(p.x), expected, atol=1e-4, rtol=0)
 
 
 def test_a_saved_pipeline_is_loaded_with_all_its_parts(named, tmp_path):

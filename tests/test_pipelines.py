@@ -7,7 +7,7 @@ import httpx
 import huggingface_hub
 import pytest
 import torch
-from diffusers import FluxImg2ImgPipeline
+from diffusers import FluxImg2ImgPipeline, FluxPipeline
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub.constants import HF_HUB_DISABLE_PROGRESS_BARS
 from huggingface_hub.errors import (
@@ -16,6 +16,8 @@ from huggingface_hub.errors import (
     RemoteEntryNotFoundError,
     RevisionNotFoundError,
 )
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Generator
 from transformers.utils import logging as transformers_logging
@@ -87,6 +89,24 @@ def test_ode_equals_the_pipelines_own_call(pipe, number, steps, chunk):
     torch.testing.assert_close(pictures, expected, atol=1e-4, rtol=0)
     best = int(REWARD(expected).argmax())
     torch.testing.assert_close(prompt.decode(result.best[None]), expected[best : best + 1], atol=1e-4, rtol=0)
+
+
+def test_a_lora_loaded_before_the_search_is_searched_with(tmp_path):
+    """`load_lora_weights`, as always: the pipeline's own pictures to 1e-4, which are not those without the LoRA."""
+    pipe = flux.load(locate("tiny-flux/schnell"))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    FluxPipeline.save_lora_weights(tmp_path, get_peft_model_state_dict(pipe.transformer))
+
+    pipe = flux.load(locate("tiny-flux/schnell"))
+    plain = diffusers_pictures(pipe, 2, 4)
+    pipe.load_lora_weights(tmp_path)
+    problem = FlowModel.encode(pipe, TEXT, guidance=2.0).problem(REWARD, ode, 4)
+    found = search(problem, BestOfN(2), max_nfe=8, generator=seeded())
+    pictures = FlowModel.encode(pipe, TEXT, guidance=2.0).decode(found.particles.x)
+    torch.testing.assert_close(pictures, diffusers_pictures(pipe, 2, 4), atol=1e-4, rtol=0)
+    assert (pictures - plain).abs().amax(dim=(1, 2, 3)).min() > 0.1
 
 
 def test_same_seed_same_picture_whatever_the_chunks(pipe):

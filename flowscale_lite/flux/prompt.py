@@ -33,6 +33,9 @@ from . import families, hub
 KNOWN: WeakKeyDictionary[Any, dict[tuple[str, str | None, int | None], families.Arguments]] = WeakKeyDictionary()
 """The texts that each pipeline has encoded, by (text, negative text, token limit); forgotten with the pipeline."""
 
+IMAGE_TO_IMAGE = ("FluxPipeline", "QwenImagePipeline", "StableDiffusion3Pipeline", "ZImagePipeline")
+"""The pipelines for which diffusers has a sibling that starts from a picture."""
+
 
 def encode_text(
     pipe: Any, text: str, negative: str | None, tokens: int | None, config: Mapping[str, Any] | None = None
@@ -280,21 +283,26 @@ class FlowModel:
         What `decode` undoes. For image-to-image start at a time t below 1 from (1 - t) latents + t noise. With a
         generator the latents are drawn from the VAE's distribution, if it has one, as diffusers does; else its mean.
 
-        Raises ValueError if the pictures are of another size, or it is no pipeline of FLUX.1's latents.
+        Raises ValueError if the pictures are of another size, or diffusers has no image-to-image for such pipelines.
         """
-        size, vae = (self.height, self.width), self.pipe.vae
+        size, pipe = (self.height, self.width), self.pipe
         if pictures.ndim != 4 or pictures.shape[1] != 3 or pictures.shape[2:] != size:
             raise ValueError(f"pictures must be (K, 3, {size[0]}, {size[1]}); got {tuple(pictures.shape)}")
-        scale, shift = (vae.config.get(name) for name in ("scaling_factor", "shift_factor"))
-        if self.family.pack is None or scale is None or shift is None:
-            raise ValueError(f"pictures cannot be the start with {type(self.pipe).__name__}, only with FLUX.1")
+        vae, kind = pipe.vae, type(pipe).__name__
+        if kind not in IMAGE_TO_IMAGE:
+            raise ValueError(f"pictures cannot be the start with {kind}, only with {', '.join(IMAGE_TO_IMAGE)}")
+        video = vae.config.get("latents_mean") is not None  # Qwen-Image's: pictures are videos of one frame
+        pictures = 2 * pictures.to(self.device, vae.dtype) - 1
         with torch.no_grad():
-            found = vae.encode(2 * pictures.to(self.device, vae.dtype) - 1)
-            if hasattr(found, "latent_dist"):
-                found = found.latent_dist.mode() if generator is None else found.latent_dist.sample(generator)
-            else:  # AutoencoderTiny
-                found = found.latents
-        return ((found - shift) * scale).float()
+            found = vae.encode(pictures.unsqueeze(2) if video else pictures)
+        if hasattr(found, "latent_dist"):
+            found = found.latent_dist.mode() if generator is None else found.latent_dist.sample(generator)
+        else:  # AutoencoderTiny
+            found = found.latents
+        if video:
+            mean, std = (found.new_tensor(vae.config[f"latents_{name}"])[:, None, None] for name in ("mean", "std"))
+            return ((found.squeeze(2) - mean) / std).float()
+        return ((found - vae.config.shift_factor) * vae.config.scaling_factor).float()
 
     def leaders(self, result: Result, reward: Reward, number: int = 4) -> tuple[Tensor, Tensor]:
         """The best finished particles of a search that judged previews, decoded in full and judged again.

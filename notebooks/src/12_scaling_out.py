@@ -78,7 +78,8 @@ assert [round(d) for d in days.values()] == [34, 18, 7, 7, 2]
 # %% alt="Bars of planned dollars for the same table: between 190 on an H100 and 380 on an A100 with 80 GB. They differ by a factor of two, while the days differ by a factor of fifteen."
 dollars = {name: 24 * days[name] * cost.GPUS[name].dollars for name in days}
 fig, ax = plt.subplots(figsize=(6.5, 2.8))
-bars = ax.barh(list(dollars), list(dollars.values()), 0.6, color="#D55E00")
+names = [f"{name}, {cost.GPUS[name].dollars:.2f} an hour" for name in dollars]
+bars = ax.barh(names, list(dollars.values()), 0.6, color="#D55E00")
 ax.bar_label(bars, fmt="%.0f dollars", padding=4)
 ax.set(xlabel=f"planned dollars, prices assumed in {cost.PRICED}", xlim=(0, 480))
 ax.invert_yaxis()
@@ -96,7 +97,7 @@ assert max(dollars.values()) / PICTURES < 1
 #
 # </details>
 #
-# **Money follows the operations, time follows the number of machines.** The rest of this page is about both: where the operations are, and how to share them out.
+# **Money follows the operations, here within a factor of two. Time follows the number of machines.** The rest of this page is about both: where the operations are, and how to share them out.
 #
 # ## Where the seconds go
 #
@@ -109,37 +110,41 @@ assert max(dollars.values()) / PICTURES < 1
 # %%
 bare = hub.skeleton(locate("tiny-flux/schnell"))
 tiny = cost.count_pipeline(bare, 64, 64, text_tokens=16)
-lines = {}
-for name, counts in (("FLUX.1, 1024 x 1024", flux), ("tiny-flux, 64 x 64", tiny)):
-    line = {f"{part}, 10^9": counts[part].flops / 1e9 for part in counts}
-    line["decode / velocity"] = counts["decode"].flops / counts["velocity"].flops
-    lines[name] = line
-pd.DataFrame(lines).T.map("{:.3g}".format)
+columns = {
+    "FLUX.1, in 10^12": {part: count.flops / 1e12 for part, count in work.items()},
+    "tiny-flux, in 10^9": {part: count.flops / 1e9 for part, count in tiny.items()},
+}
+table = pd.DataFrame(columns, index=["velocity", "decode", "judge", "text"])
+table.round(2).fillna(0)
+
+# %% [markdown]
+# These are operations of one call. tiny-flux draws 64 x 64 pixels, and its reward needs no network. Compare a decode with an evaluation (*velocity*) in each column. And here is the part of (12.1) above the line:
+
+
+# %%
+def operations(counts, nfe, rewards):
+    """Operations of one search, part by part: (12.1) above the line."""
+    calls = {"velocity": nfe, "decode": rewards + 1, "judge": rewards, "text": 1}
+    return {part: calls[part] * count.flops for part, count in counts.items()}
+
 
 # %% [markdown]
 # RBF judges a picture at every evaluation. Best-of-N in ten steps judges one in ten.
 #
 # **Guess: at equal NFE, how much longer does RBF take than best-of-N, on tiny-flux and on FLUX.1?**
-#
-# To count operations alone, we plan for an imagined machine, `ONE`, that does one operation a second. What it needs in seconds is the number of operations.
-
-# %%
-ONE = cost.Gpu("one operation a second", 1e-12, 1, 0)  # peak in 10^12, GiB, dollars
-for method, calls in (("best-of-N", 50), ("RBF", 500)):
-    counted = cost.estimate(work, ONE, 500, reward_calls=calls, utilisation=1)
-    print(f"{method} on FLUX.1: {counted.seconds:.1e} operations")
 
 # %% tags=["plot"] alt="Stacked bars, best-of-N as 1. On tiny-flux RBF takes about three times as long, most of it for decoding. On FLUX.1 with a judge it takes about 1.3 times as long, and velocities are by far the largest part."
 shades = {"velocity": "0.35", "decode": "#0072B2", "judge": "#D55E00", "text": "0.85"}
 fig, ax = plt.subplots(figsize=(7, 3))
 ratios, rows = [], []
 for model, counts in (("tiny-flux", tiny), ("FLUX.1", work)):
-    bon, rbf = (cost.estimate(counts, ONE, 500, reward_calls=calls) for calls in (50, 500))
-    ratios.append(rbf.seconds / bon.seconds)
+    bon, rbf = (operations(counts, 500, calls) for calls in (50, 500))
+    whole = sum(bon.values())
+    ratios.append(sum(rbf.values()) / whole)
     for method, one in (("best-of-N", bon), ("RBF", rbf)):
         left = 0.0
         for part, colour in shades.items():
-            share = one.parts.get(part, 0) / bon.seconds
+            share = one.get(part, 0) / whole
             ax.barh(len(rows), share, 0.6, left=left, color=colour, edgecolor="black", linewidth=0.5)
             left += share
         rows.append(f"{model}, {method}")
@@ -160,7 +165,7 @@ assert 2 < ratios[0] < 3.5 and 1.2 < ratios[1] < 1.4, ratios
 #
 # ## Is one number enough? Ask a clock
 #
-# Above the line of (12.1) all is counted. Below it stands one number that must be measured or assumed, $uP$. Can one number be enough for two methods that mix evaluations and decodes so differently? Take the machine that this page ran on. We time best-of-N once, read off $uP$, and let (12.1) foretell three other searches.
+# Above the line of (12.1) all is counted. Below it stands one number that must be measured or assumed, $uP$. Can one number be enough for two methods that mix evaluations and decodes so differently? Take the machine that this page ran on. We time best-of-N with 300 NFE, read off $uP$, and let (12.1) foretell three other searches.
 
 # %%
 from flowscale_lite import RBF, BestOfN, ddim, ode, search
@@ -184,20 +189,22 @@ def clock(method, kernel, nfe):
 
 
 # %% tags=["nbval-ignore-output"]
-runs = [("best-of-N", BestOfN(), ode, nfe) for nfe in (100, 300)]
+runs = [("best-of-N", BestOfN(), ode, nfe) for nfe in (300, 100)]
 runs += [("RBF", RBF(), ddim(), nfe) for nfe in (50, 150)]
 lines, speed = [], None  # operations a second, read off the first run
 for name, method, kernel, nfe in runs:
     seconds, calls = clock(method, kernel, nfe)
-    counted = cost.estimate(tiny, ONE, nfe, reward_calls=calls, utilisation=1)
-    operations = counted.seconds
-    speed = speed or operations / seconds
+    counted = sum(operations(tiny, nfe, calls).values())
+    speed = speed or counted / seconds
     line = {"search": name, "NFE": nfe, "rewards": calls, "measured, s": seconds}
-    lines.append(line | {"foretold, s": operations / speed})
+    lines.append(line | {"foretold, s": counted / speed})
 timed = pd.DataFrame(lines)
-timed.round(2)
+display(timed.round(2))
+ratio = timed["measured, s"] / timed["foretold, s"]
+worst = max(ratio.max(), 1 / ratio.min())
+print(f"the worst of the three plans is off by a factor of {worst:.2f}")
 
-# %% tags=["plot"] alt="Measured against foretold CPU seconds of four searches on tiny-flux. Best-of-N at 100 NFE, hollow, lies on the diagonal, for the speed was read off there. The other three lie close to it, within a factor of two."
+# %% tags=["plot"] alt="Measured against foretold CPU seconds of four searches on tiny-flux. Best-of-N at 300 NFE, hollow, lies on the diagonal, for the speed was read off there. The other three lie close to it, within a factor of two."
 fig, ax = plt.subplots(figsize=(4.8, 4))
 both = timed[["measured, s", "foretold, s"]].to_numpy()
 reach = np.array([both.min() / 1.6, both.max() * 1.6])
@@ -214,11 +221,10 @@ ax.legend(loc="upper left", fontsize=9)
 plt.show()
 
 # %% tags=["check"]
-ratio = timed["measured, s"] / timed["foretold, s"]
-assert ratio.between(0.4, 2.5).all(), list(ratio)
+assert worst < 2, list(ratio)
 
 # %% [markdown]
-# On this work one number foretells the others within a factor of two, the grey band. That is enough for a first plan. It belongs to this *kind* of work, however. Another model, or another batch size, has another number. And (12.1) knows nothing of memory. A GPU that fetches its weights from the host for every evaluation waits for them, whatever its peak.
+# On this work one number foretells the others within a factor of two, the grey band. That is enough for a first plan. The number belongs to this *kind* of work, however. Another model, or another batch size, has another number. And (12.1) knows nothing of memory. A GPU that fetches its weights from the host for every evaluation waits for them, whatever its peak.
 #
 # And on a GPU? `python -m tools.runs.gpu_check` measures evaluations of FLUX.1 at its real size and stores them beside what (12.1) says with $u = 0.4$. Here are all records that there are. A ratio of 1 means that the plan was right, above 1 that the card was slower.
 
@@ -239,7 +245,7 @@ else:
 # %% [markdown]
 # ## Many runs on many GPUs
 #
-# Prompts and seeds do not talk to one another, so $K$ runs of lengths $t_1, \dots, t_K$ can go to $g$ GPUs. There are two ways to hand them out. Cut the list into $g$ equal pieces beforehand. Or keep a queue, from which each GPU takes the next run when it is free. No way is faster than $\max(W/g, \max_k t_k)$, where $W$ is the sum of all lengths. The queue is never slower than
+# Prompts and seeds do not talk to one another, so $K$ runs of lengths $t_1, \dots, t_K$ can go to $g$ GPUs. There are two ways to hand them out. Cut the list into $g$ pieces beforehand, each of as many runs. Or keep a queue, from which each GPU takes the next run when it is free. No way is faster than $\max(W/g, \max_k t_k)$, where $W$ is the sum of all lengths. The queue is never slower than
 #
 # $$T \le \frac{W}{g} + \Big(1 - \frac1g\Big)\max_k t_k \tag{12.2}$$
 #
@@ -272,27 +278,30 @@ a100 = cost.GPUS["A100-80"]
 each = {nfe: cost.estimate(work, a100, nfe).seconds for nfe in (100, 250, 500)}
 lengths = [each[nfe] for nfe in (100, 250, 500) for _ in range(40)]
 total, gpus = sum(lengths), np.arange(1, 65)
-ways = {
-    "queue, longest runs first": (queue, sorted(lengths, reverse=True)),
-    "queue, in the order of the list": (queue, lengths),
-    "equal pieces": (pieces, lengths),
+rng = np.random.default_rng(0)
+ways = {  # a way, and the lists that it is tried on
+    "queue, longest first": (queue, [sorted(lengths, reverse=True)]),
+    "queue, shortest first": (queue, [lengths]),
+    "pieces, shuffled": (pieces, [rng.permutation(lengths) for _ in range(20)]),
+    "pieces, shortest first": (pieces, [lengths]),
 }
 faster = {}
-for name, (way, runs) in ways.items():
-    faster[name] = total / np.array([way(runs, int(g)) for g in gpus])
+for name, (way, lists) in ways.items():
+    taken = [[way(runs, int(g)) for g in gpus] for runs in lists]
+    faster[name] = total / np.mean(taken, axis=0)
 
-# %% alt="Speed-up against the number of GPUs. A queue that starts the longest runs first stays closest to the ideal line up to about 40; in the order of the list, shortest first, the queue falls behind; equal pieces fall far behind."
+# %% alt="Speed-up against the number of GPUs. A queue that starts the longest runs first stays closest to the ideal line up to about 40. A queue with the shortest first falls behind, and pieces fall much further behind, shuffled or not."
 fig, ax = plt.subplots(figsize=(6.5, 3.8))
 ax.plot(gpus, gpus, color="0.6", linestyle="-", linewidth=1, label="ideal")
 for name, curve in faster.items():
-    ax.plot(gpus, curve, label=f"{name}: {curve[31]:.1f} on 32")
+    ax.plot(gpus, curve, label=name)
 ax.set(xlabel="GPUs", ylabel="times as fast as one", ylim=(0, 64))
 ax.legend(fontsize=9)
 plt.show()
 
 # %% tags=["check"]
-first, listed, cut = (faster[name][31] for name in ways)
-assert 29 < first < 32 and 20 < listed < 27 and cut < 20, (first, listed, cut)
+on_32 = [round(float(faster[name][31])) for name in ways]
+assert on_32 == [31, 25, 19, 17], on_32
 for name in list(ways)[:2]:
     most = total / gpus + (1 - 1 / gpus) * max(lengths)
     assert (total / faster[name] <= most + 1e-6).all(), "(12.2) is violated"
@@ -300,7 +309,7 @@ for name in list(ways)[:2]:
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# Cutting gives some GPUs nothing but runs of 500 NFE, and everybody else waits for them. The queue knows nothing of lengths and does far better. If it starts with the long runs, it loses hardly anything on 32 GPUs. With more GPUs even this curve climbs in steps, because a run does not split.
+# Pieces of the list as it stands: 17 times. Some GPUs get nothing but runs of 500 NFE, and everybody else waits for them. Pieces of a shuffled list: 19 times (20 shuffles), for some piece still gets many long runs. The queue knows nothing of lengths and reaches 25 in the order of the list. If it starts with the long runs, it reaches 31. With more GPUs even this curve climbs in steps, because a run does not split.
 #
 # </details>
 #
@@ -310,60 +319,41 @@ for name in list(ways)[:2]:
 #
 # Cheap machines are machines that may be taken away. The remedy is old. Write down each result when it is there. When started again, look first. We keep one line of JSON a run, in a file that is only ever appended to.
 #
-# A *task* is a dict that says all about one run, the seed included. So it does not matter where and when it runs. Here is a job, as you would give it to a machine, in a file of its own. First the list of tasks, and what to do with one:
+# A *task* is a dict that says all about one run, the seed included. So it does not matter where and when it runs. Here is a whole job, as you would give it to a machine, on the ring of eight clouds:
 
 # %%
-from flowscale_lite import LINEAR, GaussianMixture, Problem, QuadraticReward, uniform
-
-
-def tasks():
-    """Two budgets, 24 seeds each, the longest first."""
-    return [{"budget": b, "seed": s} for b in (80, 20) for s in range(24)]
-
-
-# %%
-def run(task):
-    """One search on the ring of eight clouds."""
-    flow, reward = GaussianMixture.ring().velocity(LINEAR), QuadraticReward((2.4, 0.0))
-    problem = Problem(flow, reward, LINEAR, ddim(), uniform(10), (2,))
-    generator = torch.Generator().manual_seed(task["seed"])
-    found = search(problem, RBF(init=4), max_nfe=task["budget"], generator=generator)
-    time.sleep(0.05)  # a picture would take longer
-    return {"reward": found.reward, "nfe": found.nfe}
-
-
-# %% [markdown]
-# Both functions go into the file as they stand, between the imports and one call of `sweep`.
-
-# %%
-import inspect
-import tempfile
-
-FIRST = """import sys, time, torch
+JOB = """import sys, torch
 from flowscale_lite import LINEAR, RBF, GaussianMixture, Problem, QuadraticReward
 from flowscale_lite import ddim, experiments, search, uniform
+tasks = [{"budget": b, "seed": s} for b in (500, 100) for s in range(24)]  # long first
+ring, reward = GaussianMixture.ring().velocity(LINEAR), QuadraticReward((2.4, 0.0))
+problem = Problem(ring, reward, LINEAR, ddim(), uniform(10), (2,))
 
-"""
-LAST = """
+def run(task):
+    generator = torch.Generator().manual_seed(task["seed"])
+    found = search(problem, RBF(init=4), max_nfe=task["budget"], generator=generator)
+    return {"reward": found.reward, "nfe": found.nfe}
+
 if __name__ == "__main__":
-    experiments.sweep(tasks(), run, sys.argv[1], workers=2)
+    experiments.sweep(tasks, run, sys.argv[1], workers=2)
 """
-
-# %%
-folder = tempfile.TemporaryDirectory()
-script, stored = Path(folder.name, "job.py"), Path(folder.name, "rows.jsonl")
-script.write_text(FIRST + inspect.getsource(tasks) + inspect.getsource(run) + LAST)
-print("written:", script.name)
-
-# %% [markdown]
-# We start it with two workers, wait for some rows, and kill it with SIGKILL. No program can catch this signal, and a machine that is taken away is much like it.
 
 # %%
 import os
 import subprocess
 import sys
+import tempfile
 
 from flowscale_lite import experiments
+
+folder = tempfile.TemporaryDirectory()
+script, stored = Path(folder.name, "job.py"), Path(folder.name, "rows.jsonl")
+script.write_text(JOB)
+sys.path.insert(0, folder.name)
+from job import run, tasks  # we need both below
+
+# %% [markdown]
+# We start it with two workers, wait for some rows, and kill it with SIGKILL. No program can catch this signal, and a machine that is taken away is much like it.
 
 # %% tags=["nbval-ignore-output"]
 command = [sys.executable, str(script), str(stored)]
@@ -382,7 +372,7 @@ print(f"killed with {len(before)} of 48 rows written")
 # %%
 subprocess.run(command, env=paths, check=True)
 rows = [json.loads(line) for line in stored.read_text().splitlines()]
-whole = experiments.sweep(tasks(), run, Path(folder.name, "whole.jsonl"))
+whole = experiments.sweep(tasks, run, Path(folder.name, "whole.jsonl"))
 same = sorted(rows, key=json.dumps) == sorted(whole, key=json.dumps)
 print(f"{len(rows)} rows; the same as in a run without a kill: {same}")
 
@@ -410,27 +400,27 @@ path.write_text(intact[:-11])  # as a kill would leave it
 try:
     [json.loads(line) for line in path.read_text().splitlines()]
 except json.JSONDecodeError as error:
-    print("reading the file first stops:", type(error).__name__)
-with path.open("a") as file:  # appending without reading first
+    print("reading the file fails:", type(error).__name__)
+with path.open("a") as file:  # append without reading?
     print(json.dumps(whole[0]), file=file)
-print("and who appends blindly writes", path.read_text().splitlines()[-1][:60], "...")
+print("appending joins two rows:", path.read_text().splitlines()[-1][:75], "...")
 
 # %%
 path.write_text(intact[:-11])
-again = []
-experiments.sweep(tasks(), lambda task: again.append(task) or run(task), path)
-print(f"sweep runs {len(again)} of 48 again, rows now {len(experiments.read(path))}")
+kept = len(experiments.read(path))
+experiments.sweep(tasks, run, path)
+print(f"{kept} rows can be read; after sweep there are {len(experiments.read(path))}")
 
 # %% tags=["check"]
 mended = [json.loads(line) for line in path.read_text().splitlines()]
-assert len(again) == 1 and sorted(mended, key=json.dumps) == sorted(whole, key=json.dumps)
+assert kept == 47 and sorted(mended, key=json.dumps) == sorted(whole, key=json.dumps)
 
 # %% [markdown]
 # The package takes off a half line before it appends. Other accidents have a test each: a worker is killed, a run raises, two people start the same sweep.
 #
 # ## A plan for your budget
 #
-# You have 20 dollars and want to know whether method A beats method B. Two things follow from the budget: how many pictures you can pay for, and how small a difference they can show. For the second: on most prompts the two methods agree. Let them differ on a share $d$ of the prompts. Then a paired difference over $n$ prompts has a standard error of about $\sqrt{d/n}$, and a gain is shown if it is larger than
+# You have 20 dollars and want to know whether method A beats method B. Two things follow from the budget: how many pictures you can pay for, and how small a gain they can show. A gain of 0.1 means: right on 10 more prompts in 100. On most prompts the two methods agree. Let them differ on a share $d$ of the prompts. Then a paired difference over $n$ prompts has a standard error of about $\sqrt{d/n}$, and a gain is shown if it is larger than
 #
 # $$1.96 \sqrt{d / n}. \tag{12.3}$$
 #

@@ -26,11 +26,14 @@ FIRST = [  # the most telling come first, so that an unfinished sweep is of use
     ("multi-step", ("draft", "cascade"), (50,)),
     ("few-step", ("refine",), (50,)),
     ("few-step", ("rbf", "refine", "svdd", "best-of-n"), (250,)),
-    ("compose", tuple(bench.TRACKS["compose"].entries), (250, 100)),
-    ("few-step", ("rbf", "svdd"), (100,)),
-    ("few-step", ("refine", "rbf", "best-of-n"), (50,)),
+    ("few-step", ("rbf", "svdd", "best-of-n"), (100,)),
     ("multi-step", ("beam",), (250, 100)),
-    ("differentiable", tuple(bench.TRACKS["differentiable"].entries), (100, 250)),
+    ("few-step", ("rbf", "svdd", "best-of-n"), (50,)),
+    ("compose", tuple(bench.TRACKS["compose"].entries), (100,)),
+    ("differentiable", tuple(bench.TRACKS["differentiable"].entries), (100,)),
+    ("few-step", ("rbf", "refine", "svdd"), (500,)),
+    ("compose", tuple(bench.TRACKS["compose"].entries), (250,)),
+    ("differentiable", tuple(bench.TRACKS["differentiable"].entries), (250,)),
 ]
 
 

@@ -123,7 +123,7 @@ def away() -> list[experiments.Task]:
     """RBF's default and SVDD, of two chains and of one, with every kernel: with its best ones and away from them."""
     return [
         {"world": "exact", "reward": "smooth", "budget": budget, "method": method, "kernel": kernel, "seed": seed}
-        for budget in (250, 1000)
+        for budget in (100, 250, 500, 1000)
         for kernel in ALL_KERNELS
         if kernel != "ODE"
         for method in ("RBF", "SVDD", *AGAINST)
@@ -204,7 +204,7 @@ def standing(lines: pd.DataFrame) -> str:
 
 def away_table(rows: list[experiments.Row]) -> str:
     """Markdown: RBF's reward minus SVDD's by kernel and budget, of the same seeds; intervals are 95 %."""
-    frame, lines = pd.DataFrame(rows), []
+    frame, lines = pd.DataFrame(rows).sort_values("budget", kind="stable"), []
     for (budget, kernel), cell in frame.groupby(["budget", "kernel"], sort=False):
         found = cell.pivot(index="seed", columns="method", values="found")
         line = {"NFE": str(budget), "kernel": kernel, "RBF": f"{found['RBF'].mean():.4f}"}
