@@ -9,8 +9,8 @@ from __future__ import annotations
 import argparse
 import functools
 import hashlib
-import importlib.util
 import inspect
+import runpy
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -176,18 +176,14 @@ def imported(name: str) -> tuple[Entry, str]:
     path, _, attribute = name.rpartition(":")
     if not attribute or not Path(path).is_file():
         raise ValueError(f"expected path/to/file.py:MyMethod, with an existing file; got {name!r}")
-    spec = importlib.util.spec_from_file_location("bench_entry", path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["bench_entry"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    found = getattr(module, attribute, None)
+    names = runpy.run_path(path)
+    found = names.get(attribute)
     if not callable(getattr(found, "advance", found)):
         raise ValueError(f"{path} has no method, class or function {attribute!r}")
     of_budget = not hasattr(found, "advance")
     make: Any = found if of_budget else (lambda nfe: found() if inspect.isclass(found) else found)
     digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
-    return Entry(make, getattr(module, "SAMPLER", None), getattr(module, "SIBLING", False)), digest
+    return Entry(make, names.get("SAMPLER"), names.get("SIBLING", False)), digest
 
 
 def compared(rows: Sequence[Row], stored: Sequence[Row], name: str) -> pd.DataFrame:
