@@ -68,14 +68,14 @@ ours = experiments.table(rows, ["method", "sampler"], ["exact", "held_out"])
 fig, axes = plt.subplots(1, 2, figsize=(8, 4), sharey=True)
 given, held = np.array(list(THEIRS.values())).T
 place = np.arange(len(THEIRS))
-axes[0].plot(given, place, "o", color="#0072B2", markersize=7, label="given: VQAScore")
-axes[0].plot(held, place, "s", color="#D55E00", label="held out: InstructBLIP")
+axes[0].plot(given, place, "o", color="black", markersize=7, label="given: VQAScore")
+axes[0].plot(held, place, "s", color="#0072B2", label="held out: InstructBLIP")
 axes[0].set(title="the paper, FLUX.1-schnell", xlabel="mean reward", yticks=place)
 axes[0].set_yticklabels(NAMES)
 labels = {"exact": "given: the counter", "held_out": "held out: another judge"}
 for k, (field, label) in enumerate(labels.items()):
     middle, low, high = np.array([tuple(ours.loc[line, field]) for line in THEIRS]).T
-    style = {"fmt": "os"[k], "color": ["#0072B2", "#D55E00"][k], "capsize": 3, "label": label}
+    style = {"fmt": "os"[k], "color": ["black", "#0072B2"][k], "capsize": 3, "label": label}
     axes[1].errorbar(middle, place + (k - 0.5) / 5, xerr=(middle - low, high - middle), **style)
 axes[1].set(title="ours, tiny-flux schnell", xlabel="share of exact pictures", xlim=(0, 1))
 axes[0].invert_yaxis()
@@ -141,7 +141,7 @@ def forest(table, label, height=0.5):
     for k, (field, judged) in enumerate({"exact": "counter", "held_out": "held-out judge"}.items()):
         middle, low, high = np.array([tuple(value) for value in table[field]]).T
         place = np.arange(len(table)) + (k - 0.5) / 4
-        style = {"fmt": "os"[k], "color": ["#0072B2", "#D55E00"][k], "capsize": 3, "label": judged}
+        style = {"fmt": "os"[k], "color": ["black", "#0072B2"][k], "capsize": 3, "label": judged}
         ax.errorbar(middle, place, xerr=(middle - low, high - middle), **style)
     ax.axvline(0, color="black", linewidth=1, linestyle="-")
     ax.set(xlabel=label, yticks=range(len(table)))

@@ -273,7 +273,9 @@ else:
 noise = torch.randn(16, *schnell.shape, generator=torch.Generator().manual_seed(7))
 noise = noise.to(schnell.device)
 first = noise - schnell(noise, noise.new_ones(16))  # x0 at t = 1, for 16 NFE
-wish = judges.weighted([(counts, 2.0), (warm_left, 1.0)], schnell.decode(first))
+weights = {"counts": 2.0, "warm_left": 1.0}
+parts = [(counts, weights["counts"]), (warm_left, weights["warm_left"])]
+wish = judges.weighted(parts, schnell.decode(first))
 
 # %% [markdown]
 # The weights 2 and 1 are a choice, not a tuned value: counts matter more. There is also `judges.lexicographic`, which looks at the second reward only where the first is level.
@@ -367,7 +369,8 @@ folder.mkdir(parents=True, exist_ok=True)
 image = judges.pictures.to_pil(pictures[choice : choice + 1])[0]
 image.save(folder / "mine.png")
 account = {"prompt": TEXT, "seed": SEED, "method": repr(method), "steps": STEPS}
-account.update(nfe=result.nfe, score=float(scores[choice]), choice=choice)
+account.update(nfe=result.nfe, score=float(scores[choice]), choice=choice, reward=weights)
+account["models"] = [Path(model.name_or_path).name for model in (pipe, big)]
 (folder / "mine.json").write_text(json.dumps(account, indent=1))
 print("saved in", folder, *sorted(path.name for path in folder.iterdir()))
 
