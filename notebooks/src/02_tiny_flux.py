@@ -165,21 +165,24 @@ def velocity(pipe, x, t, text, guidance=2.0):
 
 
 # %%
+def grid(pipe, steps):
+    """The times of the pipeline's own grid, the same for all prompts."""
+    return FlowModel.encode(pipe, "a red circle").times(steps)
+
+
 def sample(pipe, x, steps, text, guidance=2.0):
     """The flow from noise x: the last state, and the posterior mean of each step."""
-    grid = FlowModel.encode(pipe, "a red circle")  # any prompt: only its times are used
-    times, guesses = grid.times(steps), []
-    for t, s in pairwise(times):
+    guesses = []
+    for t, s in pairwise(grid(pipe, steps)):
         v = velocity(pipe, x, t, text, guidance)
         guesses.append(x - t * v)
         x = x + (s - t) * v
     return x, guesses
 
 
+# %%
 prompt, text = FlowModel.encode(dev, TEXT, guidance=2.0), encode(dev, [TEXT])
 noise = torch.randn(64, *prompt.shape, generator=torch.Generator().manual_seed(3))
-
-# %%
 fast = FlowModel.encode(schnell, TEXT)
 at = torch.full((4,), 0.8)
 for pipe, theirs in ((dev, prompt), (schnell, fast)):
@@ -474,7 +477,7 @@ plt.show()
 # ## Recap
 # - FLUX is two text encoders, a transformer that gives the velocity of latents, and an autoencoder.
 # - Reflow trains on a model's own pairs (2.1). Their lines hardly cross, so few steps do.
-# - dev's first guess is an average of many pictures, and no picture; schnell's is nearly the final picture.
+# - dev's first guess is an average of many pictures' latents, and no picture; schnell's is nearly the final picture.
 # - Guidance (2.2) exaggerates the prompt; its scale is an input of dev.
 # - Both models often miscount many objects, and circles together with squares. A search may mend this.
 
