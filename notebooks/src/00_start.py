@@ -152,7 +152,7 @@ assert not shapes.exact(scene, pictures).any() and not shapes.exact(scene, tries
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# No. The best of the 25 still has a mistake. Such pictures are rare for this model, and each try starts from nothing: it learns nothing from the 24 others.
+# No. The best of the 25 still has a mistake. A right picture is rare for this model and this prompt, and each try starts from nothing: it learns nothing from the 24 others.
 #
 # </details>
 #
@@ -176,7 +176,7 @@ plots.strip(axes, views, titles)
 plt.show()
 
 # %% [markdown]
-# The numbers are the rewards of the guesses, called *look-ahead rewards*. With this model, even the guess from pure noise is nearly a picture (this is special: for most models it is a blur, an average of very different pictures; ours was trained to need few steps, as [notebook 02](02_tiny_flux.ipynb) shows), so a judge can look at it. That saves a lot: a finished picture costs 10 NFE, a look costs 1.
+# The numbers are the rewards of the guesses, called *look-ahead rewards*. With this model, even the guess from pure noise is nearly a picture, so a judge can look at it. This is special. For most models it is a blur, an average of very different pictures; ours was trained to need few steps ([notebook 02](02_tiny_flux.ipynb)). A look saves a lot: a finished picture costs 10 NFE, a look costs 1.
 #
 # ## Choose at every step
 #
@@ -220,7 +220,7 @@ plt.show()
 # %% [markdown]
 # Same model, same seed, same 250 evaluations. RBF's picture is right.
 #
-# Here is the film of its search: the guess of the state that RBF kept after each step. Mind the times. Steps 0 to 6 all lie above $t = 0.96$, where the state is nearly pure noise. The paper's grid takes small steps there, because there the picture is still open.
+# Here is the film of its search: the guess of the state that RBF kept after each step. Mind the times. Step 0 is the draw of the noises, at $t = 0.993$, where the paper's grid starts. It looks like the best try above: the same seed, the same noise. Steps 0 to 6 all lie above $t = 0.96$, where the state is nearly pure noise. The paper's grid takes small steps there, because there the picture is still open.
 
 # %% tags=["plot"] alt="Ten pictures, the guesses that RBF kept step by step. Objects come, go and change their kind on the way; the last picture is right."
 fig, axes = plt.subplots(2, 5, figsize=(9, 4.6))
@@ -241,12 +241,11 @@ ax.set_ylim(top=4)
 plt.show()
 
 # %% [markdown]
-# (The numbers are the steps of the film. Both lines end in one point: the last step, to $t = 0$, has one child and costs no evaluation.) **Why does the reward kept fall at first?**
+# (The numbers are the steps of the film. The vertical piece at 250 is the last step, to $t = 0$: it has one child and costs nothing.) **Why does the reward kept fall at first?**
 #
 # <details><summary>Answer</summary>
 #
-# Step 0 keeps the best of 62 noises. Each of the next steps keeps the best of about twenty children: fewer tries, a worse best. Why does the good start not help? The lower line, the mean of the children drawn, shows it. By step 3 it has fallen back nearly to its first point, the mean of fresh noises: the early steps add so much noise that a child keeps little of its parent.
-# Only in the last two or three steps do children resemble their parents. From there on a gain stays.
+# Step 0 keeps the best of 62 noises. Each of the next steps keeps the best of about twenty children: fewer tries, a worse best. Is the good start lost? Not at once. The lower line, the mean of the children drawn, rises at step 1 far above the mean of fresh noises. But every random step changes some objects, for better or worse, and by step 3 the mean has fallen back most of the way. From step 8 on it climbs: a child now differs little from its parent, and a gain stays.
 #
 # The numbers also show the rollover. At step 5 the eighth child is better than all before, so the step stops after eight. Step 6 gets the thirteen draws that are left, on top of its own 21.
 #
@@ -367,12 +366,12 @@ assert (exact["RBF"].sum(0) == (9, 8)).all() and (exact["best of 25"].sum(0) == 
 assert not (exact["best of 25"] & ~exact["RBF"]).any()
 
 # %% [markdown]
-# RBF is right on nine of the twelve prompts by the counter and on eight by the judge, best of 25 on three. By the counter there are six prompts on which only RBF is right; by the judge there are five. On no prompt is only best of 25 right. If the two methods were equally good, all six such prompts would favour the same method once in 32 times, and all five once in 16.
+# RBF is right on nine of the twelve prompts by the counter and on eight by the judge, best of 25 on three. By the counter there are six prompts on which only RBF is right; by the judge there are five. On no prompt is only best of 25 right. Suppose that both methods were equally good. Then each such prompt is the toss of a coin. Six tosses fall on the same side once in 32 times, five once in 16.
 # So twelve prompts are a good hint, and no more. [Deeper](#Deeper:-fifty-prompts) has fifty prompts.
 #
 # The thin lines on the bars are 95 % intervals (Clopper and Pearson). They are wide, because there is one run for each of only twelve prompts.
 #
-# Equal NFE is not equal time. RBF decodes and judges 251 pictures, best-of-N only 25, and with so small a model that takes RBF about three times as long. With FLUX.1 the evaluations of the model take by far most of the time ([notebook 11](11_flux.ipynb)).
+# Equal NFE is not equal time. RBF decodes and judges 251 pictures, best-of-N only 25, and with so small a model that takes RBF three to four times as long. With FLUX.1 the evaluations of the model take by far most of the time ([notebook 11](11_flux.ipynb)).
 #
 # ## What goes wrong: a reward that does not say what we mean
 #
@@ -399,7 +398,7 @@ assert result.reward > -0.3 and shapes.count(fooled[None]).sum() == 9
 assert not shapes.exact(scene, fooled[None])[0]
 
 # %% [markdown]
-# The reward is nearly perfect, and the picture is wrong. The search did its work, but the reward did not say which kinds the nine should be. A search can also use small errors of a reward. This is why every result needs a second judge, one that no search has seen.
+# The reward is nearly perfect, and the picture is wrong. The search did its work, but the reward did not say which kinds the nine should be. Against this only a better reward helps. A search can also use small errors of a reward. Against these, every result needs a second judge, one that no search has seen.
 #
 # ## Your prompt
 #
@@ -434,7 +433,7 @@ plt.show()
 #
 # ### Exercise 1: how many tries would do? (difficulty 2 of 5, 10 minutes)
 #
-# Let a try be right with probability $p$. How many tries does best-of-N need so that at least one is right with probability `sure`? First guess a number for $p = 1/128$ and `sure` $= 0.9$. Then write the function.
+# Let a try be right with probability $p$. How many tries does best-of-N need so that at least one is right with probability `sure`? Suppose that one try in 128 is right, so $p = 1/128$, and `sure` is 0.9. First guess $N$; the test prints what it costs. Then write the function.
 #
 # <details><summary>Hint</summary>
 #
@@ -486,17 +485,17 @@ def tries_needed(p, sure):
 # ### Exercise 2: design a reward (difficulty 3 of 5, 15 minutes)
 #
 # Write a reward for "as many circles as triangles, and no squares". Its largest value is 0, reached when both hold. Work from smooth counts, `shapes.soft_count(shapes.detect(pictures))`, an array (K, 12) in the order of `shapes.CLASSES`: three shapes for each of
-# four colours. **What is the simplest picture with reward 0?** Answer this before you search with your reward.
-#
-# <details><summary>Answer</summary>
-#
-# An empty page: no circles, no triangles, no squares. A search may take such a way out. So a reward should also say what must be there.
-#
-# </details>
+# four colours. **What is the simplest picture with reward 0?** Answer this first. After the test, put `balanced` in the place of `goal` in *Your prompt*, and see what comes out.
 #
 # <details><summary>Hint</summary>
 #
 # Reshape to (K, 4, 3) and sum over the colours. You get circles, squares and triangles.
+#
+# </details>
+#
+# <details><summary>Answer</summary>
+#
+# An empty page: no circles, no triangles, no squares. A search may take such a way out. So a reward should also say what must be there.
 #
 # </details>
 

@@ -109,7 +109,7 @@ axes[0].legend(loc="upper left", fontsize=9)
 plt.show()
 
 # %% [markdown]
-# Sixty pairs already cross everywhere. Here is the difficulty. A sampler stands at a place $x$ at a time $t$. It does not know which pair it belongs to. It needs *one* arrow.
+# Sixty lines already cross everywhere, and of more pairs many are at the same place at the same time. Here is the difficulty. A sampler stands at a place $x$ at a time $t$. It does not know which pair it belongs to. It needs *one* arrow.
 #
 # Let us look at one crossing. We draw a million pairs, take their states at $t = 0.6$, and keep those that are very near one place.
 
@@ -176,7 +176,7 @@ assert ((average - exact).abs() < 4 * error + 0.03).all() and near.sum() > 500
 # $$u_t(x) = E\big[\varepsilon - x_0 \,\big|\, x_t = x\big]. \tag{1.3}$$
 #
 # Why is the average enough? Think of cars on a wide square. Every car has its own direction. To know how the *density* of cars changes at a place, you need not know the single cars. You only need how many cars flow through that place and which way, all in all: density times average velocity.
-# Now let new cars drive. Each takes, at every moment, the average velocity of the place where it is. Their *trajectories*, the curves along which they drive, are others, but at every place and every time there are as many of them as of the old cars. [Deeper](#Deeper:-why-the-average-is-enough) has the proof.
+# Now let new cars drive. Each takes, at every moment, the average velocity of the place where it is. They drive along other curves, their *trajectories*, but at every place and time there are as many new cars as old ones. [Deeper](#Deeper:-why-the-average-is-enough) has the proof.
 #
 # The sampler is such a new car. It starts at noise and solves
 #
@@ -213,7 +213,7 @@ for ax, (title, (lines, ends)) in zip(axes, panels.items(), strict=True):
 plt.show()
 
 # %% [markdown]
-# Left the pairs, right the flow, from the same sixty noises. Most noises end elsewhere than in their pair. But with very many points both panels would have the same density at every time.
+# Left the pairs, right the flow, from the same sixty noises. Most noises now end at another data point than that of their pair. But with very many points both panels would have the same density at every time.
 #
 # Where there is one arrow for each place and time, two trajectories can never meet at the same place and time. So the flow's trajectories bend away from each other.
 #
@@ -407,7 +407,7 @@ assert guesses[0].std() < 0.4 and abs(float(moons.mean().norm())) < 0.1
 assert torch.allclose(guess(u, noise, 1.0), moons.mean().float().expand(1000, 2), atol=1e-4)
 
 # %% [markdown]
-# Grey is the density of the data. Orange are 1,000 points: above the states, below their posterior means. At $t = 1$ all posterior means are nearly the same point, and no data lies there. Then they spread. At $t = 0.4$ many lie on the moons; those between the moons come last.
+# Grey is the density of the data. Orange are 1,000 points: above the states, below their posterior means. At $t = 1$ all posterior means are nearly the same point, and no data lies there. Then they spread. At $t = 0.4$ many lie on the moons, at $t = 0.1$ nearly all. Some between the moons never arrive: they are the strays from above.
 #
 # So the posterior mean is not a likely data point. It is an average, and an average of two moons is no moon. The less the state has decided, the more wrong it is to take the average for the sample. An average of many pictures is a blur, and a judge learns little from a blur. This is the weak spot of every search that judges $x_{0|t}$. [Notebook 02](02_tiny_flux.ipynb) shows one model on which it matters, and one on which it hardly does.
 
@@ -823,7 +823,7 @@ assert torch.allclose(exact_velocity(places, moment), u(places, moment))
 #
 # $$\nabla \log p_t(x) = E\big[\nabla \log p_t(x \mid x_0) \,\big|\, x_t = x\big] = E\Big[-\frac{x - \alpha_t x_0}{\sigma_t^2} \,\Big|\, x_t = x\Big] = -\frac{\varepsilon_{\mid t}}{\sigma_t}. \tag{1.17}$$
 #
-# (The first equality is $\nabla \log p = \nabla p / p$ under the integral over $x_0$, and Bayes' rule.) [Notebook 04](04_ode_to_sde.ipynb) lives on it.
+# (The first equality is $\nabla \log p = \nabla p / p$ under the integral over $x_0$, and Bayes' rule.) [Notebook 04](04_ode_to_sde.ipynb) is built on it.
 
 # %% [markdown]
 # ## Deeper: a perfect fit only gives the data back

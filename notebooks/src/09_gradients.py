@@ -247,13 +247,13 @@ assert _dps[1][0] > _exact[1][0] + 0.2 and _dps[1][1] < _exact[1][1] - 0.5, judg
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# The exact distribution goes to the best place *inside the data*, and stays there: in the end it fills the ring of the rare cloud. DPS leaves the data. At strength 3 it does have more reward than the exact distribution, but it pays with density: its points crowd at the edge of the ring. At strength 30 even its reward gets worse again, although the reward is all it climbs.
+# The exact distribution goes to the best place *inside the data*, and stays there: in the end it stands in the outer half of the rare ring. DPS at strength 3 is already about where the exact distribution is at 30: too strong, but still in the data. At strength 30 it leaves them, and even its reward gets worse again, although the reward is all it climbs.
 #
 # </details>
 #
 # Log density says how likely samples are under the data. The approximation (9.3) is to blame here. Near $t = 1$ the look-ahead is an average of many clouds and answers slowly, so DPS pushes on and on, until the state is where no noised sample ever was. Smaller steps do not help ([Deeper](#Deeper:-is-it-the-step)).
 #
-# For pictures the gradient's size changes along the way, so one strength cannot be right at all times. There we use `Guide(..., normalised=True)`: it moves $x_{0|t}$ in the direction of the gradient, always by the same length. The move is strength times $\sigma_t$, as a root mean square over the latents' numbers. So there are two units: in the toys, strength is $\lambda$ of (9.3); in pictures it is a length. A strength of 0.4 here is not 0.4 there.
+# For pictures the gradient's size changes along the way, so one strength cannot be right at all times. There we use `Guide(..., normalised=True)`: it moves $x_{0|t}$ in the direction of the gradient, by a length that does not depend on the gradient's size: strength times $\sigma_t$, as a root mean square over the latents' numbers. So there are two units: in the toys, strength is $\lambda$ of (9.3); in pictures it is a length. A strength of 0.4 here is not 0.4 there.
 #
 # ## Inside a search
 #
@@ -389,7 +389,7 @@ assert 0.05 < gaps["SVDD minus best-of-N"]["counts"].mean < 0.1 and sorted(rows[
 # Read the differences like this:
 #
 # - *DPS alone* raises the given reward a little. More right counts are not shown. It spends 37 evaluations on one picture, where the searches spend 500.
-# - *Selection* does most of the work. Best-of-N, without a gradient, already finds nearly the ink that was asked for. Searches that select on the way have slightly more right counts, with a gradient or without: 0.08 to 0.09 more, and without one the interval begins at about 0.
+# - *Selection* does most of the work. Best-of-N, without a gradient, already finds nearly the ink that was asked for. Searches that select on the way have 0.08 to 0.09 more right counts than best-of-N. (Without a gradient the interval just touches 0.)
 # - *Gradients inside a search.* The first line of the table is the question of this notebook at equal cost: SVDD with gradients against SVDD with the children that the same evaluations buy. In the given reward the difference is less than a hundredth. In right counts no gain is shown; the interval says how large a gain or a loss could still be.
 #
 # The paper has no such control. Its SVDD + DPS and RBF + DPS are far above DPS alone, but that compares a search with a single picture. What the upper row does show: DPS alone raised the given score and *lowered* the held-out one.
@@ -438,7 +438,7 @@ for _name in ("best-of-N", "SVDD", "SVDD + DPS", "RBF + DPS"):
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# Two things. The place: ink says nothing of left and right. And the shape: where two groups have the same colour, ink cannot tell a triangle from a square. By the held-out judge, who looks at the place too, most pictures are wrong, whatever the method. Plain samples and DPS fail by their counts already; the searches fail most often by the place. No way of climbing mends a reward that does not say what is meant.
+# Two things. The place: ink says nothing of left and right. And the shape: where two groups have the same colour, ink cannot tell a triangle from a square. By the held-out judge, who looks at the place too, most pictures are wrong, whatever the method. Plain samples and DPS fail by their counts already, best-of-N by counts and place alike, the other three most often by the place. No way of climbing mends a reward that does not say what is meant.
 #
 # </details>
 #
@@ -513,7 +513,7 @@ assert gains["ink as asked", "noise", "given"][0.4].mean < 0 > gains["ink as ask
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# *Colourful*: more given reward, fewer right pictures. This is *over-optimisation*: the reward and what was meant go different ways. *Ink as asked*: a weak push helps both a little (in right pictures by a few points at best; the intervals reach zero). A strong one with noise harms both. *Later pushes*, from $t = 0.6$, change less while they are weak; at strength 0.8 they cost about as many right pictures.
+# *Colourful*: more given reward, fewer right pictures. This is *over-optimisation*: the reward and what was meant go different ways. *Ink as asked*: a weak push raises the given reward a little; in right pictures no gain is shown. A strong one with noise harms both. *Later pushes*, from $t = 0.6$, change less while they are weak; at strength 0.8 they cost about as many right pictures.
 #
 # </details>
 #
@@ -525,7 +525,7 @@ assert gains["ink as asked", "noise", "given"][0.4].mean < 0 > gains["ink as ask
 
 # %% [markdown]
 # ## Recap
-# - Climbing a reward on a finished picture ruins it. A push on the way is turned by the model into what it knows.
+# - Climbing a reward on a finished picture can ruin it. A push on the way is turned by the model into what it knows.
 # - The gradient of the look-ahead reward runs through the model. It is filtered by what can still vary (9.1).
 # - DPS puts one future, the mean, in place of all (9.3). Pushed too hard, it leaves the data, which the exact tilted distribution does not.
 # - A gradient costs three evaluations. Inside a search it has to beat the children that these would have bought. Here it did not.
@@ -968,7 +968,7 @@ assert _ink.loc["10 steps", "held_out"].high < 0
 assert lines["colourful", "40 steps"]["held_out"].mean < 0
 
 # %% [markdown]
-# *Ink as asked* at this strength did harm in ten steps, and helps in forty, by both judges. But a sample in forty steps with gradients costs 151 evaluations, more than four times one in ten. And small steps do not make a poor reward a good one: *colourful* still loses right pictures.
+# *Ink as asked* at this strength harms right pictures in ten steps, and helps by both judges in forty. But a sample in forty steps with gradients costs 151 evaluations, more than four times one in ten. And small steps do not make a poor reward a good one: *colourful* still loses right pictures.
 #
 # ## Deeper: a gradient of zero, and no word of it
 #
