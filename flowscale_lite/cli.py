@@ -16,6 +16,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,16 +48,27 @@ METHODS: dict[str, Callable[[], Method]] = {
 }
 ON_THE_ODE = ("best-of-n", "refine", "draft", "cascade", "search-over-paths", "zero-order")
 DRAFTED = ("draft", "cascade")
-KERNELS: dict[str, Callable[[], kernels.Kernel]] = {
-    "ode": lambda: kernels.ode,
-    "sde": lambda: kernels.sde(kernels.quadratic()),
-    "vp": lambda: kernels.sde(kernels.vp_diffusion()),
-    "ddim": lambda: kernels.ddim(1.0),
+KERNELS = {
+    "ode": kernels.ode,
+    "sde": kernels.sde(kernels.quadratic()),
+    "vp": kernels.sde(kernels.vp_diffusion()),
+    "ddim": kernels.ddim(1.0),
 }
-
-
 JUDGES = ("clip", "pickscore", "vqascore")
 AIMED = ("counts:2 red apple, 3 cup", "aesthetic:head.safetensors")  # judges that need more than their name
+FILES = dict.fromkeys(("--model", "--draft", "--preview"), Path.is_dir)
+FILES |= dict.fromkeys(("--reward", "--held-out"), Path.is_file)  # options that may name such a path
+HELP = {
+    "replay": """usage: flowscale replay out.json
+       flowscale replay rows.jsonl:17 [module:function]
+
+Search again as an account says, or run the task of the row in that line again, and say what differs. A judge's file or
+a model's folder is looked for from the account's folder. Rows that the bench did not write need the function that made
+them.""",
+    "resume": """usage: flowscale resume out.search
+
+Go on with a search that was stopped, to the result that it would have had.""",
+}
 
 
 @dataclass(frozen=True)
@@ -120,18 +132,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         from .experiments import bench
 
         return bench.main(argv[1:])
+    word, words = "".join(argv[:1]), argv[1:]
+    if word in HELP and {"-h", "--help"} & {*words}:
+        return print(HELP[word])
+    told_before, state = None, None
     try:
-        if argv[:1] == ["replay"] and ".jsonl:" in "".join(argv[1:2]):
-            return replay_row(*argv[1:])
-        told_before, state = None, None
-        if argv[:1] == ["replay"]:
-            told_before = read_account(argv[1:])
+        if word == "replay" and ".jsonl:" in "".join(words[:1]):
+            return replay_row(*words)
+        if word == "replay":
+            told_before = read_account(words)
             argv = told_before["command"]
-        elif argv[:1] == ["resume"]:
-            state, argv = read_search(argv[1:])
+        elif word == "resume":
+            state, argv = read_search(words)
         job = prepared(parser().parse_args(argv), told_before)
     except (ValueError, OSError) as error:
-        say(line_of(error))
+        lost = isinstance(error, FileNotFoundError) and (told_before or state)
+        say(line_of(error) + (f"; put it where it was, as seen from {words[0]}" if lost else ""))
         sys.exit(2)
     try:
         account = run(job, state)
@@ -178,16 +194,18 @@ def compared(account: dict[str, Any], told_before: dict[str, Any], out: Path) ->
     return 1 if different else 0
 
 
-def read_account(argv: Sequence[str]) -> dict[str, Any]:
+def read_account(words: Sequence[str]) -> dict[str, Any]:
     """The account to replay, its command set to write beside it. Raises ValueError or OSError: there is none."""
-    if len(argv) != 1:
+    if len(words) != 1:
         raise ValueError("expected the account of a search: flowscale replay out.json")
-    path = Path(argv[0])
+    path = Path(words[0])
+    if path.suffix == ".search":
+        raise ValueError(f"{path} is a saved search, not an account; go on with it by: flowscale resume {path}")
     account = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(account, dict) or not {"command", "plain", "found", "trace"} <= set(account):
         raise ValueError(f"{path} is not an account that flowscale wrote")
-    account["command"] += ["--out", str(path.with_suffix(".replay.png"))]
-    return account
+    command = seen_from(account["command"], path.parent, Path())
+    return account | {"command": [*command, "--out", str(path.with_suffix(".replay.png"))]}
 
 
 def known(account: dict[str, Any], key: str) -> Any:
@@ -301,22 +319,24 @@ def save_search(found: Search, args: argparse.Namespace) -> bool:
     return True
 
 
-def read_search(argv: Sequence[str]) -> tuple[dict[str, Tensor], list[str]]:
+def read_search(words: Sequence[str]) -> tuple[dict[str, Tensor], list[str]]:
     """The state of a saved search, and its command. Raises ValueError or OSError: there is none."""
     from safetensors import SafetensorError, safe_open
 
-    if len(argv) != 1:
+    if len(words) != 1:
         raise ValueError("expected a saved search: flowscale resume out.search")
-    path = Path(argv[0])
+    path = Path(words[0])
+    if path.suffix == ".json":
+        raise ValueError(f"{path} is an account, not a saved search; search again by: flowscale replay {path}")
     if not path.is_file():
         raise FileNotFoundError(f"no saved search at {path}")
     try:
         with safe_open(path, "pt") as file:
-            words = json.loads((file.metadata() or {})["command"])
+            command = json.loads((file.metadata() or {})["command"])
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dict
     except (SafetensorError, KeyError) as error:
         raise ValueError(f"{path} is no search that flowscale saved: {line_of(error)}") from error
-    return state, [*words, "--out", str(path.with_suffix(".png"))]
+    return state, [*seen_from(command, path.parent, Path()), "--out", str(path.with_suffix(".png"))]
 
 
 def failure(error: BaseException) -> str:
@@ -340,7 +360,7 @@ def prepare(args: argparse.Namespace) -> Job:
     check_numbers(args)
     check_output(args.out)
     reward = named_reward(args.reward, args) if scene is None else shapes.CountReward(scene)
-    held_out = named_reward(args.held_out, args) if args.held_out else None
+    held_out = named_reward(args.held_out, args, "--held-out") if args.held_out else None
     say(f"loading {args.model or 'tiny-flux/schnell'}")
     from . import flux  # diffusers takes seconds to import: only once the words are right
 
@@ -351,7 +371,7 @@ def prepare(args: argparse.Namespace) -> Job:
     name = args.method or ("draft" if args.draft else "beam" if model.multi_step else "rbf")
     method, kernel = suited_method(args, name, model), suited_kernel(args, name, model)
     times = suited_times(args, name, kernel, model)
-    problem = model.problem(reward, KERNELS[kernel](), times=times)
+    problem = model.problem(reward, KERNELS[kernel], times=times)
     for sibling in drafting:
         if sibling.shape != model.shape:
             raise ValueError(f"--draft {args.draft} has latents of {sibling.shape}, the model of {model.shape}")
@@ -380,10 +400,11 @@ def load(args: argparse.Namespace) -> tuple[list[Any], dict[str, int]]:
     return list(pipes) if args.draft else [pipes], {"chunk": plan.chunk}
 
 
-def named_reward(name: str, args: argparse.Namespace) -> Reward:
-    """The reward asked for: a judge by its name, or a function of pictures (K, 3, H, W) -> (K,) by its file.
+def named_reward(name: str, args: argparse.Namespace, option: str = "--reward") -> Reward:
+    """The reward asked for by `option`: a judge's name, or a function of pictures (K, 3, H, W) -> (K,) by its file.
 
-    Raises ValueError if there is no such file or function, or the file cannot be run; what loading a judge raises.
+    Raises FileNotFoundError if there is no such file, ValueError if it cannot be run or has no such function, and what
+    loading a judge raises.
     """
     if name in JUDGES:
         from . import judges
@@ -394,25 +415,25 @@ def named_reward(name: str, args: argparse.Namespace) -> Reward:
         return (judges.pick_score if name == "pickscore" else judges.clip_score)(clip, args.prompt)
     kind, _, wanted = name.partition(":")
     if kind == "counts":
-        return counts_reward(wanted, args)
+        return counts_reward(wanted, args, option)
     if kind == "aesthetic":
-        return aesthetic_reward(Path(wanted), args)
+        return aesthetic_reward(Path(wanted), args, option)
     path, _, function = name.rpartition(":")
     if not Path(path).is_file():
         choices = (
             f"one of {', '.join(JUDGES)}, counts, {', '.join(AIMED)}, or path/to/file.py:function with an existing file"
         )
-        raise ValueError(f"--reward must be {choices}; got {name!r}")
+        raise FileNotFoundError(f"{option} must be {choices}; got {name!r}")
     try:
         found = runpy.run_path(path).get(function)
     except Exception as error:
-        raise ValueError(f"--reward {path} cannot be run: {error!r}") from error
+        raise ValueError(f"{option} {path} cannot be run: {error!r}") from error
     if not callable(found):
-        raise ValueError(f"--reward: {path} has no function {function!r}")
+        raise ValueError(f"{option}: {path} has no function {function!r}")
     return found
 
 
-def counts_reward(wanted: str, args: argparse.Namespace) -> Reward:
+def counts_reward(wanted: str, args: argparse.Namespace, option: str) -> Reward:
     """Minus the squared error of counts: "2 red apple, 3 cup" by GroundingDINO and SAM; "" by the prompt's shapes.
 
     Raises ValueError if the prompt is not of coloured shapes, or a part of `wanted` is not a number and a thing.
@@ -421,23 +442,23 @@ def counts_reward(wanted: str, args: argparse.Namespace) -> Reward:
         try:
             return shapes.CountReward(shapes.parse(args.prompt))
         except ValueError as error:
-            raise ValueError(f"{error}; for other things say which: --reward {AIMED[0]!r}") from error
+            raise ValueError(f"{error}; for other things say which: {option} {AIMED[0]!r}") from error
     from . import judges
 
     parts = [part.strip().partition(" ") for part in wanted.split(",")]
     if not all(number.isdigit() and thing for number, _, thing in parts):
-        raise ValueError(f"--reward counts takes numbers and things, as in {AIMED[0]!r}; got {wanted!r}")
+        raise ValueError(f"{option} counts takes numbers and things, as in {AIMED[0]!r}; got {wanted!r}")
     target = {thing.strip(): int(number) for number, _, thing in parts}
     return judges.grounded_counts(judges.Finder.load(device=args.device), target)
 
 
-def aesthetic_reward(head: Path, args: argparse.Namespace) -> Reward:
+def aesthetic_reward(head: Path, args: argparse.Namespace, option: str) -> Reward:
     """The aesthetic score by a head of linear layers over CLIP, in a safetensors file.
 
     Raises ValueError if there is no such file, or if it holds something else.
     """
     if not head.is_file():
-        raise ValueError(f"--reward aesthetic needs the file of its head, {AIMED[1]!r}; got no such file")
+        raise ValueError(f"{option} aesthetic needs the file of its head, {AIMED[1]!r}; got no such file")
     from safetensors import SafetensorError
 
     from . import judges
@@ -445,7 +466,7 @@ def aesthetic_reward(head: Path, args: argparse.Namespace) -> Reward:
     try:
         layers = judges.linear_head(head)
     except SafetensorError as error:
-        raise ValueError(f"--reward: {head} is damaged, or no safetensors file: {error}") from error
+        raise ValueError(f"{option}: {head} is damaged, or no safetensors file: {error}") from error
     return judges.aesthetic_score(judges.Clip.load("clip-l", device=args.device), layers)
 
 
@@ -514,8 +535,10 @@ def run(job: Job, state: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
     args = job.args
     say("drawing a plain sample")
     try:
-        problem = replace(job.problem, times=job.model.times(args.steps))
-        plain = plain_sample(problem, Generator().manual_seed(args.seed))
+        # One sample of the deterministic flow, what the model draws without a search.
+        problem = replace(job.problem, kernel=kernels.ode, times=job.model.times(args.steps))
+        price = (1 + problem.evaluations_ahead()) * problem.cost
+        plain = search(problem, BestOfN(1), max_nfe=price, generator=Generator().manual_seed(args.seed))
     except (KeyboardInterrupt, Exception) as error:
         say(f"stopped before the search: {failure(error)}")
         sys.exit(130 if isinstance(error, KeyboardInterrupt) else 1)
@@ -530,17 +553,15 @@ def run(job: Job, state: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
         # The search has judged previews. What is told of a picture is of the picture.
         plain, result = replace(plain, reward=said[0]), replace(result, reward=said[1])
     held_out = scored(job.held_out, "the held-out judge", before, after)
-    account = (
-        told(job)
-        | stopped
-        | ({"held_out": [round(score, 4) for score in held_out]} if held_out else {})
-        | {
-            "plain": summary(plain, before, job.scene),
-            "found": summary(result, after, job.scene) | spent(found) | {"seconds": round(seconds, 2)},
-            "trace": [step._asdict() for step in found.trace],
-        }
-    )
-    account = finite(account)
+    spent = {"nfe": found.run.nfe, "left": found.run.left, "reward_calls": found.run.reward_calls}
+    account = told(job) | stopped
+    if held_out:
+        account["held_out"] = [round(score, 4) for score in held_out]
+    account["plain"] = summary(plain, before, job.scene)
+    account["found"] = summary(result, after, job.scene) | spent | {"seconds": round(seconds, 2)}
+    account["trace"] = [step._asdict() for step in found.trace]
+    # As it will be read again, with null for what JSON has no number for, such as the mean of no candidates.
+    account = json.loads(json.dumps(account), parse_constant=lambda _: None)
     write(account, before[0], after[0], result, args)
     return account
 
@@ -597,21 +618,17 @@ def write(account: dict[str, Any], before: Tensor, after: Tensor, result: Result
         sys.exit(1)
 
 
-def finite(value: Any) -> Any:
-    """The same with null for what JSON has no number for, such as the mean of no candidates."""
-    if isinstance(value, dict):
-        return {key: finite(part) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def told(job: Job) -> dict[str, Any]:
     """What was asked for, with all that is needed to ask for it again."""
     return {
         "prompt": job.args.prompt,
         "seed": job.args.seed,
-        "model": str(job.args.model or "tiny-flux/schnell"),
+        "model": job.args.model or "tiny-flux/schnell",
+        "pipeline": type(job.model.pipe).__name__,
+        "draft": job.args.draft,
+        "preview": job.args.preview,
+        "judge": job.args.reward or "counts",
+        "held_out_judge": job.args.held_out,
         "steps": job.args.steps,
         "guidance": job.args.guidance,
         "kernel": job.kernel,
@@ -625,19 +642,24 @@ def told(job: Job) -> dict[str, Any]:
 
 
 def command(args: argparse.Namespace) -> list[str]:
-    """The options that ask for the same search again, all but where it is written."""
-    named = {
-        key.replace("_", "-"): value
-        for key, value in vars(args).items()
-        if key not in ("prompt", "out") and value is not None
-    }
-    return [args.prompt, *(word for key, value in named.items() for word in (f"--{key}", str(value)))]
+    """The words that ask for the same search again, all but where it is written; files as seen from there."""
+    words = [args.prompt]
+    for key, value in vars(args).items():
+        if key not in ("prompt", "out") and value is not None:
+            words += [f"--{key.replace('_', '-')}", str(value)]
+    return seen_from(words, Path(), args.out.parent)
 
 
-def plain_sample(problem: Problem, generator: Generator) -> Result:
-    """One sample of the deterministic flow, what the model draws without a search."""
-    max_nfe = (1 + problem.evaluations_ahead()) * problem.cost
-    return search(replace(problem, kernel=kernels.ode), BestOfN(1), max_nfe=max_nfe, generator=generator)
+def seen_from(words: Sequence[str], old: Path, new: Path) -> list[str]:
+    """A command's words; the files and folders that its relative paths lead to from `old` are named as from `new`."""
+    moved = list(words)
+    for k, (option, word) in enumerate(pairwise(words), 1):
+        if option not in FILES:
+            continue
+        for part in (word, *word.rpartition(":")[::2]):  # a folder; path/to/file.py:function or aesthetic:file
+            if part and not Path(part).is_absolute() and FILES[option](old / part):
+                moved[k] = word.replace(part, os.path.relpath(old / part, new))
+    return moved
 
 
 def summary(result: Result, picture: Any, scene: shapes.Scene | None) -> dict[str, Any]:
@@ -658,11 +680,6 @@ def summary(result: Result, picture: Any, scene: shapes.Scene | None) -> dict[st
     }
 
 
-def spent(found: Search) -> dict[str, int]:
-    """What a search has spent, whatever it has found."""
-    return {"nfe": found.run.nfe, "left": found.run.left, "reward_calls": found.run.reward_calls}
-
-
 def table(account: dict[str, Any]) -> str:
     """The account in three aligned lines."""
     lines = [("", "reward", "exact", "NFE", "reward calls", "seconds", "  counts")]
@@ -673,8 +690,8 @@ def table(account: dict[str, Any]) -> str:
             right = "yes" if entry["exact"] else "no"
         seconds = str(entry.get("seconds", ""))
         numbers = (str(entry["nfe"]), str(entry["reward_calls"]), seconds)
-        lines.append((name, f"{entry['reward']:.2f}", right, *numbers, f"  {counts}"))
+        lines.append((name, f"{entry['reward']:z.2f}", right, *numbers, f"  {counts}"))
     told = ["{:18}{:>8}{:>7}{:>7}{:>14}{:>9}{}".format(*line).rstrip() for line in lines]
     if "held_out" in account:
-        told.append("held out: plain {:.2f}, found {:.2f}".format(*account["held_out"]))
+        told.append("held out: plain {:z.2f}, found {:z.2f}".format(*account["held_out"]))
     return "\n".join(told)

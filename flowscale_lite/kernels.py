@@ -151,9 +151,9 @@ def equivalent_sde(
     return grid, moved
 
 
-def vp_diffusion(g: Diffusion | None = None, vp: Interpolant = VP, path: Interpolant = LINEAR) -> Diffusion:
-    """The diffusion of an SDE on VP (g in VP time; None for the paper's 3 s^2), written on `path`.
+def vp_diffusion(g: Diffusion | None = None) -> Diffusion:
+    """The diffusion of an SDE on VP (g in VP time; None for the paper's 3 s^2), written on the linear path.
 
     It is large near t = 1 (11.7 at linear time 0.993) and wants small steps there: `schedules.paper_vp`.
     """
-    return equivalent_sde((), quadratic() if g is None else g, vp, path)[1]
+    return equivalent_sde((), quadratic() if g is None else g)[1]

@@ -24,6 +24,7 @@ STYLE = {
     "axes.spines.right": False,
     "axes.spines.top": False,
     "axes.grid": True,
+    "axes.axisbelow": True,
     "grid.alpha": 0.25,
     "font.size": 10,
     "image.cmap": "cividis",
@@ -46,8 +47,7 @@ def picture(ax: Axes, image: Tensor, title: str = "") -> None:
 def strip(axes: Sequence[Axes], images: Tensor, titles: Iterable[str] = (), label: str = "") -> None:
     """Draw K pictures (K, 3, H, W) on the K axes of one row, under their titles if any; `label` stands left of the row.
 
-    Raises:
-        ValueError: there are not as many axes, or titles, as pictures.
+    Raises ValueError: there are not as many axes, or titles, as pictures.
     """
     for ax, image, title in zip(axes, images, list(titles) or [""] * len(images), strict=True):
         picture(ax, image, title)

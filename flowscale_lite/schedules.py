@@ -9,7 +9,7 @@ from statistics import NormalDist
 
 import torch
 
-from .interpolants import LINEAR, VP, Interpolant
+from .interpolants import LINEAR, VP
 
 Times = tuple[float, ...]
 
@@ -36,8 +36,8 @@ def uniform(steps: int) -> Times:
     return tuple((steps - k) / steps for k in range(steps + 1))
 
 
-def paper_vp(steps: int, finish: int = 1, vp: Interpolant = VP, path: Interpolant = LINEAR) -> Times:
-    """The paper's grid (arXiv 2503.19385): s_k = sqrt(1 - (1 - t_k)^2) in VP time with t_k uniform, as times of `path`.
+def paper_vp(steps: int, finish: int = 1) -> Times:
+    """The paper's grid (arXiv 2503.19385): s_k = sqrt(1 - (1 - t_k)^2) in VP time with t_k uniform, as linear times.
 
     Its steps are small early, where the posterior varies most. It starts at VP's noisiest state, linear time 0.9934.
     Its last interval is long: with 10 steps it goes from linear time 0.71 straight to 0, which is sound for a few-step
@@ -49,7 +49,7 @@ def paper_vp(steps: int, finish: int = 1, vp: Interpolant = VP, path: Interpolan
         raise ValueError(f"need 1 <= finish <= steps; got finish = {finish}, steps = {steps}")
     t = torch.tensor(uniform(steps - finish + 1), dtype=torch.float64)[:-1]
     s = (1 - (1 - t) ** 2).sqrt()
-    head = path.time_of_ratio(vp.sigma(s) / vp.alpha(s)).tolist()
+    head = LINEAR.time_of_ratio(VP.sigma(s) / VP.alpha(s)).tolist()
     return check([*head, *(head[-1] * (1 - k / finish) for k in range(1, finish)), 0.0])
 
 

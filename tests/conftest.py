@@ -37,6 +37,12 @@ def problem(steps: int = 5, velocity=MIXTURE, reward=wish, **changes) -> Problem
     return Problem(velocity, reward, **rest)
 
 
+def covariance(law: GaussianMixture) -> Tensor:
+    """Covariance (D, D) of a mixture: of its means, and within its modes."""
+    gap, within = law.means - law.mean(), law.weights @ law.scales**2
+    return gap.T @ (law.weights[:, None] * gap) + within * torch.eye(gap.shape[1], dtype=gap.dtype)
+
+
 def drawn(result: Result) -> list[int]:
     return [step.drawn for step in result.trace]
 

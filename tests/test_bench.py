@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from flowscale_lite import BestOfN, cli
+from flowscale_lite import BestOfN, cli, look_ahead
 from flowscale_lite.experiments import bench, paper, read
 
 ROOT = Path(__file__).parents[1]
@@ -92,6 +92,9 @@ def test_a_function_of_the_budget_and_a_sampler_of_ones_own(tmp_path):
     code += "from flowscale_lite import RBF\nfew = RBF.few_step\n"
     entry, digest = bench.imported(of(tmp_path, code) + "mine")
     assert entry.method(100) == BestOfN(5) and entry.sampler == paper.SAMPLERS["ODE"] and len(digest) == 12
+    assert entry.look_ahead == look_ahead.posterior_mean
+    code += "from flowscale_lite import look_ahead\nLOOK_AHEAD = look_ahead.ode(5)\n"
+    assert bench.imported(of(tmp_path, code) + "few")[0].look_ahead.price == 5
     assert entry.sibling and bench.imported(of(tmp_path, code) + "few")[0].method(100).init == 25
 
 

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ def test_picture_table_and_account_agree(capsys, tmp_path):
     assert account["plain"]["nfe"] == 10 and account["method"]["name"] == "rbf"
     assert account["trace"][-1]["t"] == 0 and account["trace"][-1]["nfe"] == account["found"]["nfe"]
     for key in ("plain", "found"):
-        assert f"{account[key]['reward']:.2f}" in out and f"{account[key]['reward_calls']}" in out
+        assert f"{account[key]['reward']:z.2f}" in out and f"{account[key]['reward_calls']}" in out
 
 
 def test_python_m_flowscale_lite_is_the_command():
@@ -130,6 +131,8 @@ def test_accounts_of_two_kernels_of_one_kind_replay(capsys, tmp_path, kernel):
         ([PROMPT, "--draft", "./nowhere"], "no model at"),
         (["replay"], "expected the account"),
         (["replay", "nowhere.json"], "No such file"),
+        (["replay", "out.search"], "a saved search, not an account; go on with it by: flowscale resume out.search"),
+        (["resume", "out.json"], "an account, not a saved search; search again by: flowscale replay out.json"),
         ([PROMPT, "--model", "./nowhere"], "no model at"),
         ([PROMPT, "--device", "cuda:7"], "no CUDA GPU"),
         ([PROMPT, "--device", "abacus"], "abacus"),
@@ -137,7 +140,10 @@ def test_accounts_of_two_kernels_of_one_kind_replay(capsys, tmp_path, kernel):
         ([PROMPT, "--seed", str(2**64)], "64 bits"),
         ([PROMPT, "--width", "0"], "--width and --height must be at least 1"),
         ([PROMPT, "--width", "60"], "multiples of"),
-        ([PROMPT, "--held-out", "beauty"], "got 'beauty'"),
+        ([PROMPT, "--held-out", "beauty"], "--held-out must be one of clip,"),
+        (["a cat", "--reward", "mine.py:red", "--held-out", "counts"], "say which: --held-out 'counts:2 red"),
+        ([PROMPT, "--held-out", "counts:apples"], "--held-out counts takes"),
+        ([PROMPT, "--held-out", "aesthetic:nowhere"], "--held-out aesthetic needs"),
         ([PROMPT, "--memory", "0.2"], "does not fit into 0.2 GiB"),
         ([PROMPT, "--guidance", "nan"], "finite"),
         ([PROMPT, "--out", "folder.png"], "--out must name a .png file"),
@@ -148,6 +154,7 @@ def test_accounts_of_two_kernels_of_one_kind_replay(capsys, tmp_path, kernel):
 )
 def test_bad_input_is_one_clear_line_and_no_computing(capsys, monkeypatch, tmp_path, args, message):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text("def red(pictures): ...\n")
     for name in ("folder.png", "folder/account.json"):
         (tmp_path / name).mkdir(parents=True)
     before = sorted(tmp_path.rglob("*"))
@@ -175,8 +182,68 @@ def test_a_reward_of_ones_own_takes_any_words(capsys, tmp_path):
     table, _ = flowscale(capsys, *args)
     account = json.loads(out.with_suffix(".json").read_text())
     assert account["found"]["reward"] > account["plain"]["reward"] and "counts" not in account["found"]
-    assert f"{account['found']['reward']:.2f}" in table and "nothing" not in table
+    assert f"{account['found']['reward']:z.2f}" in table and "nothing" not in table
     assert account["command"][account["command"].index("--reward") + 1] == f"{file}:red"
+
+
+def test_an_account_replays_from_another_folder(capsys, monkeypatch, tmp_path):
+    """Its judge's file and its model's folder are found from it, also when all of them have moved together."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    (here / "found").mkdir(parents=True)
+    (here / "mine.py").write_text("def red(pictures):\n    return pictures[:, 0].mean((1, 2))\n")
+    (here / "model").symlink_to(locate("tiny-flux/schnell"))
+    monkeypatch.chdir(here)
+    args = ["a red drawing", "--reward", "mine.py:red", "--model", "model", "--nfe", "20", "--steps", "4"]
+    flowscale(capsys, *args, "--out", "found/out.png")
+    account = json.loads(Path("found/out.json").read_text())
+    assert (account["model"], account["pipeline"], account["judge"]) == ("model", "FluxPipeline", "mine.py:red")
+    here.rename(there)
+    for folder, name in ((tmp_path, "there/found/out.json"), (there / "found", "out.json")):
+        monkeypatch.chdir(folder)
+        with pytest.raises(SystemExit) as end:
+            cli.main(["replay", name])
+        assert end.value.code == 0 and "the same picture and numbers" in capsys.readouterr().out
+    (there / "mine.py").unlink()
+    with pytest.raises(SystemExit) as end:
+        cli.main(["replay", "out.json"])
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert end.value.code == 2 and "got '../mine.py:red'; put it where it was, as seen from out.json" in last
+
+
+@pytest.mark.parametrize(
+    ("option", "word", "moved"),
+    [
+        ("--reward", "mine.py:red", "../mine.py:red"),
+        ("--held-out", "aesthetic:head.safetensors", "aesthetic:../head.safetensors"),
+        ("--preview", "small", "../small"),
+        ("--reward", "clip", "clip"),
+        ("--reward", "counts:3 cat", "counts:3 cat"),
+        ("--draft", "someone/model", "someone/model"),
+        ("--kernel", "small", "small"),
+    ],
+)
+def test_paths_are_named_as_from_another_folder_and_back(monkeypatch, tmp_path, option, word, moved):
+    for name in ("small", "clip", "counts", "aesthetic", "elsewhere"):
+        (tmp_path / name).mkdir()
+    for name in ("mine.py", "head.safetensors"):
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    there = cli.seen_from(["small", option, word], Path(), Path("elsewhere"))
+    assert there == ["small", option, moved]
+    assert cli.seen_from(there, Path("elsewhere"), Path()) == ["small", option, word]
+
+
+@pytest.mark.parametrize("word", ["replay", "resume"])
+@pytest.mark.parametrize("option", ["-h", "--help"])
+def test_help_for_a_word_is_of_that_word(capsys, word, option):
+    cli.main([word, option])
+    assert capsys.readouterr().out.startswith(f"usage: flowscale {word} out.")
+
+
+def test_nothing_is_printed_as_minus_zero():
+    entry = {"reward": -0.0004, "nfe": 4, "reward_calls": 1}
+    text = cli.table({"plain": entry, "method": {"name": "rbf"}, "found": entry, "held_out": [-0.0, -0.004]})
+    assert "-0.00" not in text and text.count("0.00") == 4
 
 
 def test_size_memory_and_a_held_out_judge(capsys, tmp_path):
@@ -192,7 +259,7 @@ def test_size_memory_and_a_held_out_judge(capsys, tmp_path):
     text, _ = flowscale(capsys, *args, "--model", str(locate("tiny-flux/dev")), "--out", str(out))
     account = json.loads(out.with_suffix(".json").read_text())
     assert text.index("drafting") < text.index("reward"), "the memory plan comes first"
-    assert "held out: plain {:.2f}, found {:.2f}".format(*account["held_out"]) in text
+    assert "held out: plain {:z.2f}, found {:z.2f}".format(*account["held_out"]) in text
     with pytest.raises(SystemExit) as stop:
         cli.main(["replay", str(out.with_suffix(".json"))])
     assert stop.value.code == 0

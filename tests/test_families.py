@@ -367,7 +367,7 @@ def test_what_the_token_limit_cuts_off_is_said(named):
             with warnings.catch_warnings(record=True) as said:
                 warnings.simplefilter("always")
                 prompt = FlowModel.encode(pipe, text, height=64, width=64, guidance=0.0, max_tokens=limit)
-            given.append(prompt.embeds[0][-limit:])  # SD3 has CLIP's tokens before
+            given.append(prompt.encoded["prompt_embeds"][0][-limit:])  # SD3 has CLIP's tokens before
             told.append([str(one.message) for one in said])
         cuts.append(len(given[0]) == len(given[1]) and torch.equal(*given))
         assert [len(lines) == 1 and "the model reads" in lines[0] for lines in told] == [cuts[-1]] * 2, limit

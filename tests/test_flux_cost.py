@@ -119,7 +119,7 @@ def test_every_family_is_counted_as_it_runs(name):
     with torch.device("meta"):
         pipe = BUILDERS[name]()
     prompt = FlowModel.encode(build(name), "three red circles", height=64, width=64, guidance=0.0, max_tokens=64)
-    counts = cost.count_pipeline(pipe, 64, 64, text_tokens=len(prompt.embeds[0]))
+    counts = cost.count_pipeline(pipe, 64, 64, text_tokens=len(prompt.encoded["prompt_embeds"][0]))
     x = torch.zeros(1, *prompt.shape)
     for part, run in (("velocity", lambda: prompt.velocity(x, 0.5)), ("decode", lambda: prompt.decode(x))):
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # the fused one is not counted
@@ -186,7 +186,7 @@ def tiny():
 
 def test_what_is_counted_without_weights_is_what_the_pipeline_does(tiny):
     counts, prompt = tiny
-    assert prompt.embeds.shape[1] == 16
+    assert prompt.encoded["prompt_embeds"].shape[1] == 16
     for rows in (1, 3):
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # the fused one is not counted
             prompt(torch.zeros(rows, *prompt.shape), torch.full((rows,), 0.5))

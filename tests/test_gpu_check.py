@@ -11,7 +11,7 @@ import torch
 
 from flowscale_lite.flux import cost
 from tools.runs import gpu_check
-from tools.runs.gpu_check import Machine
+from tools.runs.gpu_check import Machine, known_gpu
 
 TINY = Machine(cuda=False, tiny=True)
 
@@ -122,6 +122,6 @@ def test_a_missing_library_is_named_in_one_line(library):
 
 
 def test_cards_are_known_by_name_and_memory():
-    known = {name: cost.known_gpu(f"NVIDIA {name}", gib) for name, gib in (("A100-SXM4-80GB", 79.1), ("L40S", 44.4))}
+    known = {name: known_gpu(f"NVIDIA {name}", gib) for name, gib in (("A100-SXM4-80GB", 79.1), ("L40S", 44.4))}
     assert known == {"A100-SXM4-80GB": cost.GPUS["A100-80"], "L40S": None}, "an L40S is no L4"
-    assert cost.known_gpu("Tesla T4", 14.6) == cost.GPUS["T4"] and cost.known_gpu("NVIDIA H200", 139.7) is None
+    assert known_gpu("Tesla T4", 14.6) == cost.GPUS["T4"] and known_gpu("NVIDIA H200", 139.7) is None

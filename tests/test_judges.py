@@ -341,23 +341,20 @@ def test_vqa_score_is_the_probability_of_yes(kind, tmp_path):
     torch.manual_seed(1)
     vlm = VisionLanguage.load(save_vlm(tmp_path, kind), dtype=torch.float32)
     images = pictures(5, 48, 32)
-    score, ratio = (
-        judges.vqa_score(vlm, "a red circle", against_no=against, chunk=2)(images) for against in (False, True)
-    )
+    score = judges.vqa_score(vlm, "a red circle", chunk=2)(images)
     text = (
         "<|im_start|>user\n<|vision_start|>" + "<|image_pad|>" * 6 + '<|vision_end|>Does this figure show "a red '
         'circle"? Please answer yes or no.<|im_end|>\n<|im_start|>assistant\n'
     )
     ids = vlm.tokenizer(text, return_tensors="pt").input_ids
     places = (ids == vlm.model.config.image_token_id).int()
-    words = vlm.tokenizer.convert_tokens_to_ids(["Yes", "No"])
+    yes = vlm.tokenizer.convert_tokens_to_ids("Yes")
     for k, image in enumerate(to_pil(images)):
         seen = vlm.pictures(image, return_tensors="pt")
         assert seen["image_grid_thw"].tolist() == [[1, 6, 4]]
         with torch.no_grad():
             logits = vlm.model(input_ids=ids, mm_token_type_ids=places, **seen).logits[0, -1]
-        torch.testing.assert_close(score[k], logits.softmax(-1)[words[0]])
-        torch.testing.assert_close(ratio[k], logits[words].softmax(-1)[0])
+        torch.testing.assert_close(score[k], logits.softmax(-1)[yes])
     assert score.std() > 0 and (judges.vqa_score(vlm, "four blue squares")(images) - score).abs().max() > 1e-6
 
 

@@ -338,7 +338,7 @@ def test_each_place_for_the_models_gives_the_same_picture(usual, fields):
             FlowModel.encode(pipe, "a blue square")
     else:
         other = FlowModel.encode(pipe, "a blue square")
-        torch.testing.assert_close(other.embeds, FlowModel.encode(usual[0].pipe, "a blue square").embeds)
+        torch.testing.assert_close(other.encoded, FlowModel.encode(usual[0].pipe, "a blue square").encoded)
     if one.text == "offloaded":
         assert len(pipe._all_hooks) == 3 and not hasattr(pipe.vae, "_hf_hook"), "all but the autoencoder change places"
     assert type(pipe.transformer.dtype) is torch.dtype and prompt.device.type == "cpu"
@@ -397,7 +397,7 @@ def test_sixteen_bits_by_plan(usual, dtype):
     assert pipe.transformer.dtype == getattr(torch, dtype)
     assert pipe.vae.dtype == (torch.float32 if dtype == "float16" else torch.bfloat16)
     prompt, picture = found(pipe, one.chunk)
-    assert prompt.embeds.dtype == getattr(torch, dtype) and picture.isfinite().all()
+    assert prompt.encoded["prompt_embeds"].dtype == getattr(torch, dtype) and picture.isfinite().all()
     assert bytes_of(pipe.transformer) == pytest.approx(one.parts["transformer"] * GIB, rel=1e-3)
     x, t = torch.randn(2, *prompt.shape, generator=seeded()), torch.full((2,), 0.8)
     torch.testing.assert_close(prompt(x, t), usual[0](x, t), atol=0.15, rtol=0.05)

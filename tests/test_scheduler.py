@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from conftest import gaussian_flow, moments_along, seeded
+from conftest import covariance, gaussian_flow, moments_along, seeded
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, FluxImg2ImgPipeline, FluxPipeline
 
 from flowscale_lite import LINEAR, GaussianMixture, flux, kernels, schedules
@@ -96,7 +96,7 @@ def test_mixture_is_sampled_and_by_diffusers_stochastic_sampling_it_is_not(kind)
 
     ours, cov = mass(FlowSDEScheduler(**kind))
     assert abs(ours - exact) < bound
-    torch.testing.assert_close(cov, MIXTURE.cov().float(), atol=0.15, rtol=0.06)
+    torch.testing.assert_close(cov, covariance(MIXTURE).float(), atol=0.15, rtol=0.06)
     if kind == KINDS[1]:
         theirs, _ = mass(FlowMatchEulerDiscreteScheduler(stochastic_sampling=True))
         assert abs(theirs - exact) > bound

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from conftest import MEAN, PLANE, STD, gaussian_flow, moments_along, never, seeded
+from conftest import MEAN, PLANE, STD, covariance, gaussian_flow, moments_along, never, seeded
 
 from flowscale_lite import (
     LINEAR,
@@ -93,7 +93,7 @@ def estimates(setup: Problem, method: SMC, repeats: int) -> torch.Tensor:
 
 def truth(mixture, reward, tau=1.0) -> torch.Tensor:
     target, log_constant = mixture.tilted(reward, tau)
-    second = target.cov().diagonal() + target.mean() ** 2
+    second = covariance(target).diagonal() + target.mean() ** 2
     return torch.cat([target.mean(), second, torch.tensor([math.exp(log_constant)], dtype=torch.float64)])
 
 

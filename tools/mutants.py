@@ -230,7 +230,7 @@ MUTANTS = (
     M("Draft: all drafted with the model's own look-ahead", "beyond/draft.py", "draft",
       "if problem.look_ahead.evaluates:", "if False:"),
     M("Cascade: the model never redraws", "beyond/draft.py", "draft",
-      "renoised(p, run, noise_in(p, run), self._level(problem))", "renoised(p, run, noise_in(p, run), p.t)"),
+      "renoised(p, run, noise_in(p, run), level)", "renoised(p, run, noise_in(p, run), p.t)"),
     M("Cascade: the model's tries judged by the sibling", "beyond/draft.py", "draft",
       "self.share, self.cells), ahead).best()", "self.share, self.cells)).best()"),
     M("Cascade: the sibling's picture returned", "beyond/draft.py", "draft",

@@ -2,5 +2,3 @@
 
 from .draft import Cascade, Draft
 from .refine import Refine
-
-__all__ = ["Cascade", "Draft", "Refine"]

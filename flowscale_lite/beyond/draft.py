@@ -92,7 +92,7 @@ class Cascade:
     Attributes:
         init: first noises, of which the best draft is kept.
         drafts: share of the budget that the sibling takes.
-        level: the model redraws the sibling's picture from the schedule's first time that is not above it.
+        level: the model redraws the sibling's picture from the schedule's first time that is not above it, or its last.
         steps: evaluations of the model a try.
         share, cells: regions that a try redraws, as in `Refine`.
         batch: the sibling's tries at a time; the model's are two.
@@ -131,7 +131,8 @@ class Cascade:
         if not p.carry["own"]:
             n = min(self.batch, (left - mine) // price)
             if n < 1:
-                drawn = renoised(p, run, noise_in(p, run), self._level(problem))
+                level = next((s for s in problem.times[:-1] if s <= self.level), problem.times[-2])
+                drawn = renoised(p, run, noise_in(p, run), level)
                 return replace(run.score(drawn, finish), carry={"own": torch.ones_like(p.reward)})
             progress, ahead = (total - left) / (total - mine), None
         else:
@@ -143,7 +144,3 @@ class Cascade:
         s = levels[max(0, int(progress * len(levels)))]
         q = run.score(redrawn(p, run, n, s, self.share, self.cells), ahead).best()
         return q if q.reward > p.reward else p
-
-    def _level(self, problem: Problem) -> float:
-        """The schedule's first time that is not above `level`, or its last before the data."""
-        return next((s for s in problem.times[:-1] if s <= self.level), problem.times[-2])

@@ -2,15 +2,3 @@
 
 from .stats import Interval, clustered_mean, paired_difference, table
 from .sweep import Row, Task, read, serve, sweep
-
-__all__ = [
-    "Interval",
-    "Row",
-    "Task",
-    "clustered_mean",
-    "paired_difference",
-    "read",
-    "serve",
-    "sweep",
-    "table",
-]

@@ -9,8 +9,8 @@ from __future__ import annotations
 import argparse
 import functools
 import hashlib
-import importlib.util
 import inspect
+import runpy
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +23,7 @@ import torch
 
 from .. import kernels, look_ahead, schedules
 from ..beyond import Cascade, Draft, Refine
+from ..look_ahead import LookAhead, posterior_mean
 from ..methods import RBF, SVDD, Beam, BestOfN, Guide
 from ..problem import Problem
 from ..search import Method, search
@@ -38,11 +39,12 @@ VALUES = ("exact", "held_out", "nfe", "reward_calls", "seconds")
 
 
 class Entry(NamedTuple):
-    """A method for a budget, its sampler (None: the track's), and whether schnell looks ahead for dev."""
+    """A method for a budget, its sampler (None: the track's), and its look-ahead: schnell for dev if `sibling`."""
 
     method: Callable[[int], Method]
     sampler: Sampler | None = None
     sibling: bool = False
+    look_ahead: LookAhead = posterior_mean
 
 
 class Track(NamedTuple):
@@ -56,8 +58,16 @@ class Track(NamedTuple):
 
 
 _ODE, _LEVELS = SAMPLERS["ODE"], Sampler(kernels.ode, schedules.levels(10))
+_FIVE_LEVELS = Sampler(kernels.ode, schedules.levels(5))
 _MULTI = Sampler(kernels.ddim(), schedules.logit_normal(10))
 _GUIDE = Guide(0.1, normalised=True, below=0.9)
+
+
+def _refine_by_ode(nfe: int) -> Refine:
+    """Refine for tries of five evaluations: two fifths of the budget on first noises. A first guess, not tuned."""
+    return Refine(init=round(0.4 * nfe / 5), batch=2)
+
+
 _FEW_STEP = {
     "best-of-n": Entry(lambda nfe: BestOfN(), _ODE),
     "svdd": Entry(lambda nfe: SVDD(init=max(1, nfe // 20))),
@@ -75,6 +85,7 @@ TRACKS = {
         {
             "best-of-n": Entry(lambda nfe: BestOfN(), _ODE),
             "beam": Entry(Beam.multi_step),
+            "refine": Entry(_refine_by_ode, _FIVE_LEVELS, look_ahead=look_ahead.ode(5)),
             "draft": Entry(Draft.multi_step, _ODE, sibling=True),
             "cascade": Entry(Cascade.multi_step, _LEVELS, sibling=True),
         },
@@ -127,6 +138,7 @@ def problem_of(track: Track, entry: Entry, text: str) -> tuple[Problem, Any]:
     model = FlowModel.encode(_pipeline(track.model), text, guidance=GUIDANCE)
     sampler = entry.sampler or track.sampler
     problem = sampler.of(model.problem(track.reward(shapes.parse(text)), sampler.kernel))
+    problem = replace(problem, look_ahead=entry.look_ahead)
     if entry.sibling:
         few_step = FlowModel.encode(_pipeline("schnell"), text, guidance=GUIDANCE)
         problem = replace(problem, look_ahead=look_ahead.sibling(few_step))
@@ -170,24 +182,21 @@ def imported(name: str) -> tuple[Entry, str]:
     """The method `path/to/file.py:Name`, and a digest of its file.
 
     Name is a method, its class, or a function of the budget that returns one. If the file has a `SAMPLER`, a
-    `bench.Sampler`, it is used in place of the track's; with `SIBLING = True` schnell looks ahead for dev. Raises
-    ValueError: no such file or name.
+    `bench.Sampler`, it is used in place of the track's; so is a `LOOK_AHEAD`, such as `look_ahead.ode(5)`; with
+    `SIBLING = True` schnell looks ahead for dev. Raises ValueError: no such file or name.
     """
     path, _, attribute = name.rpartition(":")
     if not attribute or not Path(path).is_file():
         raise ValueError(f"expected path/to/file.py:MyMethod, with an existing file; got {name!r}")
-    spec = importlib.util.spec_from_file_location("bench_entry", path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["bench_entry"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    found = getattr(module, attribute, None)
+    names = runpy.run_path(path)
+    found = names.get(attribute)
     if not callable(getattr(found, "advance", found)):
         raise ValueError(f"{path} has no method, class or function {attribute!r}")
     of_budget = not hasattr(found, "advance")
     make: Any = found if of_budget else (lambda nfe: found() if inspect.isclass(found) else found)
     digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
-    return Entry(make, getattr(module, "SAMPLER", None), getattr(module, "SIBLING", False)), digest
+    ahead = names.get("LOOK_AHEAD", posterior_mean)
+    return Entry(make, names.get("SAMPLER"), names.get("SIBLING", False), ahead), digest
 
 
 def compared(rows: Sequence[Row], stored: Sequence[Row], name: str) -> pd.DataFrame:

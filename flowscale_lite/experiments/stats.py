@@ -39,8 +39,7 @@ def clustered_mean(
     Where truth values all agree, the bootstrap would find no variation and claim certainty. For them the interval is
     the exact binomial one (Clopper and Pearson's) of as many trials as there are clusters.
 
-    Raises:
-        ValueError: lengths differ, or no values.
+    Raises ValueError: lengths differ, or no values.
     """
     if len(values) != len(clusters) or not len(values):
         raise ValueError(f"as many clusters as values, at least one, are needed; got {len(clusters)} and {len(values)}")
@@ -69,8 +68,7 @@ def table(rows: Rows, by: Sequence[str], values: Sequence[str], *, clusters: str
 
     Columns are the number of `runs`, and each of `values` as an `Interval`, clustered by the field `clusters`.
 
-    Raises:
-        ValueError: no rows, or a row lacks a field.
+    Raises ValueError: no rows, or a row lacks a field.
     """
     groups = _frame(rows, [*by, *values, clusters]).groupby(list(by), sort=False)
     lines = groups.size().to_frame("runs")
@@ -87,8 +85,7 @@ def paired_difference(
     Pairing takes out what a prompt and a seed do to both methods alike, so the interval is narrower than that of two
     means, and it is the one to look at when two methods are compared.
 
-    Raises:
-        ValueError: no rows, a row that lacks a field, two rows of one side that pair alike, or a row without partner.
+    Raises ValueError: no rows, a row that lacks a field or a partner, or two rows of one side that pair alike.
     """
     ours, theirs = (_frame(rows, [*by, value, clusters]).set_index(list(by), drop=False) for rows in (first, second))
     if ours.index.has_duplicates or theirs.index.has_duplicates:

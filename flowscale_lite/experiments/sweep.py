@@ -34,8 +34,7 @@ Runner = Callable[[Task], Row]
 def read(path: str | Path) -> list[Row]:
     """The rows of a results file. A last line that a kill cut short is left out; without a file there are no rows.
 
-    Raises:
-        ValueError: another line is no JSON object.
+    Raises ValueError: another line is no JSON object.
     """
     lines = Path(path).read_bytes().splitlines(keepends=True) if Path(path).exists() else []
     rows = []
@@ -139,10 +138,9 @@ def _check(
         raise ValueError(f"all tasks of a sweep must have the same fields; the first has {fields}")
     if len({_key(task, fields) for task in tasks}) < len(tasks):
         raise ValueError("the same task stands twice in the sweep")
-    if workers < 1:
-        raise ValueError(f"workers must be at least 1; got {workers}")
-    if retries < 0:
-        raise ValueError(f"retries must be at least 0; got {retries}")
+    for name, value, least in (("workers", workers, 1), ("retries", retries, 0)):
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}; got {value}")
     if engine not in ("local", "ray"):
         raise ValueError(f'engine must be "local" or "ray"; got {engine!r}')
     if engine == "local" and resources is not None:
@@ -339,8 +337,7 @@ def serve(
         judge(x, *args), which sends tensors by the CPU and answers on the device of x. It reaches the workers as an
         argument of their run: sweep(tasks, functools.partial(run, judge=judge), ...).
 
-    Raises:
-        ImportError: Ray is not installed.
+    Raises ImportError: Ray is not installed.
     """
     options: dict[str, Any] = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": 2, **(resources or {})}
     return partial(_ask, _ray().remote(_Holder).options(**options).remote(make))

@@ -5,5 +5,3 @@ from diffusers import SchedulerMixin  # where a pipeline saved with our schedule
 from .hub import load
 from .prompt import FlowModel
 from .scheduler import FlowSDEScheduler
-
-__all__ = ["FlowModel", "FlowSDEScheduler", "SchedulerMixin", "load"]

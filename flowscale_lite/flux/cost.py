@@ -65,13 +65,6 @@ GPUS: Mapping[str, Gpu] = MappingProxyType({gpu.name: gpu for gpu in _GPUS})
 """Common GPUs by name. Peaks are from NVIDIA's data sheets, without sparsity; prices were assumed in `PRICED`."""
 
 
-def known_gpu(name: str, memory: float) -> Gpu | None:
-    """The entry of `GPUS` for a card that CUDA calls by this name and that has so many GiB; None if there is none."""
-    words = name.replace("-", " ").split()
-    fits = (gpu for gpu in _GPUS if gpu.name.split("-")[0] in words and 0.9 < memory / gpu.memory < 1.1)
-    return next(fits, None)
-
-
 @dataclass(frozen=True)
 class Count:
     """What one call of a model takes.

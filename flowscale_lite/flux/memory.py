@@ -299,11 +299,10 @@ def plan(
 def _candidates(draft: bool) -> Iterator[dict[str, Any]]:
     """The fields that `plan` chooses, of all plans that can be carried out, best first."""
     held = [("full", False), ("int8", False), ("fp8", False), ("nf4", False), ("full", True)]
-    texts = [("resident", "full"), ("offloaded", "full"), ("dropped", "full"), ("dropped", "nf4"), ("resident", "nf4")]
-    places = [(*text, False) for text in texts]
-    if draft:  # whose transformer cannot change places with text encoders too
-        del places[1]
-        places[2:2] = [("resident", "full", True), ("dropped", "full", True)]
+    places = [("resident", "full", False), ("offloaded", "full", False), ("dropped", "full", False)]
+    if draft:  # of which the transformer, but not the text encoders, can change places with the other
+        places = [(text, "full", turns) for turns in (False, True) for text in ("resident", "dropped")]
+    places += [("dropped", "nf4", False), ("resident", "nf4", False)]
     for (weights, streamed), tiling, (text, text_weights, turns) in itertools.product(held, (False, True), places):
         if (weights, streamed) == held[0] or not (turns or text == "offloaded"):  # others cannot change places
             one = {"weights": weights, "group_offload": streamed, "tiling": tiling, "turns": turns}

@@ -211,16 +211,6 @@ class FlowModel:
         return families.family(self.pipe)
 
     @property
-    def embeds(self) -> Tensor:
-        """The encoded prompt (1, L, d)."""
-        return self.encoded["prompt_embeds"]
-
-    @property
-    def pooled(self) -> Tensor:
-        """The pooled encoding of the prompt (1, d), for the families that have one."""
-        return self.encoded["pooled_prompt_embeds"]
-
-    @property
     def shape(self) -> tuple[int, int, int]:
         """The shape of one state, a latent picture: (C, H, W)."""
         return self.family.shape(self.pipe, self.height, self.width)

@@ -18,19 +18,3 @@ from .clip import Clip, aesthetic_score, clip_score, linear_head, pick_score
 from .combined import lexicographic, weighted
 from .counts import Finder, Found, clean, grounded_counts
 from .vqa import VisionLanguage, vqa_score
-
-__all__ = [
-    "Clip",
-    "Finder",
-    "Found",
-    "VisionLanguage",
-    "aesthetic_score",
-    "clean",
-    "clip_score",
-    "grounded_counts",
-    "lexicographic",
-    "linear_head",
-    "pick_score",
-    "vqa_score",
-    "weighted",
-]

@@ -95,7 +95,8 @@ def linear_head(path: str | Path) -> nn.Module:
     Raises ValueError if the file holds other tensors; what safetensors raises for a damaged file.
     """
     held = load_file(path)
-    names = sorted((key[: -len(".weight")] for key in held if key.endswith(".weight")), key=_numbers)
+    names = [key.removesuffix(".weight") for key in held if key.endswith(".weight")]
+    names.sort(key=lambda name: [int(part) for part in name.split(".") if part.isdigit()])
     if set(held) != {f"{name}.{part}" for name in names for part in ("weight", "bias")}:
         raise ValueError(f"{path} should hold weights and biases of linear layers; it holds {', '.join(sorted(held))}")
     layers = nn.Sequential()
@@ -107,10 +108,6 @@ def linear_head(path: str | Path) -> nn.Module:
         layer.load_state_dict({"weight": weight.float(), "bias": bias.float()})
         layers.append(layer)
     return layers
-
-
-def _numbers(name: str) -> list[int]:
-    return [int(part) for part in name.split(".") if part.isdigit()]
 
 
 def aesthetic_score(clip: Clip, head: nn.Module, *, chunk: int = 16) -> Reward:

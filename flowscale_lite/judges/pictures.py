@@ -13,8 +13,7 @@ from torch import Tensor
 def check_pictures(images: Tensor) -> Tensor:
     """The same pictures, once it is clear that they are floats of shape (K, 3, H, W), K at least 1, in [0, 1].
 
-    Raises:
-        ValueError: they are not. A model would judge pictures in [-1, 1], bytes or NaN without complaint.
+    Raises ValueError: they are not. A model would judge pictures in [-1, 1], bytes or NaN without complaint.
     """
     if images.ndim != 4 or images.shape[1] != 3 or not images.numel() or not images.is_floating_point():
         raise ValueError(f"pictures must be floats of shape (K, 3, H, W); got {images.dtype}, {tuple(images.shape)}")
@@ -31,20 +30,18 @@ def to_pil(images: Tensor) -> list[Image.Image]:
     return [Image.fromarray(pixel) for pixel in pixels.permute(0, 2, 3, 1).cpu().numpy()]
 
 
-def pretrained(cls: Any, name: str | Path, **options: Any) -> Any:
+def pretrained(cls: Any, name: str | Path) -> Any:
     """`cls.from_pretrained(name)`, its errors explained by `flux.hub.explained`. A download shows its progress."""
     from ..flux.hub import explained, quiet
 
     with explained(name), quiet(Path(name).exists()):
-        return cls.from_pretrained(str(name), **options)
+        return cls.from_pretrained(str(name))
 
 
 def load_model(cls: Any, name: str | Path, device: str, dtype: torch.dtype) -> Any:
     """A model of transformers ready for inference, from safetensors in a folder or on the hub.
 
-    Raises:
-        ValueError: there is no such device, a file is damaged, or config and weights disagree.
-        FileNotFoundError, PermissionError, ConnectionError: see `flux.hub.explained`.
+    Raises what `flux.hub.load` does, and ValueError if config and weights disagree.
     """
     from ..flux.hub import check_device, explained, quiet, weights
 

@@ -95,7 +95,6 @@ def vqa_score(
     prompt: str,
     *,
     question: str = 'Does this figure show "{}"? Please answer yes or no.',
-    against_no: bool = False,
     chunk: int = 4,
 ) -> Reward:
     """VQAScore, the probability that the model answers Yes when asked for the prompt: (K, 3, H, W) -> (K,), in [0, 1].
@@ -106,15 +105,10 @@ def vqa_score(
     Args:
         vlm: the model.
         prompt, question: what the picture should show, and what the model is asked, with {} for the prompt.
-        against_no: divide by P(Yes) + P(No), for models that like to begin their answer otherwise.
         chunk: pictures a forward pass.
 
-    Raises ValueError if "Yes" or "No" is not one token of the model, and for chunk < 1.
+    Raises ValueError if "Yes" is not one token of the model, and for chunk < 1.
     """
-    yes, no = vlm.token("Yes"), vlm.token("No")
-
-    def score(images: Tensor) -> Tensor:
-        logp = vlm.next_word(images, question.format(prompt)).to(images.device)
-        return torch.sigmoid(logp[:, yes] - logp[:, no]) if against_no else logp[:, yes].exp()
-
-    return chunked(score, chunk)
+    yes = vlm.token("Yes")
+    asked = question.format(prompt)
+    return chunked(lambda images: vlm.next_word(images, asked)[:, yes].exp().to(images.device), chunk)

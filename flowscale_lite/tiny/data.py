@@ -14,8 +14,7 @@ def locate(name: str) -> Path:
     It is looked for in the folder that the environment variable FLOWSCALE_DATA names. Where that is not set, an
     installed package looks in its own `data` folder, and a clone of the repository in the clone's.
 
-    Raises:
-        FileNotFoundError: it is not there. The message says where it was looked for and what to do.
+    Raises FileNotFoundError: it is not there. The message says where it was looked for and what to do.
     """
     chosen = os.environ.get("FLOWSCALE_DATA")
     installed = (PACKAGE / "data").is_dir()

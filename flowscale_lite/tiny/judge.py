@@ -34,8 +34,7 @@ class HeldOutJudge(nn.Sequential):
     def load(cls, path: str | Path) -> HeldOutJudge:
         """The judge with the trained weights of a safetensors file.
 
-        Raises:
-            FileNotFoundError: there is no such file.
+        Raises FileNotFoundError: there is no such file.
         """
         judge = cls()
         judge.load_state_dict(load_file(path))

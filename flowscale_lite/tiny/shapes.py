@@ -216,9 +216,8 @@ def _cells(scene: Scene, rng: np.random.Generator) -> list[list[int]]:
     if scene.relation is None:
         cells = rng.permutation(order.ravel())
         return [part.tolist() for part in np.split(cells[: sum(counts)], np.cumsum(counts)[:-1])]
-    lines = order.T if scene.relation in ("left of", "right of") else order  # one row of `lines` is one step along it
-    if scene.relation in ("right of", "below"):
-        lines = lines[::-1]
+    axis, direction = AXIS[scene.relation]
+    lines = (order.T if axis else order)[::direction]  # one row of `lines` is one step along the relation
     cuts = [c for c in range(1, CELLS) if c * CELLS >= counts[0] and (CELLS - c) * CELLS >= counts[1]]
     cut = int(rng.choice(cuts))
     sides = zip((lines[:cut], lines[cut:]), counts[:2], strict=True)
@@ -340,8 +339,7 @@ def detect(images: Tensor) -> Detections:
     Args:
         images: (K, 3, H, W) in [0, 1].
 
-    Raises:
-        ValueError: a pixel is not finite; it would pass for paper.
+    Raises ValueError: a pixel is not finite; it would pass for paper.
     """
     if not images.isfinite().all():
         raise ValueError("pictures must be finite")

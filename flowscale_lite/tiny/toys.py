@@ -43,8 +43,7 @@ class GaussianMixture:
         scales: (M,) standard deviations, or one for all; 0 is a point mass.
         weights: (M,), normalised here; equal by default.
 
-    Raises:
-        ValueError: shapes disagree, a scale is negative, or the weights are not a finite nonzero measure.
+    Raises ValueError: shapes disagree, a scale is negative, or the weights are not a finite nonzero measure.
     """
 
     def __init__(
@@ -78,8 +77,7 @@ class GaussianMixture:
         Args:
             rare: weight of the first mode; the others share the rest equally.
 
-        Raises:
-            ValueError: modes < 2, or rare outside (0, 1).
+        Raises ValueError: modes < 2, or rare outside (0, 1).
         """
         if modes < 2 or not 0 < rare < 1:
             raise ValueError(f"need modes >= 2 and 0 < rare < 1; got {modes} and {rare}")
@@ -90,11 +88,6 @@ class GaussianMixture:
     def mean(self) -> Tensor:
         """(D,)"""
         return self.weights @ self.means
-
-    def cov(self) -> Tensor:
-        """(D, D)"""
-        between = (self.means - self.mean()).T @ (self.weights[:, None] * (self.means - self.mean()))
-        return between + (self.weights @ self.scales**2) * torch.eye(self.means.shape[1], dtype=torch.float64)
 
     def sample(self, n: int, generator: Generator) -> Tensor:
         """n draws (n, D) in float32."""
@@ -140,8 +133,7 @@ class GaussianMixture:
         scale: equal steps in w are small near the data, where the flow turns within times of the order of that scale.
         On `ring()` 32 steps err by 1e-7 in the median, by 1e-4 at most in 2,000 states; twice the steps 16 times less.
 
-        Raises:
-            ValueError: steps < 1, or a scale of 0, near which the flow is singular.
+        Raises ValueError: steps < 1, or a scale of 0, near which the flow is singular.
         """
         if steps < 1 or not (self.scales > 0).all():
             raise ValueError(f"a distilled flow needs steps >= 1 and positive scales; got {steps} and {self.scales}")
@@ -178,8 +170,7 @@ class GaussianMixture:
 
         It is what a sampler that trades reward against staying on the data at temperature tau should return.
 
-        Raises:
-            ValueError: tau <= 0, or a reward of another dimension.
+        Raises ValueError: tau <= 0, or a reward of another dimension.
         """
         if not tau > 0:
             raise ValueError(f"tau must be positive; got {tau}")

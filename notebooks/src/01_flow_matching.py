@@ -122,10 +122,10 @@ print(f"{near.sum()} of a million pairs pass by")
 
 
 # %% tags=["plot"] alt="Fifty thin lines from noise to both moons pass through one place, in many directions."
-def crossing():
+def crossing(size):
     """Draw fifty of the pairs that pass by; returns the axes."""
     starts, ends = eps_all[near][:50], x0_all[near][:50]
-    ax = plt.subplots(figsize=(4.6, 4.4))[1]
+    ax = plt.subplots(figsize=(size, size))[1]
     for a, b in zip(starts, ends, strict=True):
         ax.plot(*torch.stack([a, b]).T, color="0.7", linewidth=0.7, linestyle="-", zorder=1)
     ax.scatter(*starts.T, s=10, color="black", zorder=2, label="noise")
@@ -135,7 +135,7 @@ def crossing():
     return ax
 
 
-crossing().legend(loc="lower left", fontsize=9)
+crossing(3.4).legend(loc="lower left", fontsize=8)
 plt.show()
 
 # %% [markdown]
@@ -156,8 +156,11 @@ exact = u(here[None], torch.tensor([now]))[0]
 print(f"average velocity of the pairs:    {average.numpy().round(2)}")
 print(f"the velocity that the strip used: {exact.numpy().round(2)}")
 
+# %% [markdown]
+# An average velocity points from data to noise. The sampler walks the other way, from noise to data. So we draw *minus* the average.
+
 # %% tags=["plot"] alt="The same fifty lines. A thick arrow from the place, minus their average velocity, points between the directions of the lines and is short."
-ax = crossing()
+ax = crossing(4.4)
 style = {"angles": "xy", "scale_units": "xy", "scale": 1, "width": 0.014, "zorder": 4}
 ax.quiver(*here, *(-average), color="#0072B2", label="minus the average velocity", **style)
 ax.legend(loc="lower left", fontsize=9)
@@ -168,8 +171,6 @@ error = velocities.std(0) / near.sum() ** 0.5
 assert ((average - exact).abs() < 4 * error + 0.03).all() and near.sum() > 500
 
 # %% [markdown]
-# (The blue arrow is *minus* the average, because the sampler walks from noise to data.)
-#
 # *In words*: the velocity at a place is the average velocity of all pairs that pass there at that time. *As a formula*, it is a conditional expectation,
 #
 # $$u_t(x) = E\big[\varepsilon - x_0 \,\big|\, x_t = x\big]. \tag{1.3}$$
@@ -260,14 +261,14 @@ def train(velocity, weights, generator, steps=2000, batch=512):
 net = network(2, torch.Generator().manual_seed(0))
 
 
-def first(x, t):
+def without_time(x, t):
     """The arrow of the first network, which sees where it is."""
     return net(x)
 
 
-first_losses = train(first, net.parameters(), torch.Generator().manual_seed(1))
+first_losses = train(without_time, net.parameters(), torch.Generator().manual_seed(1))
 net.requires_grad_(False)
-first_samples = euler(first, noise, times)[-1]
+first_samples = euler(without_time, noise, times)[-1]
 
 # %% tags=["plot"] alt="Left, fresh data: two thin moons. Right, samples of the first network: a smeared shape with the outline of the moons and most points between them."
 fresh = moons.sample(1000, generator)
@@ -290,18 +291,18 @@ plt.show()
 
 
 # %%
-with_time = network(7, torch.Generator().manual_seed(0))
+net_t = network(7, torch.Generator().manual_seed(0))
 
 
-def second(x, t):
+def with_time(x, t):
     """The arrow of the second network, which sees where it is, and when."""
     phase = math.pi * t[:, None] * torch.tensor([1.0, 2.0])
-    return with_time(torch.cat([x, t[:, None], phase.sin(), phase.cos()], 1))
+    return net_t(torch.cat([x, t[:, None], phase.sin(), phase.cos()], 1))
 
 
-second_losses = train(second, with_time.parameters(), torch.Generator().manual_seed(1))
-with_time.requires_grad_(False)
-second_samples = euler(second, noise, times)[-1]
+second_losses = train(with_time, net_t.parameters(), torch.Generator().manual_seed(1))
+net_t.requires_grad_(False)
+second_samples = euler(with_time, noise, times)[-1]
 
 # %%
 x0, eps = draw_pairs(100_000, generator)
@@ -387,8 +388,8 @@ def guess(velocity, x, t):
 
 
 moments = [0, 15, 30, 45]  # of the 51 times
-states = euler(second, noise, times)
-guesses = [guess(second, states[k], times[k]) for k in moments]
+states = euler(with_time, noise, times)
+guesses = [guess(with_time, states[k], times[k]) for k in moments]
 
 # %% tags=["plot"] alt="Upper row, states of 1000 samples at four times, from a round cloud to the moons. Lower row, their posterior means: near one point at time 1, a bent band between the moons at 0.7, the moons pulled together at 0.4, on the moons at 0.1."
 fig, axes = plt.subplots(2, 4, figsize=(9, 4.8), sharex=True, sharey=True)
@@ -702,7 +703,7 @@ HTML(f'<img alt="{text}" src="data:image/gif;base64,{code}">')
 # Given $x_t$, the functions $u^\theta$ and $u$ are fixed, and $E[u - u_c \mid x_t] = 0$ by (1.3). So the last term is zero. The first two losses differ by a constant, and have the same gradients and the same minimiser. We compute all for the two networks, with the 100,000 pairs from above.
 
 # %%
-for name, velocity in (("first", first), ("second", second)):
+for name, velocity in (("first", without_time), ("second", with_time)):
     arrows = velocity(x, t)
     on_pairs = (arrows - (eps - x0)).square().sum(1).mean()
     on_truth = (arrows - u(x, t)).square().sum(1).mean()

@@ -46,15 +46,20 @@ top = weights.sort(descending=True).values
 print(f"the three heaviest of 1,000 points: {top[:3].sum():.0%} of the weight")
 
 # %% [markdown]
-# Our data are eight clouds on a circle; the one on the right is rare. The reward $r$ is highest at the star. We have drawn 1,000 samples, and given each the weight $e^{r/\tau}$ with a small number $\tau = 0.01$. In the right panel the area of a disc is the weight of its sample.
+# Our data are eight clouds on a circle; the one on the right is rare. The reward $r$ is highest at the star. We have drawn 1,000 samples, and given each the weight $e^{r/\tau}$ with a small number $\tau = 0.01$. The right panel shows what lies in the orange frame: the area of a disc is the weight of its sample.
 
-# %% tags=["plot"] alt="Left: a thousand points in eight clouds on a circle. Right: the same points as discs whose area is their weight; three or four discs beside a star at the right are all that can be seen."
-fig, axes = plt.subplots(1, 2, figsize=(7.5, 3.6), sharex=True, sharey=True)
+# %% tags=["plot"] alt="Left: a thousand points in eight clouds on a circle. Right: the part around a star at the right, enlarged, with the points as discs whose area is their weight; three large discs with their shares of the weight, and a few small ones, are all that can be seen."
+fig, axes = plt.subplots(1, 2, figsize=(8, 3.8))
 axes[0].scatter(*draws.T, s=3, color="black")
-axes[1].scatter(*draws.T, s=1500 * weights, color="#D55E00", alpha=0.6, linewidths=0)
-for ax, title in zip(axes, ("1,000 samples", "weighted"), strict=True):
+axes[1].scatter(*draws.T, s=1500 * weights, color="#D55E0066", edgecolors="black")
+axes[0].plot([1.75, 2.75, 2.75, 1.75, 1.75], [-0.5, -0.5, 0.5, 0.5, -0.5], color="#D55E00", linestyle="-")
+style = {"arrowprops": {"arrowstyle": "-", "linewidth": 0.7}, "va": "center", "fontsize": 9}
+for y, k in zip((0.02, 0.14, -0.14), weights.argsort(descending=True)[:3].tolist(), strict=True):
+    axes[1].annotate(f"{weights[k]:.0%}", draws[k].tolist(), (2.28, y), **style)
+for ax, title in zip(axes, ("1,000 samples", "in the frame, by weight"), strict=True):
     ax.plot(*reward.centre, marker="*", markersize=9, color="black")
     ax.set(title=title, xlim=(-3, 3), ylim=(-3, 3), aspect="equal")
+axes[1].set(xlim=(1.75, 2.75), ylim=(-0.5, 0.5))
 plt.show()
 
 # %% tags=["check"]
@@ -67,7 +72,7 @@ assert 0.8 < top[:3].sum() < 0.95
 #
 # <details><summary>Answer</summary>
 #
-# Long before the end. Half-way a state has mostly chosen its cloud, and the look-ahead reward of [notebook 03](03_rewards_and_best_of_n.ipynb) shows it. This notebook uses this knowledge early, and still gets the right distribution.
+# Long before the end. A state heads for its cloud early, and the look-ahead reward of [notebook 03](03_rewards_and_best_of_n.ipynb) shows it. This notebook uses this knowledge early, and still gets the right distribution.
 #
 # </details>
 #
@@ -122,7 +127,7 @@ for tau in (2.0, 0.5, 0.1, 0.01):
     print(f"tau = {tau:4}: ESS {ess(reward(draws) / tau):5.1f} of 1,000")
 
 # %% [markdown]
-# The colder the target, the fewer samples count.
+# (`ess` takes the logarithms of the weights $w_k$, here $r/\tau$.) The colder the target, the fewer samples count.
 #
 # ## Weighing early
 #
@@ -188,7 +193,7 @@ fig, axes = plt.subplots(3, 1, figsize=(6.5, 2.9), sharex=True)
 for ax, scheme in zip(axes, ("multinomial", "stratified", "systematic"), strict=True):
     for k in range(12):
         ax.barh(0, W[k], left=edges[k], height=0.8, color="0.85" if k % 2 else "0.6", linewidth=0)
-    for u in points(scheme, 12, seeded(3)):
+    for u in points(scheme, 12, seeded(24)):
         ax.plot([u, u], [-0.55, 0.55], color="black", linestyle="-", linewidth=1.3)
     ax.set(yticks=[], xlim=(0, 1))
     ax.set_title(scheme, fontsize=10, loc="left", pad=2)
@@ -368,7 +373,7 @@ assert abs(more["SMC", 1000] - more["SMC, tempered", 100]) < 0.02
 assert more["SMC, tempered", 1000] < 0.6 * more["SMC", 1000]
 
 # %% [markdown]
-# More particles help. But plain SMC needs 1,000 of them to be as good as tempered SMC with 100.
+# More particles help. But in these few runs plain SMC with 1,000 particles is only about as good as tempered SMC with 100.
 #
 # ## A family tree
 #
@@ -408,7 +413,7 @@ plt.show()
 assert int(alive[0].sum()) == 1 and last > 18, "the lower tree: one noise, a large ESS"
 
 # %% [markdown]
-# Black lines lead to finished particles, grey lines die out. Above, the finished particles descend from a few noises. Below, in the cold, all descend from a single one, although the final ESS is nearly as large. On this toy that does little harm, since the noise of later steps makes the copies different again. On pictures it does harm: a picture is decided early, so all particles may show one picture with small variations.
+# Each row of lines is a particle, and time runs from noise (left) to data (right). Black lines lead to finished particles, grey lines die out. Above, the finished particles descend from a few noises. Below, in the cold, all descend from a single one, although the final ESS is nearly as large. On this toy that does little harm, since the noise of later steps makes the copies different again. On pictures it does harm: a picture is decided early, so all particles may show one picture with small variations.
 #
 # SMC needs a sampler with noise. Under the ODE, copies would stay equal for ever, so the package refuses to resample there.
 #
@@ -446,7 +451,7 @@ for seed in range(3):
     mean = float(p.logw.softmax(0) @ p.reward)
     before = float(finish(PLAIN, seed)[0].reward.mean())
     print(f"seed {seed}: mean reward {before:.1f} plain, {mean:.1f} by SMC;", end=" ")
-    print(f"{len(p)} particles from {len(origin.unique())} noises")
+    print(f"ESS {ess(p.logw):.0f} of {len(p)}, from {len(origin.unique())} noises")
 
 # %% tags=["plot"] alt="Six plain samples, all different and mostly miscounted, above six draws from SMC's weighted particles, which have nearly the right counts and look like variations of a few layouts."
 fig, axes = plt.subplots(2, 6, figsize=(9, 3.4))
@@ -466,7 +471,7 @@ plt.show()
 #
 # <details><summary>Answer</summary>
 #
-# The number of noises that have descendants. The mean reward does not warn: it is highest when all particles are copies of one good picture. The ESS does not warn either: right after resampling it is large.
+# The number of noises that have descendants. The mean reward does not warn: it is highest when all particles are copies of one good picture. The ESS does not warn either: it counts about ten of 25 particles, even where all of them descend from one noise.
 #
 # </details>
 
@@ -476,7 +481,7 @@ plt.show()
 # - The product of gains telescopes (6.5), so we may pay the reward out gradually, and resample (6.7) at any step.
 # - Resampling needs $E[n_k] = K W_k$ and nothing else; the systematic comb adds the least noise.
 # - "Exact up to the number of particles" does not say how many are needed. At low temperature, temper the look-ahead (6.8).
-# - ESS does not see ancestry: count the noises that have descendants.
+# - ESS does not see ancestry: count the noises that have descendants. On pictures all 25 particles came from one to three noises: good pictures, but little variety.
 
 # %% [markdown]
 # ## Exercises

@@ -68,14 +68,14 @@ ours = experiments.table(rows, ["method", "sampler"], ["exact", "held_out"])
 fig, axes = plt.subplots(1, 2, figsize=(8, 4), sharey=True)
 given, held = np.array(list(THEIRS.values())).T
 place = np.arange(len(THEIRS))
-axes[0].plot(given, place, "o", color="#0072B2", markersize=7, label="given: VQAScore")
-axes[0].plot(held, place, "s", color="#D55E00", label="held out: InstructBLIP")
+axes[0].plot(given, place, "o", color="black", markersize=7, label="given: VQAScore")
+axes[0].plot(held, place, "s", color="#0072B2", label="held out: InstructBLIP")
 axes[0].set(title="the paper, FLUX.1-schnell", xlabel="mean reward", yticks=place)
 axes[0].set_yticklabels(NAMES)
 labels = {"exact": "given: the counter", "held_out": "held out: another judge"}
 for k, (field, label) in enumerate(labels.items()):
     middle, low, high = np.array([tuple(ours.loc[line, field]) for line in THEIRS]).T
-    style = {"fmt": "os"[k], "color": ["#0072B2", "#D55E00"][k], "capsize": 3, "label": label}
+    style = {"fmt": "os"[k], "color": ["black", "#0072B2"][k], "capsize": 3, "label": label}
     axes[1].errorbar(middle, place + (k - 0.5) / 5, xerr=(middle - low, high - middle), **style)
 axes[1].set(title="ours, tiny-flux schnell", xlabel="share of exact pictures", xlim=(0, 1))
 axes[0].invert_yaxis()
@@ -121,26 +121,27 @@ def gap(first, second):
 # %%
 control = ("svdd, 25 first noises", "VP-SDE")
 runs = {}
-for pair, name in zip([*THEIRS, control], [*NAMES, "SVDD, RBF's start"], strict=True):
+names = [*NAMES, "(SVDD with RBF's start)"]
+for pair, name in zip([*THEIRS, control], names, strict=True):
     runs[name] = rows_of(rows, method=pair[0], sampler=pair[1])
 gaps = {}
 for name, other in runs.items():
     if name != "RBF":
-        gaps[f"RBF - {name}"] = gap(runs["RBF"], other)
-for name in ("SMC", "search over paths"):
-    gaps[f"{name} - best-of-N"] = gap(runs[name], runs["best-of-N"])
+        gaps[f"RBF minus {name}"] = gap(runs["RBF"], other)
+for name in ("SVDD", "CoDe", "SMC", "search over paths"):
+    gaps[f"{name} minus best-of-N"] = gap(runs[name], runs["best-of-N"])
 gaps = pd.DataFrame(gaps).T
 gaps
 
 
-# %% tags=["plot"] alt="RBF minus each other method, paired, with intervals, by counter and held-out judge. CoDe, search over paths and best-of-N lie clearly to the right of zero, so RBF is ahead of them; the intervals of SMC, of SVDD and of SVDD with RBF's start contain zero. Below: SMC minus best-of-N is clearly right of zero, search over paths minus best-of-N contains it."
+# %% tags=["plot"] alt="RBF minus each other method, paired, with intervals, by counter and held-out judge. CoDe, search over paths and best-of-N lie clearly to the right of zero, so RBF is ahead of them; the intervals of SMC, of SVDD and of SVDD with RBF's start contain zero. Below: SVDD, CoDe and SMC minus best-of-N are clearly right of zero, search over paths minus best-of-N contains it."
 def forest(table, label, height=0.5):
     """Paired differences as a forest plot: a line for each row of the table."""
     fig, ax = plt.subplots(figsize=(6.5, height * len(table) + 1))
     for k, (field, judged) in enumerate({"exact": "counter", "held_out": "held-out judge"}.items()):
         middle, low, high = np.array([tuple(value) for value in table[field]]).T
         place = np.arange(len(table)) + (k - 0.5) / 4
-        style = {"fmt": "os"[k], "color": ["#0072B2", "#D55E00"][k], "capsize": 3, "label": judged}
+        style = {"fmt": "os"[k], "color": ["black", "#0072B2"][k], "capsize": 3, "label": judged}
         ax.errorbar(middle, place, xerr=(middle - low, high - middle), **style)
     ax.axvline(0, color="black", linewidth=1, linestyle="-")
     ax.set(xlabel=label, yticks=range(len(table)))
@@ -154,13 +155,17 @@ plt.show()
 
 # %% tags=["check"]
 both_judges = ("exact", "held_out")
-for name in ("RBF - CoDe", "RBF - best-of-N", "RBF - search over paths", "SMC - best-of-N"):
+for name in ("RBF minus CoDe", "RBF minus best-of-N", "RBF minus search over paths"):
     assert min(gaps.loc[name, judged].low for judged in both_judges) > 0, name
-for name in ("RBF - SVDD", "RBF - SMC", "RBF - SVDD, RBF's start", "search over paths - best-of-N"):
+for name in (
+    "RBF minus SVDD",
+    "RBF minus SMC",
+    "RBF minus (SVDD with RBF's start)",
+    "search over paths minus best-of-N",
+):
     assert all(gaps.loc[name, judged].low < 0 < gaps.loc[name, judged].high for judged in both_judges), name
 for name in ("RBF", "SVDD", "CoDe", "SMC"):
-    ahead = gap(runs[name], runs["best-of-N"])
-    assert min(ahead[judged].low for judged in both_judges) > 0, name
+    assert min(gaps.loc[f"{name} minus best-of-N", judged].low for judged in both_judges) > 0, name
 nfe = rows_of(rows, sampler="VP-SDE").groupby("method")["nfe"].max()
 assert nfe["svdd"] == nfe["code"] == 452 and nfe["rbf"] == nfe[control[0]] == 500
 
@@ -169,13 +174,15 @@ assert nfe["svdd"] == nfe["code"] == 452 and nfe["rbf"] == nfe[control[0]] == 50
 #
 # - *Confirmed.* RBF is ahead of CoDe, search over paths and best-of-N.
 # - *Contradicted.* By the given reward, SMC and best-of-N are level in the paper; here SMC is far ahead. (By the held-out judge it is ahead in the paper too.) And in the paper CoDe is close behind RBF; here it is far behind.
-# - *Open.* RBF against SVDD, and against SMC: these intervals contain 0. The same holds for search over paths against best-of-N. So no bet on a single first or last is paid out: three methods share the front, two the end.
+# - *Open.* RBF against SVDD, and against SMC: these intervals contain 0. The same holds for search over paths against best-of-N.
+#
+# *Your bet.* Nobody is paid for a single first or last. If you bet on RBF, SVDD or SMC as first, you are not refuted: these three share the front. So do best-of-N and search over paths the end. CoDe lies between: a bet on CoDe is lost.
 #
 # An interval that contains 0 does not show that two methods are equal. It shows how large a difference could still be.
 #
 # </details>
 #
-# The figure has a control that the paper does not have, *SVDD, RBF's start*. RBF differs from SVDD in two things: a start with 25 first noises a chain, and its rule for spending the budget. The control is SVDD with as many first noises as RBF. (It also spends all 500 NFE; with the paper's settings, SVDD and CoDe spend 452.) Now only the rule differs, and the rows do not show that the rule gains anything.
+# The figure has a control that the paper does not have, *SVDD with RBF's start*. RBF differs from SVDD in two things: a start with 25 first noises a chain, and its rule for spending the budget. The control is SVDD with as many first noises as RBF. (It also spends all 500 NFE; with the paper's settings, SVDD and CoDe spend 452.) Now only the rule differs, and the rows do not show that the rule gains anything.
 #
 # Is this the last word on the rule? No: this is one sampler. With another one RBF is ahead of the same control, with a third it is behind ([Deeper](#Deeper:-does-the-sampler-change-the-winner)). So ask of every table: is there such a control, and under which settings does the result hold?
 #
@@ -197,6 +204,13 @@ assert nfe["svdd"] == nfe["code"] == 452 and nfe["rbf"] == nfe[control[0]] == 50
 # **Guess: how many evaluations does best-of-N need to reach what RBF reaches with 250?**
 
 # %%
+LOOKS = {  # one colour and line style for each method, in all curves
+    "best-of-n": ("best-of-N, 10 steps", "black", "-"),
+    "best-of-n, 4 steps": ("best-of-N, 4 steps", "#0072B2", "--"),
+    "rbf": ("RBF", "#D55E00", "-."),
+    "beam": ("beam search, 10 steps", "#CC79A7", (0, (5, 1))),
+    "refine": ("Refine", "#009E73", ":"),
+}
 stored = pd.read_json(locate("results/search.jsonl"), lines=True)
 hard = rows_of(stored, level="hard", model="schnell")
 
@@ -207,23 +221,24 @@ def at(source, method, budget):
 
 
 # %%
-def curves(ax, source, methods, field="held_out"):
+def curves(ax, source, *methods, field="held_out"):
     """Share of exact pictures against NFE, with bands."""
-    for method, label in methods.items():
+    for method in methods:
+        label, colour, line = LOOKS[method]
+        style = {"color": colour, "linestyle": line, "marker": "o", "markersize": 4}
         table = experiments.table(rows_of(source, method=method), ["budget"], [field])
         table = table.sort_index()
         mean, low, high = np.array([tuple(value) for value in table[field]]).T
-        (line,) = ax.plot(table.index, mean, marker="o", markersize=4, label=label)
-        ax.fill_between(table.index, low, high, color=line.get_color(), alpha=0.15)
+        ax.plot(table.index, mean, label=label, **style)
+        ax.fill_between(table.index, low, high, color=colour, alpha=0.15)
     ax.set(xscale="log", xlabel="NFE", ylim=(0, 1))
     plots.ticks(ax.xaxis, [50, 100, 250, 500, 1000])
     ax.legend(fontsize=9, loc="upper left")
 
 
 # %% alt="Share of exact pictures by the held-out judge against NFE on a few-step model, for best-of-N in ten and in four steps and for RBF. All start together at 50 NFE. RBF's curve rises far above both from 250 on."
-few = {"best-of-n": "best-of-N, 10 steps", "best-of-n, 4 steps": "best-of-N, 4 steps"}
 fig, ax = plt.subplots(figsize=(6, 3.6))
-curves(ax, hard, few | {"rbf": "RBF"})
+curves(ax, hard, "best-of-n", "best-of-n, 4 steps", "rbf")
 ax.set(ylabel="exact, by the held-out judge", title="few-step model")
 plt.show()
 
@@ -236,24 +251,25 @@ assert gap(at(hard, "rbf", 50), at(hard, "best-of-n", 50))["held_out"].low <= 0
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# In ten steps more than 1,000, the right end of its line: RBF with 250 beats best-of-N with four times as much. In four steps more than 500, where that line ends.
+# Take four steps first, the fairer baseline: more than 500, where its line ends. In ten steps more than 1,000: RBF with 250 beats best-of-N with four times as much.
 #
 # </details>
 #
 # At 50 NFE RBF gains nothing: four draws a step are too few. There are two lines of best-of-N, because a few-step model needs only four steps. Fewer steps leave more samples, so that is the fairer baseline.
 #
-# Next the *multi-step* model, tiny-flux dev. There the first improvement is a poor choice ([notebook 08](08_rollover_budget_forcing.ipynb)), so we use a *beam search* in place of RBF: it keeps several states, draws children from all of them, and goes on from the best children.
+# Next the *multi-step* model, tiny-flux dev. There the first improvement is a poor choice ([notebook 08](08_rollover_budget_forcing.ipynb)), so we use a *beam search* in place of RBF. Note that two things change at once, model and method: we ask what the search that suits each model gains on it. A beam keeps several states, draws children from all of them, and goes on from the best children.
 #
 # **Guess: on the multi-step model, will the search gain more, or less?** Think of what a look-ahead shows near $t = 1$.
 
 # %% alt="Share of exact pictures by the held-out judge against NFE on a multi-step model, for best-of-N and for a beam search. The beam lies a little above best-of-N; the gap is far smaller than on the few-step model."
 slow = rows_of(stored, level="hard", model="dev")
 fig, ax = plt.subplots(figsize=(6, 3.6))
-curves(ax, slow, {"best-of-n": "best-of-N", "beam": "beam search"})
+curves(ax, slow, "best-of-n", "beam")
 ax.set(ylabel="exact, by the held-out judge", title="multi-step model")
 plt.show()
 
 # %%
+# "held_out" is these rows' old name for the *new prompts*, not for the judge
 new_few = rows_of(stored, level="held_out", model="schnell")
 new_slow = rows_of(stored, level="held_out", model="dev")
 lines = {}
@@ -349,7 +365,7 @@ assert sum(close) >= len(close) - 1, "another processor may tip one close decisi
 #
 # $$x_s = \alpha_s\, x_{0|t} + \sigma_s\, \varepsilon'. \tag{10.3}$$
 #
-# It looks ahead from there, and keeps the new picture if it is better. One try costs one evaluation, since on a few-step model the look-ahead *is* the picture. Here is a search with a hundred evaluations, and six of the pictures that were the best so far. Each accepted try changes only some regions. Between two pictures shown here there can be several tries.
+# It looks ahead from there, and keeps the new picture if it is better. One try costs one evaluation, since on a few-step model the look-ahead *is* the picture. Here is a search with a hundred evaluations, and six of the pictures that were the best so far. Thin lines are the regions; orange frames mark what changed since the picture before. (Between two pictures there can be several tries.)
 
 # %%
 text = "two red circles right of eight green circles"
@@ -362,21 +378,32 @@ for step in run:
     if not best or step.accepted > best[-1][1]:
         best.append((step.nfe, step.accepted, run.particles.x0))
 
-# %% tags=["plot"] alt="Six pictures of one search by Refine, from the best first noise to the end. From one to the next only some regions change; the counts come closer to the prompt."
+# %% tags=["plot"] alt="Six pictures of one search by Refine, from the best first noise to the end. Thin lines show the four by four regions, orange frames those that changed since the picture before. From one to the next only some change; the counts come closer to the prompt."
 shown = [best[k] for k in sorted({round(k) for k in np.linspace(0, len(best) - 1, 6)})]
 fig, axes = plt.subplots(2, 3, figsize=(7, 5))
+before = None
 for ax in axes.flat:
     ax.axis("off")
 for ax, (nfe, value, x0) in zip(axes.flat, shown, strict=False):
     ax.axis("on")
-    plots.picture(ax, prompt.decode(x0)[0], f"{nfe} NFE: {value:.2f}")
+    image = prompt.decode(x0)[0]
+    plots.picture(ax, image, f"{nfe} NFE: {value:.2f}")
+    for line in (15.5, 31.5, 47.5):
+        ax.axhline(line, color="0.75", linewidth=0.6, linestyle="-")
+        ax.axvline(line, color="0.75", linewidth=0.6, linestyle="-")
+    for region in range(0 if before is None else 16):
+        down, right_of = 16 * (region // 4), 16 * (region % 4)
+        part = (slice(None), slice(down, down + 16), slice(right_of, right_of + 16))
+        if (image[part] - before[part]).abs().mean() > 0.03:
+            corner = (right_of + 0.5, down + 0.5)
+            ax.add_patch(plt.Rectangle(corner, 14, 14, fill=False, edgecolor="#D55E00", linewidth=1.5))
+    before = image
 fig.suptitle(text, fontsize=11)
 plt.show()
 
 # %% alt="Share of exact pictures by the held-out judge against NFE on the few-step model, for best-of-N in four steps, RBF and Refine. Refine lies highest, by most at small budgets."
 fig, ax = plt.subplots(figsize=(6, 3.6))
-names = {"best-of-n, 4 steps": "best-of-N, 4 steps", "rbf": "RBF", "refine": "Refine"}
-curves(ax, hard, names)
+curves(ax, hard, "best-of-n, 4 steps", "rbf", "refine")
 ax.set(ylabel="exact, by the held-out judge", title="few-step model")
 plt.show()
 
@@ -384,11 +411,11 @@ plt.show()
 bench = pd.read_json(locate("results/bench.jsonl"), lines=True)
 few_step = rows_of(bench, track="few-step")
 saved = {}
+fairer = gap(at(hard, "refine", 100), at(hard, "best-of-n, 4 steps", 500))
+saved["hard prompts, four steps"] = fairer
 lists = {"hard prompts": hard, "new prompts": new_few, "test prompts": few_step}
 for name, source in lists.items():
     saved[name] = gap(at(source, "refine", 100), at(source, "best-of-n", 500))
-fairer = gap(at(hard, "refine", 100), at(hard, "best-of-n, 4 steps", 500))
-saved["hard prompts, four steps"] = fairer
 pd.DataFrame(saved).T.drop(columns="exact")
 
 # %% tags=["check"]
@@ -403,7 +430,7 @@ assert 0 < fairer["held_out"].mean < saved["hard prompts"]["held_out"].mean
 assert fairer["held_out"].low < 0.03
 
 # %% [markdown]
-# The table is Refine with 100 NFE minus best-of-N with 500, by the held-out judge. In the first three lines best-of-N takes *ten* steps. There Refine is ahead on all three lists, with a fifth of the compute. The last line is the fairer baseline, four steps, which we ran on the hard prompts only. The gain is smaller there, and its interval reaches nearly to zero.
+# The table is Refine with 100 NFE minus best-of-N with 500, by the held-out judge. The first line is the fairer baseline, best-of-N in *four* steps, which we ran on the hard prompts only. Refine is ahead with a fifth of the compute, but the interval reaches nearly to zero. In the other lines best-of-N takes *ten* steps. There Refine is ahead on all three lists.
 #
 # Two warnings. Separate shapes on a white ground are easy to mend by regions; a face is not. And Refine needs a look-ahead that is a picture: on the multi-step model it gains nothing over best-of-N.
 #

@@ -13,7 +13,7 @@
 # %% [markdown]
 # # 12 Scaling out: what a study costs, and how to run it
 #
-# **Question.** A search makes a picture fifty times dearer, and a study wants thousands of pictures. What will it cost, and how do you run it without losing a run?
+# **Question.** A search of 500 evaluations makes a picture fifty times dearer or more, and a study wants thousands of pictures. What will it cost, and how do you run it without losing a run?
 #
 # <!-- badge -->
 #
@@ -93,7 +93,7 @@ assert max(dollars.values()) / PICTURES < 1
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# The T4's. Days differ by a factor of fifteen, dollars by two, because the prices that we assumed grow nearly as fast as the peaks. Each picture costs less than a dollar, as the paper says of its own. So waiting for a slow card saves no money.
+# The T4's. From T4 to H100, days differ by a factor of fifteen and dollars by less than two. The peak grows by fifteen, and the price that we assumed by nine. The other cards lie between, at 309 to 378 dollars, so none is a bargain. Each picture costs less than a dollar, as the paper says of its own.
 #
 # </details>
 #
@@ -159,13 +159,13 @@ assert 2 < ratios[0] < 3.5 and 1.2 < ratios[1] < 1.4, ratios
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# About three times as long on tiny-flux, whose decode costs *more* than an evaluation, and about a quarter longer on FLUX.1. NFE is the currency of this series, and on a large model nearly the whole bill. On a small one it is not.
+# About three times as long on tiny-flux, whose decode costs *more* than an evaluation, and about a quarter longer on FLUX.1. NFE is the currency of this series. On FLUX.1 it is most of the bill for both methods. On tiny-flux it is so for best-of-N only.
 #
 # </details>
 #
 # ## Is one number enough? Ask a clock
 #
-# Above the line of (12.1) all is counted. Below it stands one number that must be measured or assumed, $uP$. Can one number be enough for two methods that mix evaluations and decodes so differently? Take the machine that this page ran on. We time best-of-N with 300 NFE, read off $uP$, and let (12.1) foretell three other searches.
+# Above the line of (12.1) all is counted. Below it stands one number that must be measured or assumed, $uP$. Can one number be enough for two methods that mix evaluations and decodes so differently? Take the machine that this page ran on. We time best-of-N with 300 NFE, read off $uP$, and let (12.1) foretell three other searches. (The clock runs for the search alone; text and last decode are some percent more.)
 
 # %%
 from flowscale_lite import RBF, BestOfN, ddim, ode, search
@@ -317,7 +317,7 @@ for name in list(ways)[:2]:
 #
 # ## A run that can be killed
 #
-# Cheap machines are machines that may be taken away. The remedy is old. Write down each result when it is there. When started again, look first. We keep one line of JSON a run, in a file that is only ever appended to.
+# Cheap machines are machines that may be taken away. The remedy is old: write down each result as soon as it is there. On a restart, first read what is there. We keep one line of JSON a run, in a file that is only ever appended to.
 #
 # A *task* is a dict that says all about one run, the seed included. So it does not matter where and when it runs. Here is a whole job, as you would give it to a machine, on the ring of eight clouds:
 
@@ -424,7 +424,7 @@ assert kept == 47 and sorted(mended, key=json.dumps) == sorted(whole, key=json.d
 #
 # $$1.96 \sqrt{d / n}. \tag{12.3}$$
 #
-# A true gain of just this size is shown by only about half of such studies. For a safe plan ask for one and a half times as much.
+# A true gain of just this size is shown by only about half of such studies. If a study shall show it four times in five, the true gain must be one and a half times as large.
 
 
 # %%
@@ -456,12 +456,12 @@ assert 0.15 < lines[500][2] < 0.25 and lines[100][2] < 0.11
 assert cost.estimate(work, card, 500).fits and not cost.estimate(work, cost.GPUS["A100-40"], 500).fits
 
 # %% [markdown]
-# Four times the money halves the gain that can be shown. With 20 dollars and 500 NFE only a large gain shows, about 0.2; with 100 NFE half of that. So choose the budget of a search before the number of prompts, and write both down before the first run. The share 0.4 is a guess: take yours from ten prompts.
+# Four times the money halves the gain that can be shown. With 20 dollars and 500 NFE only a large gain shows, about 0.2; with 100 NFE less than half of that. So choose the budget of a search before the number of prompts, and write both down before the first run. The share 0.4 is a guess: take yours from a first run on some thirty prompts.
 
 # %% [markdown]
 # ## Recap
 # - Operations can be counted before a weight is loaded. Seconds are operations over utilisation times peak.
-# - On FLUX.1 the evaluations are most of the bill; on a small model decodes and rewards are.
+# - On FLUX.1 the evaluations are most of the bill; on a small model decodes are, as soon as every evaluation is judged.
 # - Money follows the operations, where prices grow with peaks. Time follows the number of GPUs.
 # - Runs go into a queue, the longest first, one durable line each. Then a kill costs what was running, and no more.
 # - A budget says how small a difference a study can show: four times the money, half the difference.

@@ -81,7 +81,8 @@ def run(notebook: Path, folder: Path) -> tuple[float, float]:
     """
     environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "FLOWSCALE_DATA")}
     environment["JUPYTER_PATH"] = str(folder / "jupyter")
-    options = ("--ExecutePreprocessor.kernel_name=colab", "--ExecutePreprocessor.timeout=600", "--output=ran.ipynb")
+    # At a widget nbclient can miss that a reply has come; it then looks again when the time for a cell is over.
+    options = ("--ExecutePreprocessor.kernel_name=colab", "--ExecutePreprocessor.timeout=240", "--output=ran.ipynb")
     start = time.perf_counter()
     execute = (sys.executable, "-m", "nbconvert", "--log-level=ERROR", "--to=notebook", "--execute")
     command(*execute, *options, notebook, cwd=notebook.parent, env=environment)

@@ -27,6 +27,7 @@ FIRST = [  # the most telling come first, so that an unfinished sweep is of use
     ("few-step", ("refine",), (50,)),
     ("few-step", ("rbf", "refine", "svdd", "best-of-n"), (250,)),
     ("few-step", ("rbf", "svdd", "best-of-n"), (100,)),
+    ("multi-step", ("refine",), (250, 100, 50)),
     ("multi-step", ("beam",), (250, 100)),
     ("few-step", ("rbf", "svdd", "best-of-n"), (50,)),
     ("compose", tuple(bench.TRACKS["compose"].entries), (100,)),

@@ -114,10 +114,17 @@ class Machine:
 
     def foretold(self, part: str, size: int, rows: int = 1) -> Row:
         """What the planner says of `rows` rows of a part: GiB of activations, and seconds if it knows the card."""
-        count, gpu = counted(self, size)[part], cost.known_gpu(self.name, self.gib)
+        count, gpu = counted(self, size)[part], known_gpu(self.name, self.gib)
         gib = rows * count.activations * getattr(torch, self.dtype).itemsize / 2 / 2**30
         seconds = cost.estimate({part: count}, gpu, rows, reward_calls=0).seconds if gpu else None
         return {"planned_seconds": seconds, "planned_gib": gib}
+
+
+def known_gpu(name: str, memory: float) -> cost.Gpu | None:
+    """The entry of `cost.GPUS` for a card that CUDA calls by this name and that has so many GiB; None if none has."""
+    words = name.replace("-", " ").split()
+    fits = (gpu for gpu in cost.GPUS.values() if gpu.name.split("-")[0] in words and 0.9 < memory / gpu.memory < 1.1)
+    return next(fits, None)
 
 
 @functools.cache
@@ -312,7 +319,7 @@ def whole_search(machine: Machine) -> Iterator[Row]:
     start = time.perf_counter()
     found = search(problem, RBF.few_step(50), max_nfe=50, generator=Generator().manual_seed(0))
     row = {"size": size, "seconds": time.perf_counter() - start, "nfe": found.nfe, "reward_calls": found.reward_calls}
-    gpu = cost.known_gpu(machine.name, machine.gib)
+    gpu = known_gpu(machine.name, machine.gib)
     if gpu is not None:
         counts = {part: counted(machine, size)[part] for part in ("velocity", "decode")}
         row["planned_seconds"] = cost.estimate(counts, gpu, found.nfe, reward_calls=found.reward_calls - 1).seconds
