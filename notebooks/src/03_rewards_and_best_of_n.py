@@ -471,8 +471,8 @@ for ax, title in zip(axes, titles, strict=True):
 axes[1].set_ylim(0, 1)
 axes[0].legend(fontsize=9)
 plt.show()
-fig, axes = plt.subplots(1, 3, figsize=(8, 3.2))
-fig.suptitle(TEXT)
+fig, axes = plt.subplots(1, 3, figsize=(8, 3))
+fig.suptitle(TEXT, y=1.08)
 for ax, (name, values) in zip(axes, hurried.items(), strict=True):
     k = int(np.argmax(values[5]))
     verdict = "right" if held_out[5, k] else "wrong"
