@@ -26,7 +26,7 @@
 #
 # **Prerequisites.** [Notebook 01](01_flow_matching.ipynb). No knowledge of transformers.
 #
-# **Time.** Core: about 60 minutes. Exercises: about 40. Deeper: about 55.
+# **Time.** Core: about 50 minutes. Exercises: about 40. Deeper: about 55.
 #
 # <!-- measured -->
 
@@ -133,10 +133,10 @@ plt.show()
 # %% [markdown]
 # The same noise leads both models to nearly the same layout. (schnell learnt from dev; below you see how.) Two of dev's five pictures are right, and none of schnell's. Keep the miscounts in mind: the last part of this notebook comes back to them.
 #
-# To see what happens inside we write three functions: texts to vectors, the velocity, and the sampler of [notebook 01](01_flow_matching.ipynb). The first two only translate our tensors into the arguments of diffusers, so read their docstrings and go on. (What `guidance` does comes later.)
+# To see what happens inside we need the velocity itself. Two folded functions translate between our tensors and the arguments of diffusers: `encode(pipe, captions)` gives the vectors of the prompts, and `velocity(pipe, x, t, text)` gives $u_t(x)$ for these vectors. (What `guidance` does comes later.)
 
 
-# %%
+# %% tags=["plot"]
 @torch.no_grad()
 def encode(pipe, captions):
     """Captions -> CLIP's vectors (K, 64) and T5's (K, 16, 128)."""
@@ -146,7 +146,7 @@ def encode(pipe, captions):
     return pipe.text_encoder(clip).pooler_output, pipe.text_encoder_2(t5)[0]
 
 
-# %%
+# %% tags=["plot"]
 @torch.no_grad()
 def velocity(pipe, x, t, text, guidance=2.0):
     """Velocity at latents x (K, 8, 8, 8), all at time t, for one text or K."""
@@ -164,33 +164,38 @@ def velocity(pipe, x, t, text, guidance=2.0):
     return pipe._unpack_latents(out, 64, 64, pipe.vae_scale_factor)
 
 
+# %% [markdown]
+# With these two, the sampler is that of [notebook 01](01_flow_matching.ipynb):
+
+
 # %%
-def grid(pipe, steps):
-    """The times of the pipeline's own grid, the same for all prompts."""
-    return FlowModel.encode(pipe, "a red circle").times(steps)
+def times(pipe, steps):
+    """The pipeline's own time grid from 1 to 0, the same for every prompt."""
+    return FlowModel.encode(pipe, TEXT).times(steps)
 
 
 def sample(pipe, x, steps, text, guidance=2.0):
     """The flow from noise x: the last state, and the posterior mean of each step."""
     guesses = []
-    for t, s in pairwise(grid(pipe, steps)):
-        v = velocity(pipe, x, t, text, guidance)
-        guesses.append(x - t * v)
-        x = x + (s - t) * v
+    for t, s in pairwise(times(pipe, steps)):
+        u = velocity(pipe, x, t, text, guidance)
+        guesses.append(x - t * u)
+        x = x + (s - t) * u
     return x, guesses
 
 
 # %%
-prompt, text = FlowModel.encode(dev, TEXT, guidance=2.0), encode(dev, [TEXT])
+text = encode(dev, [TEXT])  # the prompt's vectors
+prompt = FlowModel.encode(dev, TEXT, guidance=2.0)  # the package's model
 noise = torch.randn(64, *prompt.shape, generator=torch.Generator().manual_seed(3))
-fast = FlowModel.encode(schnell, TEXT)
+
 at = torch.full((4,), 0.8)
-for pipe, theirs in ((dev, prompt), (schnell, fast)):
+for pipe, theirs in ((dev, prompt), (schnell, FlowModel.encode(schnell, TEXT))):
     ours = velocity(pipe, noise[:4], 0.8, text)
     assert torch.allclose(ours, theirs(noise[:4], at), atol=1e-5)
 
 # %% [markdown]
-# The assertion says that our functions do what the package's `FlowModel` does. Ours can also take a different prompt for each row.
+# The assertion says that our velocity is that of the package's `FlowModel`. Ours can also take a different prompt for each row.
 #
 # ## One noise, 10, 4, 2 and 1 steps
 #
@@ -270,7 +275,7 @@ plt.show()
 #
 # **Guess: for which model is that worth anything?**
 
-# %% alt="First guesses from five noises. dev, upper row: faint yellow shapes in many cells, no blue, no clear object. schnell, lower row: five different pictures with clear objects."
+# %% alt="First guesses from five noises. dev, upper row: yellow shapes, mostly faint, in few cells or in many; no blue. schnell, lower row: five different pictures with clear objects."
 fig, axes = plt.subplots(2, 5, figsize=(9, 4.2))
 first = {}
 for row, (name, pipe) in zip(axes, MODELS.items(), strict=True):
@@ -292,7 +297,7 @@ assert spread["schnell"] > 3 * spread["dev"]
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# For schnell. Its first guesses vary nearly as much as finished pictures, and each is close to the picture that its noise will become. dev's vary little as latents, even if the autoencoder makes them look different. An exact model would give the same average for every noise; dev is not exact, so a weak hint of the layout remains. A judge that counts in them learns next to nothing.
+# For schnell. Its first guesses vary nearly as much as finished pictures, and each is close to the picture that its noise will become. For dev, trust the printed numbers more than the upper row. As latents its guesses vary about a fifth as much as finished pictures: all are nearly the same average. But the autoencoder draws a shape or leaves it out, so small differences look large. (An exact model would give the same average for every noise. dev is not exact, so a weak hint of the layout remains.) A judge that counts shapes in them learns next to nothing.
 #
 # </details>
 #
@@ -338,13 +343,11 @@ plt.show()
 # %% [markdown]
 # Left: random pairs, as those from which dev learnt. Middle: the flow. Right: the flow's own pairs, as those from which schnell learnt. There the lines hardly cross, so there is hardly anything to average. The velocity at a place is that of the one line through it, the same all along the line. So one large step is nearly exact, and the first guess is nearly the end.
 #
-# Does the new model draw the same pictures? The *distribution* of its pictures stays the same, up to errors of training: the argument of [notebook 01](01_flow_matching.ipynb) never asked how noise and data are paired. [Deeper](#Deeper:-what-reflow-does-to-pairs) has this, and why the lines get shorter.
-#
-# What does it cost? One round of reflow does not make all trajectories straight, and the new model also learns the old one's mistakes. So schnell is better in few steps, but not in ten.
+# The *distribution* of the pictures stays the same, up to errors of training ([Deeper](#Deeper:-what-reflow-does-to-pairs) says why). But the new model also learns the old one's mistakes. So schnell is better in few steps, but not in ten.
 #
 # ## Guidance
 #
-# dev has one more input, the *guidance scale* $w$. Guidance exaggerates what the prompt says. Take the velocity without any prompt, $u_\varnothing$, and go from it towards the velocity with the prompt, but $w$ times as far:
+# One box of the diagram is left: dev has one more input, the *guidance scale* $w$. Guidance exaggerates what the prompt says. Take the velocity without any prompt, $u_\varnothing$, and go from it towards the velocity with the prompt, but $w$ times as far:
 #
 # $$u^w = u_\varnothing + w\,(u_{\text{prompt}} - u_\varnothing). \tag{2.2}$$
 #
@@ -373,7 +376,7 @@ fig.suptitle(scenes[shown].caption(), y=1.08)
 plt.show()
 
 # %% [markdown]
-# Compare the lower right corners: at $w = 1$ the square there is yellow, and eight squares are drawn instead of nine. From $w = 2$ on that square is red, and another yellow one is there.
+# At $w = 1$ there are eight squares instead of nine, and the one in the lower right corner is yellow. From $w = 2$ on the corner is red, and there is a new yellow square below the middle.
 #
 # <details><summary>Answer</summary>
 #
@@ -381,7 +384,7 @@ plt.show()
 #
 # </details>
 #
-# (We chose a picture on which guidance matters. Most pictures look alike at all four scales.) One warning for later: a guided velocity is no longer an average over pairs of noise and data. So the posterior mean that [notebook 01](01_flow_matching.ipynb) reads off the velocity is only approximate. From here on $w = 2$.
+# (We chose a picture on which guidance matters. Most look alike at all four scales.) One warning for later: a guided velocity is no longer an average over pairs of noise and data, so the posterior mean read off it is only approximate. From here on $w = 2$.
 #
 # ## What goes wrong: counting
 #
@@ -477,7 +480,7 @@ plt.show()
 # ## Recap
 # - FLUX is two text encoders, a transformer that gives the velocity of latents, and an autoencoder.
 # - Reflow trains on a model's own pairs (2.1). Their lines hardly cross, so few steps do.
-# - dev's first guess is an average of many pictures' latents, and no picture; schnell's is nearly the final picture.
+# - dev's first guess is an average of many pictures, and as latents nearly the same for every noise; schnell's is nearly the final picture.
 # - Guidance (2.2) exaggerates the prompt; its scale is an input of dev.
 # - Both models often miscount many objects, and circles together with squares. A search may mend this.
 
@@ -798,7 +801,7 @@ equal = noise[:48]
 for t, s in pairwise(torch.linspace(1, 0, 11).tolist()):
     equal = equal + (s - t) * velocity(dev, equal, t, captions)
 on_equal, on_shifted = is_exact(scenes, equal), right["dev", 10]
-print("dev's grid:", *(f"{t:.2f}" for t in prompt.times(10)))
+print("dev's grid:", *(f"{t:.2f}" for t in times(dev, 10)))
 print(f"exact of 48: equal steps {on_equal.sum()}, shifted steps {on_shifted.sum()}")
 
 # %% [markdown]

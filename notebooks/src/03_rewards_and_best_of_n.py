@@ -51,19 +51,19 @@ prompt = FlowModel.encode(dev, TEXT, guidance=2.0, chunk=32)  # 32 at a time
 
 
 # %%
-def flow(prompt, x, times):
-    """Samples from noises x by the ODE, and the posterior mean at every time."""
+def flow(model, x, steps):
+    """Samples from noises x by the ODE, and the posterior mean at every step."""
     guesses = []
-    for t, s in pairwise(times):
-        v = prompt(x, torch.full((len(x),), t))
-        guesses.append(x - t * v)
-        x = x + (s - t) * v
+    for t, s in pairwise(model.times(steps)):
+        u = model(x, torch.full((len(x),), t))
+        guesses.append(x - t * u)
+        x = x + (s - t) * u
     return x, guesses
 
 
 # %%
 noise = torch.randn(6, 64, *prompt.shape, generator=torch.Generator().manual_seed(0))
-latents, _ = flow(prompt, noise[5], prompt.times(10))
+latents, _ = flow(prompt, noise[5], steps=10)
 pictures = prompt.decode(latents)
 rewards = shapes.CountReward(shapes.parse(TEXT))(pictures)
 
@@ -170,7 +170,7 @@ assert [r == 0 for r in shapes.residual(scene, film)] == list(shapes.exact(scene
 # %% [markdown]
 # Read the curves from left to right, while the circle appears.
 #
-# - The **exact counter** jumps from $-1$ to 0 near an opacity of 0.7. A fainter circle it does not see at all, a clearer one it sees whole.
+# - The **exact counter** jumps from $-1$ to 0 near an opacity of 0.7. A fainter circle does not count at all, a stronger one counts whole.
 # - The **held-out judge** (wide band) counts whole objects too, so it also jumps, but near 0.5: it accepts a fainter circle. At both ends the two agree. So they can differ on a picture that is half drawn, and a search should not rely on one of them alone.
 # - The **smooth reward** climbs between 0.6 and 0.9.
 #
@@ -202,40 +202,48 @@ PROMPTS = (
     TEXT,
 )
 scenes = [shapes.parse(text) for text in PROMPTS]
+smooth = [shapes.CountReward(each) for each in scenes]
 
 
 def encoded(pipe):
+    """The pipeline's model for each of the six prompts."""
     return [FlowModel.encode(pipe, text, guidance=2.0, chunk=32) for text in PROMPTS]
 
 
 # %%
+slow = encoded(dev)
 pool, means = [], []  # per prompt: 64 pictures; posterior means of the first 32
-for model, z in zip(encoded(dev), noise, strict=True):
-    latents, guesses = flow(model, z, model.times(10))
-    pool.append(model.decode(latents))
-    means.append([guess[:32] for guess in guesses])
+for k in range(6):
+    ends_k, means_k = flow(slow[k], noise[k], steps=10)
+    pool.append(prompt.decode(ends_k))  # the decoder does not read the prompt
+    means.append([guess[:32] for guess in means_k])
 
 # %%
 import pandas as pd
 
-pairs = list(zip(scenes, pool, strict=True))
-r = np.stack([shapes.CountReward(asked)(drawn).numpy() for asked, drawn in pairs])
-exact = np.stack([shapes.exact(*pair) for pair in pairs])  # all (6 prompts, 64)
-held_out = np.stack([judge.exact(*pair) for pair in pairs])
+r = np.stack([smooth[k](pool[k]).numpy() for k in range(6)])  # each (6, 64)
+exact = np.stack([shapes.exact(scenes[k], pool[k]) for k in range(6)])
+held_out = np.stack([judge.exact(scenes[k], pool[k]) for k in range(6)])
 columns = {"reward": r.mean(1), "exact": exact.mean(1), "held out": held_out.mean(1)}
-pd.DataFrame(columns, index=PROMPTS).round(2)
+pd.DataFrame(columns, index=pd.Index(PROMPTS, name="prompt")).round(2)
 
 # %% [markdown]
 # Means over 64 pictures: the reward, and the shares of right ones by the counter and by the held-out judge. The prompts differ widely. We can also count how often two samples have equal rewards.
 
+
 # %%
-counted = [-shapes.residual(*pair) for pair in pairs]
-for name, values in {"exact counter": counted, "smooth reward": r}.items():
-    equal = np.mean([(v[:, None] == v)[np.triu_indices(64, 1)].mean() for v in values])
-    print(f"{name}: {equal:.0%} of all pairs of samples are equal")
+def ties(values):
+    """Share of the pairs of samples of a prompt that have equal values (6, 64)."""
+    one, other = np.triu_indices(64, 1)
+    return (values[:, one] == values[:, other]).mean()
+
+
+counted = np.stack([-shapes.residual(scenes[k], pool[k]) for k in range(6)])
+print(f"exact counter: {ties(counted):.0%} of all pairs of samples are equal")
+print(f"smooth reward: {ties(r):.0%} of all pairs of samples are equal")
 
 # %% tags=["check"]
-assert equal < 0.1 and 0.28 < np.mean([(v[:, None] == v).mean() for v in counted]) < 0.42
+assert ties(r) < 0.1 and 0.28 < ties(counted) < 0.4
 
 # %% [markdown]
 # For about a third of the pairs, a search that uses the counter could only toss a coin.
@@ -311,21 +319,20 @@ assert sorted(exact.sum(1))[:2] == [1, 1]
 # \end{aligned} \tag{3.4}
 # $$
 #
-# (In formulas, $v$ is this reward and $u$ the velocity; in code, `v` is the velocity.) We follow one noise, with dev and with schnell.
+# (Here $v$ is this reward and $u$ the velocity.) We follow one noise, with dev and with schnell.
 
 # %%
 schnell = load(locate("tiny-flux/schnell"))
 fast = encoded(schnell)
-quick = [flow(prompt, noise[k, :32], prompt.times(4)) for k, prompt in enumerate(fast)]
-times = {"dev": prompt.times(10), "schnell": fast[0].times(4)}
+quick = [flow(fast[k], noise[k, :32], steps=4) for k in range(6)]
+times = {"dev": slow[0].times(10), "schnell": fast[0].times(4)}
 
 # %% tags=["plot"] alt="Two rows of guesses from noise to picture. Upper row, dev: first a grid of smears that fills the picture, then fewer and clearer shapes. Lower row, schnell: the shapes stand in their places from the first guess on, and change little."
-fig, axes = plt.subplots(2, 5, figsize=(9, 4))
-looks = {"dev": (0, 2, 4, 6, 8), "schnell": (0, 1, 2, 3)}
-for row, (name, steps) in zip(axes, looks.items(), strict=True):
-    guesses = means[3] if name == "dev" else quick[3][1]
-    for ax, i in zip(row, steps, strict=False):
-        guess = prompt.decode(guesses[i][7:8])[0]
+fig, axes = plt.subplots(2, 5, figsize=(9, 4.3))
+films = {"dev": (means[3], (0, 2, 4, 6, 8)), "schnell": (quick[3][1], (0, 1, 2, 3))}
+for row, (name, (film_means, frames)) in zip(axes, films.items(), strict=True):
+    for ax, i in zip(row, frames, strict=False):
+        guess = prompt.decode(film_means[i][7:8])[0]
         plots.picture(ax, guess, f"t = {times[name][i]:.2f}")
     row[0].set_ylabel(name, fontsize=11)
 plots.picture(axes[1, 4], prompt.decode(quick[3][0][7:8])[0], "finished")
@@ -333,7 +340,7 @@ fig.suptitle(PROMPTS[3])
 plt.show()
 
 # %% [markdown]
-# dev's first guess is an average over all layouts, so there is something in most cells. (The average is one of latents, and the autoencoder makes shapes of whatever it gets. Their colours mean little.) schnell was trained to see the end from the start ([notebook 02](02_tiny_flux.ipynb)).
+# dev's first guess is an average over all layouts, so there is something in most cells. (The average is one of latents, and the autoencoder makes shapes of whatever it gets. Their colours mean little.) schnell was trained to see the end from the start ([notebook 02](02_tiny_flux.ipynb)). From this noise both end at five squares and two triangles, which is wrong. schnell's first guess already shows the five squares.
 #
 # What we would like to know is the average reward of all pictures that the state may become, $E[r(x_0) \mid x_t]$. The look-ahead gives something else: the reward of the average picture. To second order they differ by a term with the spread of these pictures:
 #
@@ -345,24 +352,29 @@ plt.show()
 #
 # **Guess: for dev and for schnell, at which time does the look-ahead become of use?**
 
-# %%
-from scipy.stats import spearmanr
 
-# ahead: for each prompt, rewards (times, 32); the last row is the final reward
-ahead, trust = {"dev": [], "schnell": []}, {"dev": [], "schnell": []}
-for k, asked in enumerate(scenes):
-    reward = shapes.CountReward(asked)
-    guesses = {"dev": [means[k][i] for i in (0, 2, 4, 6, 7, 8)], "schnell": quick[k][1]}
-    final = {"dev": pool[k][:32], "schnell": prompt.decode(quick[k][0])}
-    for name in ahead:  # any prompt may decode: the models share one decoder
-        seen = [reward(prompt.decode(guess)) for guess in guesses[name]]
-        ahead[name].append(torch.stack([*seen, reward(final[name])]))
+# %%
+def look_ahead(k, guesses, final):
+    """Rewards (looks + 1, 32) for prompt k: of the guesses, and last of the end."""
+    seen = [smooth[k](prompt.decode(guess)) for guess in guesses]
+    return torch.stack([*seen, smooth[k](final)])
+
+
+# %%
+looks = {"dev": (0, 2, 4, 6, 7, 8), "schnell": (0, 1, 2, 3)}  # steps at which we look
+ahead = {"dev": [], "schnell": []}  # both models share one decoder
+for k in range(6):
+    chosen = [means[k][i] for i in looks["dev"]]
+    ahead["dev"].append(look_ahead(k, chosen, pool[k][:32]))
+    ahead["schnell"].append(look_ahead(k, quick[k][1], prompt.decode(quick[k][0])))
 
 # %% tags=["plot"] alt="Rank correlation of look-ahead and final reward, against time from noise to data. dev starts near 0 at t = 1 and rises towards 1; schnell starts near 0.6 at t = 1. The bars are 95 % intervals over prompts."
+from scipy.stats import spearmanr
+
 from flowscale_lite.experiments import clustered_mean
 
 fig, ax = plt.subplots(figsize=(6, 3.3))
-looks["dev"] = (0, 2, 4, 6, 7, 8)
+trust = {"dev": [], "schnell": []}
 for name, marker in zip(ahead, "os", strict=True):
     for i in range(len(looks[name])):
         found = [float(spearmanr(each[i], each[-1])[0]) for each in ahead[name]]
@@ -395,11 +407,10 @@ assert trust["dev"][0].mean < trust["dev"][2].mean < trust["dev"][-1].mean
 # %% tags=["nbval-ignore-output"]
 import time
 
-reward = shapes.CountReward(scenes[5])
 jobs = {
     "velocity, 1 NFE": lambda: prompt(noise[1, :32], torch.full((32,), 0.5)),
     "decoding": lambda: prompt.decode(noise[1, :32]),
-    "reward": lambda: reward(pool[5][:32]),
+    "reward": lambda: smooth[5](pool[5][:32]),
 }
 for name, job in jobs.items():
     start = time.process_time()
@@ -438,13 +449,13 @@ def more_ink(scene, pictures):
 # %%
 hurried = {"counts": list(r)}
 for name, proxy in {"total only": total_only, "more ink": more_ink}.items():
-    hurried[name] = [proxy(*pair) for pair in pairs]
+    hurried[name] = [proxy(*pair) for pair in zip(scenes, pool, strict=True)]
 curves = {name: [] for name in hurried}  # of the reward itself, of the judge
 for name, values in hurried.items():
     scaled = [(v - v.mean()) / v.std() for v in values]  # in standard deviations
     for measured in (scaled, held_out):
-        both = list(zip(values, measured, strict=True))
-        curve = [np.mean([best_of(n, *one) for one in both]) for n in NS]
+        pairs = list(zip(values, measured, strict=True))
+        curve = [np.mean([best_of(n, *pair) for pair in pairs]) for n in NS]
         curves[name].append(curve)
 
 # %% tags=["plot"] alt=["Left, the reward that is optimised rises with N for all three rewards. Right, the held-out judge's share of right pictures rises for 'counts', rises less for 'total only', and falls for 'more ink'.", "The best of 64 pictures of one prompt by each of the three rewards: by counts a right one; by total the right number of objects but wrong kinds; by ink too many objects."]
@@ -461,6 +472,7 @@ axes[1].set_ylim(0, 1)
 axes[0].legend(fontsize=9)
 plt.show()
 fig, axes = plt.subplots(1, 3, figsize=(8, 3))
+fig.suptitle(TEXT, y=1.08)
 for ax, (name, values) in zip(axes, hurried.items(), strict=True):
     k = int(np.argmax(values[5]))
     verdict = "right" if held_out[5, k] else "wrong"
@@ -476,7 +488,7 @@ assert [bool(held_out[5, int(np.argmax(v[5]))]) for v in hurried.values()] == [T
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# *More ink*: the more pictures it may choose from, the more crowded is the one that it takes. *Total only* helps a little, and from four pictures on no more.
+# *More ink*: the more pictures it may choose from, the more crowded is the one that it takes. *Total only* helps a little, and from $N = 4$ on no more (about a third right): a right total says nothing about the kinds.
 #
 # </details>
 #
