@@ -133,7 +133,7 @@ for tau in (2.0, 0.5, 0.1, 0.01):
 #
 # We need not wait for the end. A sampler with noise takes many steps from $t = 1$ to $t = 0$. We call its samples on the way *particles*. The look-ahead reward $v(x_t) = r(x_{0|t})$ says roughly what reward a particle will get. So weigh on the way, drop the hopeless particles, and go on with copies of the others.
 #
-# Do the weighted particles still follow $p_\tau$? Take any function $f_t$ of the state, with one condition: at the end it is $f_0 = r/\tau$. Start with the weight $e^{f_1(x_1)}$. At each step, from time $t$ to the next time $s$, multiply the weight by the *gain*
+# Do the weighted particles still follow $p_\tau$? We need a score on the way. Any function $f_t$ of the state will do, if only it ends as $f_0 = r/\tau$. Start with the weight $e^{f_1(x_1)}$. At each step, from time $t$ to the next time $s$, multiply the weight by the *gain*
 #
 # $$G = e^{f_s(x_s) - f_t(x_t)}. \tag{6.4}$$
 #
@@ -202,7 +202,7 @@ axes[-1].set_xlabel("cumulative weight")
 plt.show()
 
 # %% [markdown]
-# Multinomial points clump, and by bad luck they miss some long stretches. The *systematic* points are like the teeth of a comb: their gaps are equal, and one random number shifts them all. Every particle gets $K W_k$ copies, rounded up or down. This scheme adds the least noise of the three, so it is the package's default.
+# Multinomial points clump, and by bad luck they miss some long stretches. The *systematic* points are like the teeth of a comb: their gaps are equal, and one random number shifts them all. Every particle gets $K W_k$ copies, rounded up or down. So the numbers of copies have the least noise of the three, so it is the package's default.
 #
 # ## The loop
 #
@@ -242,7 +242,7 @@ for _threshold in (0.0, 0.5):
     assert torch.equal(_x, _p.x) and torch.allclose(_logw, _p.logw, atol=1e-4) and _result.nfe == 5000
 
 # %% [markdown]
-# How close do 400 particles come to the target? The lines below show where they should be: at the end $p_\tau$, and on the way samples of $p_\tau$ with noise added up to time $t$.
+# How close do 400 particles come to the target? The lines below show where they should be: at the end $p_\tau$, and on the way the density of samples of $p_\tau$ that were noised to time $t$.
 
 
 # %% tags=["plot"] alt="Four hundred particles, as large as their weights, at times 1, 0.8, 0.6, 0.3 and 0, with contours of the noised tilted density: a round cloud at first, at the end three clouds where the exact density has its three, beside the star."
@@ -271,7 +271,7 @@ for name, k in {"rare": 0, "upper": 1, "lower": 7}.items():
     print(f"{name} cloud: {shares[k]:.2f} of the weight, exact {target.weights[k]:.2f}")
 
 # %% [markdown]
-# The particles end in the right three clouds, not at the star. The shares are not exact: in this run the lower cloud has only half of its share. SMC is exact in the limit of infinitely many particles, and 400 particles that share ancestors are worth far fewer than 400 independent ones. On the way, at $t = 0.6$, the particles are farther right than the lines: the look-ahead trusts the reward too early. Later gains correct this.
+# The particles end in the right three clouds, not at the star. The shares are not exact: in this run the lower cloud has only half of its share. SMC is exact in the limit of infinitely many particles (and small steps), and 400 particles that share ancestors are worth far fewer than 400 independent ones. On the way, at $t = 0.6$, the particles are farther right than the lines: the look-ahead trusts the reward too early. Later gains correct this.
 #
 # ## What goes wrong: "exact up to the number of particles"
 #
@@ -413,7 +413,7 @@ plt.show()
 assert int(alive[0].sum()) == 1 and last > 18, "the lower tree: one noise, a large ESS"
 
 # %% [markdown]
-# Each row of lines is a particle, and time runs from noise (left) to data (right). Black lines lead to finished particles, grey lines die out. Above, the finished particles descend from a few noises. Below, in the cold, all descend from a single one, although the final ESS is nearly as large. On this toy that does little harm, since the noise of later steps makes the copies different again. On pictures it does harm: a picture is decided early, so all particles may show one picture with small variations.
+# Each row of lines is a particle, and time runs from noise (left) to data (right). Black lines lead to finished particles, grey lines die out. Above, the finished particles descend from a few noises. Below, in the cold, all descend from a single one, although the final ESS is nearly as large. The noise of later steps makes the copies different again. But it does not undo the early choice: on the toy the mean of such a cloud can be off, and on pictures, which are decided early, all particles may show one picture with small variations.
 #
 # SMC needs a sampler with noise. Under the ODE, copies would stay equal for ever, so the package refuses to resample there.
 #
@@ -479,7 +479,7 @@ plt.show()
 # ## Recap
 # - The tilted density (6.1) is the model's, times $e^{r/\tau}$. Weighing finished samples is right for it, but at low temperature a few samples hold all the weight.
 # - The product of gains telescopes (6.5), so we may pay the reward out gradually, and resample (6.7) at any step.
-# - Resampling needs $E[n_k] = K W_k$ and nothing else; the systematic comb adds the least noise.
+# - Resampling needs $E[n_k] = K W_k$ and nothing else; the systematic comb rounds the numbers of copies with the least noise.
 # - "Exact up to the number of particles" does not say how many are needed. At low temperature, temper the look-ahead (6.8).
 # - ESS does not see ancestry: count the noises that have descendants. On pictures all 25 particles came from one to three noises: good pictures, but little variety.
 
@@ -682,7 +682,7 @@ def systematic_copies(w, n, u):
 # %% [markdown]
 # ### Exercise 4: homework, a strength that adapts (difficulty 3 of 5, 15 minutes)
 #
-# Instead of a fixed $\lambda_t$ one may raise the strength at each step just so far that the ESS of the *increment* stays at a wanted value. Given the look-ahead rewards over temperature and the strength so far, find the largest $\lambda \in [\lambda_{\text{old}}, 1]$ for which the weights $e^{(\lambda - \lambda_{\text{old}})\, v/\tau}$ have at least that ESS.
+# Instead of a fixed $\lambda_t$ one may raise the strength at each step just so far that the ESS of the factors of this step, the *increment*, stays at a wanted value. Given the look-ahead rewards over temperature and the strength so far, find the largest $\lambda \in [\lambda_{\text{old}}, 1]$ for which the weights $e^{(\lambda - \lambda_{\text{old}})\, v/\tau}$ have at least that ESS.
 #
 # A caveat: such a $\lambda$ depends on the particles. Then the estimate of $Z$ in [Deeper](#Deeper:-the-normalising-constant) is no longer unbiased (6.13); what stays is that it is right for $K \to \infty$.
 #
@@ -836,7 +836,7 @@ for _name, _each in _exact.items():
 assert min(variance, key=variance.get) == "systematic"
 
 # %% [markdown]
-# (The copies of the systematic scheme depend on each other in a way that can, in contrived orders of the rows, resonate with $f$; stratified ones cannot.)
+# (The copies of the systematic scheme depend on each other in a way that can, in contrived orders of the rows, resonate with the function that is averaged; stratified ones cannot.)
 #
 # ## Deeper: the best potential
 #

@@ -51,7 +51,7 @@ def seeded(seed):
 
 
 # %% [markdown]
-# Our data are again eight clouds on a circle; the one on the right is rare. The reward is highest at a point just outside it. A greedy *search* runs 400 chains. A *chain* is one sample on its way from noise to data. At every step it draws 32 *children*, candidates for its next state, and keeps the child with the highest look-ahead reward.
+# Our data are again eight clouds on a circle; the one on the right is rare. The reward is highest at a point on its rim. A greedy *search* runs 400 chains. A *chain* is one sample on its way from noise to data. At every step it draws 32 *children*, candidates for its next state, and keeps the child with the highest look-ahead reward.
 
 
 # %%
@@ -115,7 +115,7 @@ assert (greedy - torch.tensor(reward.centre)).norm(dim=1).median() < 0.1
 #
 # ## The best rule
 #
-# To find out which shortcut is guilty we need a rule without any. What is a state worth? Follow it to many ends, and average $e^{r/\tau}$ over these futures. The *value* is this average, expressed in the units of the reward:
+# To find out which shortcut is guilty we need a rule that takes none of them. What is a state worth? Follow it to many ends, and average $e^{r/\tau}$ over these futures. The *value* is this average, expressed in the units of the reward:
 #
 # $$V_t(x) = \tau \log E\big[e^{r(x_0)/\tau} \,\big|\, x_t = x\big]. \tag{7.1}$$
 #
@@ -235,7 +235,7 @@ print(f"t = {children.t}, {run.nfe} NFE spent")
 print("look-ahead rewards:", children.reward.numpy().round(2))
 
 # %% [markdown]
-# One evaluation was spent on the parent, one on each child. That is all we need. To take the best child at every step is *SVDD* (soft value-based decoding in diffusion, Li et al. 2024) at temperature 0. Each step gets an equal share of the budget: `evaluations_left` is what is left of it, `evaluations_ahead` counts the steps that still need an evaluation, and their quotient pays for the children of this step.
+# One evaluation was spent on the parent, one on each child. That is all we need. To take the best child at every step is *SVDD* (soft value-based decoding in diffusion, Li et al. 2024) at temperature 0. What is left of the budget is shared equally: `evaluations_left`, divided by the steps still to pay (`evaluations_ahead`) and by the chains, is the number of children of each chain.
 
 # %%
 from dataclasses import dataclass
@@ -282,7 +282,7 @@ print(f"reward {result.reward:.4f}, {result.nfe} NFE")
 #
 # ## CoDe: choose after a block
 #
-# SVDD judges a child after one step, when *siblings*, the children of one state, hardly differ. *CoDe* (Singh et al. 2025) lets each child run a block of steps before it judges; here a block is two. **One change**: after `propose`, propose again. A branch now costs two evaluations. Each choice still has as many branches, but there are half as many choices.
+# SVDD judges a child after one step, when *siblings*, the children of one state, hardly differ. *CoDe* (Singh et al. 2025) lets each child run a block of steps before it judges; here a block is two. **One change**: after `propose`, propose again. A branch now costs two evaluations. Each choice still has as many branches, but the budget pays for half as many choices.
 
 
 # %%
@@ -396,7 +396,7 @@ assert all(sum(spent.values()) == result.nfe for spent, result in accounts.value
 #
 # ## On pictures
 #
-# The same methods, unchanged, on tiny-flux schnell with 100 NFE. Best-of-N and SoP use the ODE. CoDe and SVDD use the VP-SDE ([notebook 05](05_interpolant_conversion.ipynb)). A quarter of the budget goes to first noises: `init=12` draws twelve for each chain and starts from the best.
+# The same methods, unchanged, on tiny-flux schnell with 100 NFE. Best-of-N and SoP use the ODE. CoDe and SVDD use the VP-SDE ([notebook 05](05_interpolant_conversion.ipynb)). SoP, CoDe and SVDD spend a quarter of it on first noises: with `init=12` each chain starts from the best of twelve.
 
 # %%
 TEXT = "three blue squares above two blue circles"
@@ -428,7 +428,7 @@ plt.show()
 assert [name for name, right in verdicts.items() if right] == ["CoDe", "SVDD"]
 
 # %% [markdown]
-# This is one prompt and one seed, chosen because the methods differ on it: an illustration. The evidence is in stored runs (`data/results/paper.jsonl`, made by `python -m tools.runs.paper`): 50 prompts with three seeds each, a budget of 500 NFE, ten steps, with the settings of the paper. (With them SVDD and CoDe spend 452 of the 500; [notebook 08](08_rollover_budget_forcing.ipynb) says why.) Two judges look at the pictures. The *counter* is the exact form of the reward that the searches saw. The *held-out judge* is a network that no search saw.
+# This is one prompt and one seed, chosen because the methods differ on it: an illustration. The evidence is in stored runs (`data/results/paper.jsonl`, made by `python -m tools.runs.paper`): 50 prompts with three seeds each, a budget of 500 NFE, ten steps, with the settings of the paper. (With them plain SVDD and CoDe start each chain from one noise, and spend 452 of the 500; [notebook 08](08_rollover_budget_forcing.ipynb) says why.) Two judges look at the pictures. The *counter* is the exact form of the reward that the searches saw. The *held-out judge* is a network that no search saw.
 
 # %% tags=["plot"]
 import numpy as np
@@ -479,10 +479,10 @@ assert [min(gain.low for gain in pair) > 0 for pair in _pairs] == [True, True, F
 assert min(gain.high for pair in _pairs for gain in pair) > 0, "nobody is behind"
 
 # %% [markdown]
-# Bars are 95 % intervals over prompts. Best-of-N and SoP run the ODE, the others the VP-SDE. "25 first noises" means for each of the two chains: SVDD then draws 50 noises in all, as SMC does. On the left, methods with overlapping bars may still differ, since all meet the same prompts. So the right panel compares them in pairs. A bar right of the line speaks for the first method.
+# Bars are 95 % intervals over prompts. Best-of-N and SoP run the ODE, the others the VP-SDE. With "25 first noises" each of SVDD's two chains starts from the best of 25. That is 50 noises in all, as many as SMC has, and 48 more evaluations. On the left, methods with overlapping bars may still differ, since all meet the same prompts. So the right panel compares them in pairs. A bar right of the line speaks for the first method.
 #
 # - Choosing at every step pays. SVDD is far ahead of best-of-N, and ahead of CoDe, by both judges. (SoP and best-of-N these runs do not tell apart.)
-# - *First noises* may matter. With 25 to choose from for each chain SVDD has a few more right pictures than plain SVDD, which starts from one. But the bar contains 0, so this stays open, and these noises are 48 more evaluations. To be safe, compare methods with equally many first noises.
+# - *First noises* may matter: a few more right pictures. But the bar contains 0, so this stays open. To be safe, compare methods with equally many first noises.
 # - SMC, a sampler, is not told apart from SVDD with as many first noises. So these runs do not show that one must be greedy: resampling finds good pictures, too.
 #
 # ## What goes wrong: the last bit of reward
@@ -524,8 +524,8 @@ assert _held.index(min(_held)) == budgets.index(8) and _held[-1] > 1.3 * min(_he
 #
 # This is what the rows above say; they are one model, one kind of reward and one budget.
 #
-# - *One good picture*: choose at every step, with a sampler that has noise. SVDD with many first noises and SMC are not told apart.
-# - *An expensive judge*: count the rewards, too. SVDD asks for about nine times as many as best-of-N, CoDe for about five times as many. CoDe's share of right pictures lies between the two.
+# - *One good picture*: select on the way, with a sampler that has noise. SVDD with many first noises and SMC are not told apart.
+# - *An expensive judge*: count the rewards, too. In the stored runs SVDD asks for about nine times as many as best-of-N, CoDe for about five times as many. CoDe's share of right pictures lies between the two.
 # - *No noise in the sampler*: best-of-N. SoP does not show a gain over it.
 # - *Variety*: not a search. Only SMC samples, and even there few noises survive ([notebook 06](06_smc.ipynb)).
 #
@@ -845,7 +845,7 @@ _pairs = [*zip(grid, spread["look-ahead reward"], spread["value"], strict=True)]
 assert all(ahead > true for t, ahead, true in _pairs if t > 0.5)
 
 # %% [markdown]
-# In the first half the look-ahead differs more between siblings than the value does, so a choice by look-ahead selects too hard. The value averages over all futures of a state, and siblings share most of them. The look-ahead judges one future only, the average one.
+# In the first half the look-ahead differs more between siblings than the value does, so a choice by look-ahead prefers its favourite too strongly. The value averages over all futures of a state, and siblings share most of them. The look-ahead judges one future only, the average one.
 #
 # ## Deeper: the last bit of reward, three ways
 #
@@ -885,7 +885,7 @@ for _name, _samples in curves.items():
     assert _held[-1] < _held[_top] and 0.5 < _dens[_top] - _dens[-1] < 1, (_name, _held, _dens)
 
 # %% [markdown]
-# No: all three turn (left). For the same given reward the samples of all three also have about the same density under the data (right). So it is the reward that costs density, not the search. What a search loses in addition is variety.
+# No: all three turn (left). For the same given reward the samples of all three also have roughly the same density under the data (right). So it is the reward that costs density, not the search. What a search loses in addition is variety.
 #
 # ## Deeper: who finds the better sample on the ring?
 #
