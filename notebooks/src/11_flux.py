@@ -120,7 +120,7 @@ ax.legend(handles, shades, fontsize=9, ncols=4, loc="upper center", bbox_to_anch
 plt.show()
 
 # %% [markdown]
-# `gpu_check` measures your card. A search has 100 NFE of schnell, and all are decoded; its reward needs no network. An L4 cannot hold the pair in 16 bits, so the plan for it is too hopeful. Mistakes are not in the plan. Make them here, where every cell runs on a CPU, with a small model.
+# `gpu_check` measures your card. A search has 100 NFE of schnell, and all are decoded; its reward needs no network. The L4's bar is too hopeful: an L4 cannot hold the pair in 16 bits. Mistakes are not in the plan. Make them here, where every cell runs on a CPU, with a small model.
 #
 # ## What fits, before anything loads
 #
@@ -156,11 +156,11 @@ assert "bfloat16" in lines["A100-80"]["dev and schnell"] and "turns" not in line
 #
 # $$n = \left\lfloor \frac{\text{free} - \text{kept} - W}{a} \right\rfloor. \tag{11.2}$$
 #
-# Here *free* is what the card has, *kept* is room for judges and for what is not counted (1 GiB if you do not say otherwise), $W$ is the weights on the card at that stage, and $a$ the activations of one row. `plan` takes 16 rows at most.
+# Here *free* is what the card has, *kept* is room for judges and for what is not counted (1 GiB if you do not say otherwise), $W$ is the weights on the card at that stage, and $a$ the activations of one row. `plan` never takes more than 16 rows, even where (11.2) allows it.
 #
 # ## Load
 #
-# The next two cells load a pair of models. Without a CUDA GPU you load tiny-flux's pair. With one you load FLUX.1's: then accept both licences on the hub once, and set `HF_TOKEN`. Of dev all is needed, 34 GB, and of schnell the transformer, 24 GB more. **All outputs on this page come from a CPU and from tiny-flux.** The rest of the code is the same but for `if real`.
+# The next two cells load a pair of models. Without a CUDA GPU you load tiny-flux's pair. With one you load FLUX.1's: then accept both licences on the hub once, and set `HF_TOKEN`. Of dev all is needed, 34 GB, and of schnell the transformer, 24 GB more. **All outputs on this page come from a CPU and from tiny-flux.** From here on the code is the same for both pairs; where it differs, it says `if real`.
 
 # %%
 real = torch.cuda.is_available()  # set it to False to stay with tiny-flux
@@ -216,10 +216,10 @@ def found_by(method, budget, reward, kernel, times):
     return schnell.decode(result.best[None])
 
 
-flow = {"kernel": ode, "times": schnell.times(4)}  # four steps without noise
-plain = found_by(BestOfN(1), 4, warm_left, **flow)
-rbf = {"kernel": sde(vp_diffusion()), "times": paper_vp(10)}  # the paper's sampler
-searched = found_by(RBF.few_step(NFE), NFE, warm_left, **rbf)
+no_noise = {"kernel": ode, "times": schnell.times(4)}  # four steps
+plain = found_by(BestOfN(1), 4, warm_left, **no_noise)
+with_noise = {"kernel": sde(vp_diffusion()), "times": paper_vp(10)}  # the paper's
+searched = found_by(RBF.few_step(NFE), NFE, warm_left, **with_noise)
 
 # %% [markdown]
 # Prompt and seed are picked so that the plain picture is right.
@@ -281,7 +281,7 @@ wish = judges.weighted(parts, schnell.decode(first))
 # The weights 2 and 1 are a choice, not a tuned value: counts matter more. There is also `judges.lexicographic`, which looks at the second reward only where the first is level.
 
 # %% alt="Two pictures, searched by the position alone and by the weighted sum. With the sum the red squares still stand to the left and the blue triangles to the right, and the counts are those of the prompt."
-again = found_by(RBF.few_step(NFE), NFE, wish, **rbf)
+again = found_by(RBF.few_step(NFE), NFE, wish, **with_noise)
 fig, axes = plt.subplots(1, 2, figsize=(5.6, 3.4))
 pair = {"warm_left alone": searched, "counts and warm_left": again}
 for ax, (name, picture) in zip(axes, pair.items(), strict=True):
@@ -309,7 +309,8 @@ WISHES = {  # pictures (K, 3, H, W) -> (K,)
 }
 granted = []
 for name in ("a mirror", "little ink", "all low down"):
-    granted.append(found_by(RBF.few_step(NFE), NFE, WISHES[name], **rbf)[0])
+    found = found_by(RBF.few_step(NFE), NFE, WISHES[name], **with_noise)
+    granted.append(found[0])
 
 # %% alt="Three pictures from one prompt, lettered A, B and C. In A the right half nearly mirrors the left one, B has few shapes and much white, and in C the shapes are in the lower half."
 fig, axes = plt.subplots(1, 3, figsize=(7, 2.6))
@@ -341,9 +342,10 @@ from flowscale_lite.beyond import Draft
 
 problem = dev.problem(wish, ode, steps=STEPS)
 drafted = replace(problem, look_ahead=look_ahead.sibling(schnell))
-method = Draft.multi_step(NFE)
+budget = 10 * STEPS  # pays for four finished pictures: 100 here, 280 with FLUX.1
+method = Draft.multi_step(budget)
 generator = torch.Generator().manual_seed(SEED)
-result = search(drafted, method, max_nfe=NFE, generator=generator)
+result = search(drafted, method, max_nfe=budget, generator=generator)
 pictures, scores = dev.leaders(result, wish, 4)
 print(f"{result.nfe} NFE, {result.reward_calls} pictures judged")
 
@@ -400,10 +402,10 @@ if real:
 
 
 # %%
-ways = {
+ways = {  # where, method, budget
     "plain": (problem, BestOfN(1), STEPS),
-    "best-of-N": (problem, BestOfN(), NFE),
-    "Draft": (drafted, method, NFE),
+    "best-of-N": (problem, BestOfN(), 10 * STEPS),
+    "Draft": (drafted, method, 10 * STEPS),
 }
 asked = {"counts": counts, "warm_left": warm_left, "held out": held_out}
 
@@ -447,11 +449,11 @@ if PAGE:
     assert means.loc["Draft", "warm_left"] > means.loc["best-of-N", "warm_left"]
 
 # %% [markdown]
-# Read across: the last column was not asked. It agrees with the counter on all twelve pictures. So the better counts are no trick of the counter; of `warm_left` it says nothing. Each seed has its own mark: Draft's warmest picture, seed 1, has a count wrong. Between best-of-N and Draft four seeds of one prompt decide nothing. The fifty prompts of [notebook 10](10_scaling.ipynb) do.
+# Compare the first and the last panel. No search asked the held-out judge, and it agrees with the counter on all twelve pictures. So the better counts are no trick of the counter. About `warm_left` it says nothing. (Circle, triangle, square, diamond are seeds 0 to 3.) Draft's warmest picture, the triangle, has a count wrong. Between best-of-N and Draft four seeds of one prompt decide nothing. The fifty prompts of [notebook 10](10_scaling.ipynb) do.
 #
 # ## The bill
 #
-# How many seconds did a search take here, and how many should it take on your card? *Here* is measured, with tiny-flux on a CPU. The two cards are planned as above, for as many evaluations and decodes on FLUX.1 (counted on schnell), without a judge. Here many candidates go through the model together, so ten times the evaluations take only a few times as long. (A plain picture of FLUX.1-dev takes 28 evaluations, not 10, so multiply that row by about three.)
+# How many seconds did a search take here, and how many should it take on your card? *Here* is measured, with tiny-flux on a CPU. The columns L4 and H100 are planned: the same numbers of evaluations and decodes, on FLUX.1, without a judge. On this CPU many candidates go through the model at once, so ten times the evaluations take only a few times as long. (FLUX.1-dev takes 28 steps, not 10, so there multiply each row by about three.)
 
 # %% tags=["nbval-ignore-output"]
 bill = found.groupby("way", sort=False)[["NFE", "decodes", "seconds"]].mean().round(1)
@@ -499,7 +501,7 @@ else:
 # - **A.** dev in 16 bits, the text encoders beside it
 # - **B.** dev in int8, the text encoders beside it
 # - **C.** dev in int8, the text encoders dropped, decoding in tiles
-# - **D.** dev and schnell in 16 bits, the text encoders dropped
+# - **D.** dev and schnell in 16 bits, both on the card at once, the text encoders dropped
 #
 # <details><summary>Hint</summary>
 #
@@ -780,7 +782,7 @@ for line, shown, like in zip(axes, seen, [*likes, None], strict=True):
 plt.show()
 
 # %% [markdown]
-# Thirty evaluations, and no reward was asked. The early choices decide where things stand, the late ones hardly anything. (This person likes pictures with few things.) With FLUX.1 show fewer and larger pictures.
+# Thirty evaluations, and no reward was asked. The early choices decide where things stand, the late ones hardly anything. With FLUX.1 show fewer and larger pictures.
 #
 # ## Deeper: a clock with eight bits
 #
@@ -888,7 +890,7 @@ assert torch.allclose(film["ODE"][0], film["ODE"][1], atol=1e-5), "without noise
 assert not torch.allclose(film["VP-SDE"][0], film["VP-SDE"][1], atol=0.1)
 
 # %% [markdown]
-# The ODE has one future, the two SDEs have many. (Not all of them show what the prompt says: this is schnell, without a search.)
+# The ODE has one future, the two SDEs have many. (None shows just what the prompt says: this is schnell, without a search.)
 #
 # Why not diffusers' own noise? `FlowMatchEulerDiscreteScheduler` has a switch `stochastic_sampling`. On a mixture of two Gaussians with the exact velocity, the right answer is known. `python -m tools.runs.schedulers` stored the distance to exact samples, 20 seeds each:
 

@@ -13,7 +13,7 @@
 # %% [markdown]
 # # 12 Scaling out: what a study costs, and how to run it
 #
-# **Question.** A search of 500 evaluations makes a picture fifty times dearer or more, and a study wants thousands of pictures. What will it cost, and how do you run it without losing a run?
+# **Question.** A search of 500 evaluations makes a picture many times dearer, and a study wants thousands of pictures. What will it cost, and how do you run it without losing a run?
 #
 # <!-- badge -->
 #
@@ -93,7 +93,7 @@ assert max(dollars.values()) / PICTURES < 1
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# The T4's. From T4 to H100, days differ by a factor of fifteen and dollars by less than two. The peak grows by fifteen, and the price that we assumed by nine. The other cards lie between, at 309 to 378 dollars, so none is a bargain. Each picture costs less than a dollar, as the paper says of its own.
+# The T4's. From T4 to H100, days differ by a factor of fifteen and dollars by less than two. The peak grows by fifteen, and the price that we assumed by nine. The other cards' bills are 309 to 378 dollars, so none is a bargain. Each picture costs less than a dollar, as the paper says of its own.
 #
 # </details>
 #
@@ -165,7 +165,7 @@ assert 2 < ratios[0] < 3.5 and 1.2 < ratios[1] < 1.4, ratios
 #
 # ## Is one number enough? Ask a clock
 #
-# Above the line of (12.1) all is counted. Below it stands one number that must be measured or assumed, $uP$. Can one number be enough for two methods that mix evaluations and decodes so differently? Take the machine that this page ran on. We time best-of-N with 300 NFE, read off $uP$, and let (12.1) foretell three other searches. (The clock runs for the search alone; text and last decode are some percent more.)
+# Everything above the fraction bar of (12.1) can be counted. Below it is one number, $uP$, that we must measure or assume. Can one number be enough for two methods that mix evaluations and decodes so differently? Take the machine that this page ran on. We time best-of-N with 300 NFE, read off $uP$, and let (12.1) foretell three other searches. (The clock runs for the search alone; text and last decode are some percent more. RBF also judges its finished sample, hence one reward more.)
 
 # %%
 from flowscale_lite import RBF, BestOfN, ddim, ode, search
@@ -424,7 +424,7 @@ assert kept == 47 and sorted(mended, key=json.dumps) == sorted(whole, key=json.d
 #
 # $$1.96 \sqrt{d / n}. \tag{12.3}$$
 #
-# A true gain of just this size is shown by only about half of such studies. If a study shall show it four times in five, the true gain must be one and a half times as large.
+# If the true gain is just this large, only about half of such studies will show it. If a study shall show it four times in five, the true gain must be one and a half times as large.
 
 
 # %%
