@@ -26,7 +26,7 @@
 #
 # **Prerequisites.** [Notebook 01](01_flow_matching.ipynb). No knowledge of transformers.
 #
-# **Time.** Core: about 50 minutes. Exercises: about 40. Deeper: about 55.
+# **Time.** Core: about 50 minutes. Exercises: about 35. Deeper: about 55.
 #
 # <!-- measured -->
 
@@ -213,7 +213,7 @@ plt.show()
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# dev draws a smear: faint shapes in most cells. One step goes to the posterior mean, which at $t = 1$ is the average over all pictures of the prompt. It is an average of *latents*, and the autoencoder makes clean shapes of whatever it gets, so the colours mean little ([notebook 01](01_flow_matching.ipynb), "one step"). schnell draws a picture.
+# dev draws a smear: faint shapes in most cells. One step goes to the posterior mean, which at $t = 1$ is the average over all pictures of the prompt. It is an average of *latents*, and the autoencoder makes some shape in some colour of whatever it gets, so do not read the colours ([notebook 01](01_flow_matching.ipynb), "one step"). schnell draws a picture.
 #
 # </details>
 #
@@ -297,7 +297,7 @@ assert spread["schnell"] > 3 * spread["dev"]
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# For schnell. Its first guesses vary nearly as much as finished pictures, and each is close to the picture that its noise will become. For dev, trust the printed numbers more than the upper row. As latents its guesses vary about a fifth as much as finished pictures: all are nearly the same average. But the autoencoder draws a shape or leaves it out, so small differences look large. (An exact model would give the same average for every noise. dev is not exact, so a weak hint of the layout remains.) A judge that counts shapes in them learns next to nothing.
+# For schnell. Its first guesses vary nearly as much as finished pictures, and each is near to what its noise will become, if not yet right in every count. For dev, trust the printed numbers more than the upper row. As latents its guesses vary about a fifth as much as finished pictures: all are nearly the same average. But the autoencoder draws a shape or leaves it out, so small differences look large. (An exact model would give the same average for every noise. dev is not exact, so a weak hint of the layout remains.) A judge that counts shapes in them learns next to nothing.
 #
 # </details>
 #
@@ -341,7 +341,7 @@ axes[0].legend(loc="lower left", fontsize=9)
 plt.show()
 
 # %% [markdown]
-# Left: random pairs, as those from which dev learnt. Middle: the flow. Right: the flow's own pairs, as those from which schnell learnt. There the lines hardly cross, so there is hardly anything to average. The velocity at a place is that of the one line through it, the same all along the line. So one large step is nearly exact, and the first guess is nearly the end.
+# Left: random pairs, as those from which dev learnt. Middle: the flow. Right: the flow's own pairs, as those from which schnell learnt. There the lines hardly cross, so there is hardly anything to average. The velocity at a place is that of the one line through it, the same all along the line. So one large step comes near the end, and so does the first guess. (Not quite: in the curves above one step gets fewer pictures right than ten.)
 #
 # The *distribution* of the pictures stays the same, up to errors of training ([Deeper](#Deeper:-what-reflow-does-to-pairs) says why). But the new model also learns the old one's mistakes. So schnell is better in few steps, but not in ten.
 #
@@ -360,7 +360,7 @@ SCALES = (1.0, 2.0, 4.0, 8.0)
 guided = {w: sample(dev, noise[:48], 10, captions, w)[0] for w in SCALES}
 right_at = {w: is_exact(scenes, latents) for w, latents in guided.items()}
 
-# %% tags=["plot"] alt="Left, four pictures of one prompt from one noise at guidance 1, 2, 4 and 8; the layout stays, a mistake is mended at 2 and 4. Right, share of exact pictures over guidance, with wide intervals: higher at 2 and 4 than at 1."
+# %% tags=["plot"] alt="Left, four pictures of one prompt from one noise at guidance 1, 2, 4 and 8; the layout nearly stays, a mistake is mended from 2 on. Right, share of exact pictures over guidance, with wide intervals: higher at 2 and 4 than at 1."
 shown = int(np.argmax(right_at[2.0] & right_at[4.0] & ~right_at[1.0]))
 pictures = torch.cat([prompt.decode(latents[shown : shown + 1]) for latents in guided.values()])
 titles = []
@@ -380,7 +380,7 @@ plt.show()
 #
 # <details><summary>Answer</summary>
 #
-# Up to a point. Here the share rises from $w = 1$ to $4$ and falls at $8$, which lies outside what dev was taught. The intervals overlap, but the 300 prompts of `data/tiny-flux/README.md` say the same: .58, .65 and .67 at $w = 1$, $2$ and $3.5$.
+# Up to a point. Here the share rises from $w = 1$ to $4$ and falls at $8$, which lies outside what dev was taught. The intervals overlap. The 300 prompts of `data/tiny-flux/README.md` confirm the rise: .58, .65 and .67 at $w = 1$, $2$ and $3.5$. They have no $w = 8$.
 #
 # </details>
 #
@@ -470,7 +470,7 @@ ax.legend(loc="lower left")
 plt.show()
 
 # %% [markdown]
-# Left: on the whole, the more objects, the fewer pictures are without a mistake. Each object is one more chance to fail. At nine and ten objects schnell is lower than dev here; 32 prompts do not settle the other lines.
+# Left: on the whole, the more objects, the fewer pictures are without a mistake. Each object is one more chance to fail. At nine and ten objects schnell is lower than dev here; 32 prompts do not settle the other groups.
 #
 # Right: the number is not the only difficulty. The two groups of prompts differ in one word, "triangles" or "squares", and use the same noises. Both models are right with triangles many times more often than with squares. With squares the *total* is mostly right, as the printed lines say. So the models mix up what the objects are, not how many there are.
 #
@@ -482,7 +482,7 @@ plt.show()
 # - Reflow trains on a model's own pairs (2.1). Their lines hardly cross, so few steps do.
 # - dev's first guess is an average of many pictures, and as latents nearly the same for every noise; schnell's is nearly the final picture.
 # - Guidance (2.2) exaggerates the prompt; its scale is an input of dev.
-# - Both models often miscount many objects, and circles together with squares. A search may mend this.
+# - Both models often miscount many objects, and mix up circles with squares. A search may mend this.
 
 # %% [markdown]
 # ## Exercises
@@ -535,13 +535,13 @@ def best_steps(shares, budget):
 # %% [markdown]
 # The rule assumes one $p$ for every prompt. For a *hard* prompt $p_n$ may be zero at one step and not at four. Then no number of tries helps.
 #
-# ### Exercise 2: tell them apart (difficulty 3 of 5, 15 minutes)
+# ### Exercise 2: tell them apart (difficulty 2 of 5, 10 minutes)
 #
-# You are given a velocity function and noises, and must say whether the model is a few-step one. You may evaluate the velocity at $t = 1$ only. Return a number that says how much the first guesses of different noises differ. It should be above 0.4 for few-step models and below for others, whatever the prompt.
+# You are given a velocity function and noises, and must say whether the model is a few-step one. You may evaluate the velocity at $t = 1$ only. (Model and prompt are already inside `velocity(x, t)`.) Return a number that says how much the first guesses of different noises differ. It should be above 0.4 for few-step models and below for others, whatever the prompt.
 #
 # <details><summary>Hint</summary>
 #
-# The first guess is $x - 1 \cdot u_1(x)$. How much do the guesses of different noises vary, compared with how much finished latents vary, whose standard deviation is near 1? Take the standard deviation over the noises (the first axis) at each place, then the mean.
+# The first guess is $x - 1 \cdot u_1(x)$. How much do the guesses of different noises vary, compared with finished latents, which vary by about 0.8? Take the standard deviation over the noises (the first axis) at each place, then the mean.
 #
 # </details>
 
@@ -783,7 +783,7 @@ for row, (name, words) in zip(axes, rows.items(), strict=True):
 plt.show()
 
 # %% [markdown]
-# A is "two red circles", B "five blue squares". T5's words decide the shapes and, by and large, how many there are. CLIP's single vector meddles with colour.
+# A is "two red circles", B "five blue squares". T5's words decide the shapes and, by and large, how many there are. CLIP's single vector can meddle with colour: it does in the last row.
 #
 # A word that the tokenizer does not know becomes a mark that means nothing, and the model draws something likely all the same. The package warns of such words, and of prompts that are too long.
 

@@ -68,7 +68,7 @@ pictures = prompt.decode(latents)
 rewards = shapes.CountReward(shapes.parse(TEXT))(pictures)
 
 # %% [markdown]
-# We asked 64 times for three red circles and two blue squares. The reward is minus the squared error of the counts, so a right picture has 0. The figure shows all 64 rewards, between the two worst and the two best pictures.
+# We asked 64 times for three red circles and two blue squares. The reward is minus the squared error of the counts, so a right picture has 0. (A faint object counts in part, so rewards need not be whole numbers.) The figure shows all 64 rewards, between the two worst and the two best pictures.
 
 # %% tags=["plot"] alt="Histogram of 64 rewards from about -26 to 0, most between -20 and -2. On its left the two worst pictures, with objects of the wrong kinds; on its right the two best, nearly right and right."
 order = rewards.argsort()
@@ -151,7 +151,7 @@ opacity = np.where(np.arange(6) == 0, fade[:, None], 1.0)  # the first appears s
 film = np.concatenate([shapes.draw(layout, 1, row) for row in opacity])
 film = shapes.to_tensor(film)
 
-# %% tags=["plot"] alt="Three pictures with one circle faint, half drawn and full. Beside them the rewards against its opacity: the exact counter jumps from -1 to 0 near 0.7, the held-out judge near 0.5; the smooth reward climbs from -1 to 0 between 0.6 and 0.9."
+# %% tags=["plot"] alt="Three pictures with one circle faint, half drawn and full. Beside them the rewards against its opacity: the exact counter jumps from -1 to 0 near 0.75, the held-out judge near 0.5; the smooth reward climbs from -1 to 0 between 0.55 and 0.9."
 fig, axes = plt.subplots(1, 4, figsize=(10, 2.6), width_ratios=(1, 1, 1, 2.2))
 for ax, k in zip(axes, (0, 18, 40), strict=False):
     plots.picture(ax, film[k], f"opacity {fade[k]:.2f}")
@@ -170,9 +170,9 @@ assert [r == 0 for r in shapes.residual(scene, film)] == list(shapes.exact(scene
 # %% [markdown]
 # Read the curves from left to right, while the circle appears.
 #
-# - The **exact counter** jumps from $-1$ to 0 near an opacity of 0.7. A fainter circle does not count at all, a stronger one counts whole.
+# - The **exact counter** jumps from $-1$ to 0 near an opacity of 0.75. A fainter circle does not count at all, a stronger one counts whole.
 # - The **held-out judge** (wide band) counts whole objects too, so it also jumps, but near 0.5: it accepts a fainter circle. At both ends the two agree. So they can differ on a picture that is half drawn, and a search should not rely on one of them alone.
-# - The **smooth reward** climbs between 0.6 and 0.9.
+# - The **smooth reward** climbs between 0.55 and 0.9.
 #
 # The climb matters because a search takes small steps, and asks which of two candidates is a little better. To this question the counter often answers "no difference". The smooth reward is the package's `CountReward`; where a prompt has a relation ("above"), each misplaced object costs up to 1.
 #
@@ -269,7 +269,7 @@ share = np.array([[best_of(n, r[k], exact[k]) for n in NS] for k in range(6)])
 #
 # **Guess: with this $p$, the formula gives 0.99 at $N = 16$. What will the six prompts give?**
 
-# %% tags=["plot"] alt="Left: expected best reward against N for three prompts; all rise and flatten, and stay below 0. Right: the share of right pictures against N. Measured, it rises from below 0.3 to about two thirds; the formula with the mean p lies far above it and reaches nearly 1."
+# %% tags=["plot"] alt="Left: expected best reward against N for three prompts; all rise, two of them ever more slowly, and stay below 0. Right: the share of right pictures against N. Measured, it rises from below 0.3 to about two thirds; the formula with the mean p lies far above it and reaches nearly 1."
 fig, axes = plt.subplots(1, 2, figsize=(10, 3.5))
 for k, marker in zip((5, 4, 3), "osD", strict=True):
     axes[0].plot(NS, gain[k], marker=marker, markersize=4, label=PROMPTS[k])
@@ -298,13 +298,13 @@ assert sorted(exact.sum(1))[:2] == [1, 1]
 #
 # </details>
 #
-# The left panel shows three of the six prompts (six curves would hide each other). In each, the curve rises less and less, while every doubling of $N$ costs twice as much.
+# The left panel shows three of the six prompts (six curves would hide each other). Every doubling of $N$ costs twice as much. In two of the curves it brings less each time; in the third, a hard prompt, it still brings nearly as much as the one before.
 #
 # **What would a method have to do to beat this curve?**
 #
 # <details><summary>Answer</summary>
 #
-# It must raise $p$ itself, and not just try again. Best-of-$N$ pays for every bad picture to its end, and learns nothing on the way. A better method would see early which pictures go wrong, and spend its evaluations on the others. For this it must judge a picture before it is finished. That is the next section, and everything from [notebook 06](06_smc.ipynb) on.
+# It must raise $p$ itself, or make a try cheaper, and not just try again. Best-of-$N$ pays for every bad picture to its end, and learns nothing on the way. A better method would see early which pictures go wrong, and spend its evaluations on the others. For this it must judge a picture before it is finished. That is the next section, and everything from [notebook 06](06_smc.ipynb) on.
 #
 # </details>
 #
@@ -394,7 +394,7 @@ assert trust["dev"][0].mean < trust["dev"][2].mean < trust["dev"][-1].mean
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# For schnell at once: the correlation is about 0.6 at $t = 1$, so the first evaluation of a noise already says much about the final picture. A search may try many noises and drop most after one evaluation (exercise 2). For dev the first look says next to nothing, and even at $t = 0.75$ the correlation is only about 0.2. It passes 0.5 near $t = 0.6$. There selection should begin.
+# For schnell at once: the correlation is about 0.6 at $t = 1$, so the first evaluation of a noise already says much about the final picture. A search may try many noises and drop most after one evaluation (exercise 2). For dev the first look says next to nothing, and even at $t = 0.75$ the correlation is only about 0.2. It passes 0.5 near $t = 0.6$. From about there on selection can pay.
 #
 # </details>
 #
@@ -418,7 +418,7 @@ for name, job in jobs.items():
     print(f"{name:16} {1000 * (time.process_time() - start) / 32:5.1f} ms")
 
 # %% [markdown]
-# On FLUX.1 a decoding costs about a seventh of a velocity. On tiny-flux it costs more than a velocity, because the decoder is large beside the transformer. So the package counts NFE and reward calls separately.
+# On FLUX.1 a decoding costs about a seventh of a velocity ([notebook 12](12_scaling_out.ipynb) counts). On tiny-flux it costs more than a velocity: the decoder works on all pixels, the transformer on 16 tokens. So the package counts NFE and reward calls separately.
 #
 # ## What goes wrong: the reward is not the goal
 #
@@ -458,7 +458,7 @@ for name, values in hurried.items():
         curve = [np.mean([best_of(n, *pair) for pair in pairs]) for n in NS]
         curves[name].append(curve)
 
-# %% tags=["plot"] alt=["Left, the reward that is optimised rises with N for all three rewards. Right, the held-out judge's share of right pictures rises for 'counts', rises less for 'total only', and falls for 'more ink'.", "The best of 64 pictures of one prompt by each of the three rewards: by counts a right one; by total the right number of objects but wrong kinds; by ink too many objects."]
+# %% tags=["plot"] alt=["Left, the reward that is optimised rises with N, for 'total only' up to N = 4. Right, the held-out judge's share of right pictures rises for 'counts', rises less for 'total only', and falls for 'more ink'.", "The best of 64 pictures of one prompt by each of the three rewards: by counts a right one; by total the right number of objects but wrong kinds; by ink too many objects."]
 fig, axes = plt.subplots(1, 2, figsize=(9, 3.2))
 for (name, pair), marker in zip(curves.items(), "osD", strict=True):
     for ax, values in zip(axes, pair, strict=True):
@@ -492,12 +492,12 @@ assert [bool(held_out[5, int(np.argmax(v[5]))]) for v in hurried.values()] == [T
 #
 # </details>
 #
-# Left: each reward rises with $N$ (measured in its own standard deviations, so that the three can be compared). So each search succeeds by its own reward. Right: only a judge that was not optimised tells them apart. That is why results in this series are given by two judges. Best-of-$N$ is still a mild case, because it only chooses among pictures that the model draws anyway. A search that steers every step can find much stranger pictures ([notebook 09](09_gradients.ipynb)).
+# Left: each reward rises with $N$, *total only* until all totals are right (measured in its own standard deviations, so that the three can be compared). So each search succeeds by its own reward. Right: only a judge that was not optimised tells them apart. That is why results in this series are given by two judges. Best-of-$N$ is still a mild case, because it only chooses among pictures that the model draws anyway. A search that steers every step can find much stranger pictures ([notebook 09](09_gradients.ipynb)).
 
 # %% [markdown]
 # ## Recap
 # - A reward is a function of a picture. A smooth one tells candidates apart that a counter calls equal.
-# - Best-of-$N$ gains less from each further picture (3.3), and hardly helps where the model hardly ever succeeds.
+# - Best-of-$N$ gains less from each further picture (3.3), and draws few right pictures where the model hardly ever succeeds.
 # - To beat it, a method must know early which pictures go wrong. The look-ahead reward (3.4) judges the posterior mean.
 # - For schnell it says much from the first evaluation on, for dev only late.
 # - A search uses whatever a reward leaves out; only a judge that was not optimised notices.
