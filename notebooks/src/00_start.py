@@ -194,17 +194,20 @@ plt.show()
 from flowscale_lite import RBF, BestOfN, ode, paper_vp, sde, search, steps, vp_diffusion
 
 budget = 250
+# What is searched: this prompt's velocity, the reward, how a step goes, and when.
 by_steps = prompt.problem(reward, sde(vp_diffusion()), times=paper_vp(10))
 
 # %%
+# `steps` gives one step of the search after the other; `search`, below, runs them all.
 generator = torch.Generator().manual_seed(3)
 run = steps(by_steps, RBF.few_step(budget), max_nfe=budget, generator=generator)
 film, when = [], []
-for step in run:  # one step of the search at a time
+for step in run:
     film.append(run.particles.best().x0)  # the guess of the state that it kept
     when.append(step.t)
 result = run.result()
-film_trace = result.trace
+film_trace = result.trace  # the account: what each step drew and spent
+# The last entry, at t = 0, is step 9's guess again.
 film_pictures = torch.cat([prompt.decode(x0) for x0 in film[:-1]])
 film_rewards = reward(film_pictures)
 print(f"RBF: reward {result.reward:.2f}, {result.nfe} NFE")
@@ -251,7 +254,7 @@ plt.show()
 #
 # </details>
 #
-# Green and yellow objects, which the prompt does not name, come and go in the film. The random step leads to states that this model seldom met in training. [Notebook 04](04_ode_to_sde.ipynb) measures how many right pictures that costs.
+# Green and yellow objects, which the prompt does not name, come and go in the film. The random step does not start them: the best try above has one at $t = 1.0$ too, in the guess from pure noise. On the flow such objects soon go. In the film they last longer, because most of its steps lie near pure noise, and because a random step may bring new ones. [Notebook 04](04_ode_to_sde.ipynb) measures how many right pictures random steps cost this model.
 #
 # You can move through the film yourself:
 
@@ -278,6 +281,10 @@ kept = np.array([step.accepted for step in result.trace[:-1]])
 assert shapes.exact(scene, found[None])[0] and result.trace[0].nfe == 62 and kept[3] < kept[0]
 drawn = [step.drawn for step in result.trace]
 assert drawn[4:7] == [21, 8, 34] and kept[5] > kept[:5].max()
+other = [colour in ("green", "yellow") for colour, _ in shapes.CLASSES]
+both = [shapes.soft_count(shapes.detect(x)) for x in (prompt.decode(guesses[0]), tries)]
+started, ended = (counts[:, other].sum(1).mean() for counts in both)
+assert started > 1 and ended < 0.1  # no random step here, and on the flow they go
 assert means[3] < 0.8 * means[0] and (means[8:] > 0.4 * means[0]).all()
 
 # %% [markdown]

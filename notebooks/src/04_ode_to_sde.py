@@ -446,7 +446,7 @@ for name in ("g = 0 (ODE)", "g = 1/2", "g = 2"):
     kernel = euler_maruyama(amounts[name])
     fans[name] = simulate(kernel, start, grid, torch.Generator().manual_seed(5))
 
-# %% tags=["plot"] alt="Thirty paths from one state at time 0.6 and the histogram of 3,000 ends. ODE: one path, one spike. A little noise: the paths spread over neighbouring hills. Much noise: the ends fill the whole density of the data."
+# %% tags=["plot"] alt="Thirty paths from one state at time 0.6 and the histogram of 3,000 ends. ODE: one path, one spike. A little noise: the paths spread over neighbouring hills. Much noise: the ends nearly fill the density of the data."
 style = {"sharex": True, "sharey": "row", "height_ratios": (1.4, 1)}
 fig, axes = plt.subplots(2, 3, figsize=(9, 4.6), **style)
 for (above, below), (name, states) in zip(axes.T, fans.items(), strict=True):
@@ -461,9 +461,9 @@ axes[0, 0].set_ylabel("t")
 plt.show()
 
 # %% [markdown]
-# The more noise, the less the children of a state resemble it. At $g = 2$ they fill the whole density of the data (black): where they came from no longer matters. So with $g$ a search can choose anything between one future and a new start.
+# The more noise, the less the children of a state resemble it. At $g = 2$ they nearly fill the density of the data (black): where they came from matters little. So with $g$ a search can choose anything between one future and a new start.
 #
-# On pictures, the *time* of the noise matters just as much. We take twelve states at each of five times, continue each four times with $g_t = 3t^2$, and measure how different the four siblings are (root mean squared difference of their pixels).
+# On pictures, the *time* of the noise matters too. We take twelve states at each of five times, continue each four times with $g_t = 3t^2$, and measure how different the four siblings are (root mean squared difference of their pixels).
 
 # %%
 from flowscale_lite.experiments import clustered_mean
@@ -711,7 +711,7 @@ def settles_at(c, V):
 # ### Exercise 3: design your own g (difficulty 3 of 5, 15 minutes)
 #
 # Choose a function $g_t$ for 200 steps of (4.9). It must pass the test of the marginals: samples at $t = 0$ with $W_1$ below 0.05. And siblings should be as different as you can make them: children of the state $x = 0.1$ at $t = 0.6$ must have a standard deviation above 1.3.
-# (The paper's $3t^2$ reaches about 0.9. The data's own is 1.43.)
+# (The paper's $3t^2$ reaches about 0.9. The data's own is 1.42.)
 #
 # <details><summary>Hint</summary>
 #

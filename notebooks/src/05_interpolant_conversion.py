@@ -263,7 +263,7 @@ ax.legend(fontsize=9)
 plt.show()
 
 # %% [markdown]
-# So **the VP-SDE is the same model on another time grid, with other noise**: stronger very close to $t = 1$, and weaker everywhere else. A conversion changes nothing else. (This is exact in continuous time. With ten large steps the two ways of writing the SDE differ a little: [Deeper](#Deeper:-the-last-step-on-VP).)
+# So **the VP-SDE is the same model on another time grid, with other noise**: stronger near $t = 1$, where most steps of the paper's grid lie, and weaker below. A conversion changes nothing else. (This is exact in continuous time. With ten large steps the two ways of writing the SDE differ a little: [Deeper](#Deeper:-the-last-step-on-VP).)
 #
 # So we can stay on the linear path and change the grid alone, or the noise alone. (The paper calls the noise strength $g$ the *diffusion coefficient*.)
 
@@ -307,7 +307,7 @@ family(3)
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# The *grid* makes siblings different, because with it three steps end close to pure noise. Alone it also gives good pictures. The VP *noise alone*, on uniform steps, spoils the pictures: its first step of 0.1 adds noise of variance about 14 to states of variance 1. VP's noise needs small steps near $t = 1$.
+# The *grid* makes siblings different, because with it three steps end close to pure noise. Alone it also gives pictures about as good as the linear SDE's. The VP *noise alone*, on uniform steps, spoils the pictures: its first step of 0.1 adds noise of variance about 14 to states of variance 1. VP's noise needs small steps near $t = 1$.
 #
 # </details>
 #
@@ -391,7 +391,7 @@ for _model in ("dev", "schnell"):
         assert minus(_model, "noise alone", _name, "finished").high < 0
 
 # %% [markdown]
-# Bars are 95 % intervals. *Left.* Siblings that split at step 0, at the noise itself, are nearly equally varied under all four samplers. Split later they are not: the grid keeps them different, the noise alone makes them alike early. Split at step 6 or 8 the grid alone is even ahead of VP-SDE, because there VP's noise is the weaker one. *Right.* Siblings that split at step 3. To the right is more varied, up is better. VP-SDE and the grid alone have both; the noise alone has neither. VP-SDE makes the best pictures of the four, but its lead over the linear SDE is small ([Deeper](#Deeper:-beside-the-paper) compares them prompt by prompt).
+# Bars are 95 % intervals. *Left.* Siblings that split at step 0, at the noise itself, are nearly equally varied under all four samplers. Split later they are not: the grid keeps them different, the noise alone makes them alike early. Split at step 6 or 8 the grid alone is even ahead of VP-SDE. *Right.* Siblings that split at step 3. To the right is more varied, up is better. VP-SDE and the grid alone have both; the noise alone has neither. VP-SDE makes the best pictures of the four, but its lead over the linear SDE is small ([Deeper](#Deeper:-beside-the-paper) compares them prompt by prompt).
 #
 # A search branches at every step, so it needs this kind of variety. **Guess: the grid alone has far more variety than the linear SDE. Will a search find more with it?**
 #
@@ -461,13 +461,13 @@ assert set(larger["seed"]) == {0, 1, 2} and larger["prompt"].nunique() == 50
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# No. With the grid alone the search finds no more than with the linear SDE: the third bar on the left lies mostly left of the line. Variety alone does not help. VP-SDE finds more than the grid alone, and far more than the noise alone. So grid and noise need each other.
+# No. With the grid alone the search finds no more than with the linear SDE: the third bar on the left lies mostly left of the line. So variety alone is not shown to help. VP-SDE finds more than the grid alone, and far more than the noise alone. So grid and noise need each other.
 #
 # </details>
 #
 # Why does VP's noise help on this grid? A likely reason, which we did not test: it is strong while nothing is decided, and weak later, so it does not spoil what is already drawn.
 #
-# With 100 evaluations VP-SDE against the linear SDE stays open: the bar contains 0. (And RBF was tuned with the VP-SDE, which favours it.) With 500 evaluations it does not: all four searches find more with VP-SDE by the counter, and all but CoDe by the held-out judge. So the question at the top has its answer. *The path changes the grid and the noise. Both together keep children different, and good. A search that chooses among such children finds more.*
+# With 100 evaluations VP-SDE against the linear SDE stays open: the bar contains 0. (And `RBF.few_step` was tuned with the VP-SDE, which favours it. On the right RBF has the paper's settings.) With 500 evaluations it does not: all four searches find more with VP-SDE by the counter, and all but CoDe by the held-out judge. So the question at the top has its answer. *The path changes the grid and the noise. Both together keep children different, and good. A search that chooses among such children finds more.*
 #
 # ## What goes wrong: the paper's grid on a multi-step model
 #
@@ -501,7 +501,7 @@ assert minus("dev", "VP-SDE, last step in three", "VP-SDE", "finished").low > 0
 # - At equal signal-to-noise ratio two paths have the same states, up to a clock $t_s$ and a scale $c_s$ (5.3). The model's averages are the same on both (5.4).
 # - On the linear path the VP-SDE is another grid and another $g$ (5.6), and nothing else.
 # - With the paper's grid siblings stay different for longer. The VP noise alone, on uniform steps, ruins pictures.
-# - A search needs children that differ and are good: variety alone does not help it. With 500 evaluations RBF, SVDD and SMC find more right pictures with the VP-SDE than with the linear SDE.
+# - A search needs children that differ and are good: variety alone is not shown to help it. With 500 evaluations RBF, SVDD and SMC find more right pictures with the VP-SDE than with the linear SDE.
 # - The paper's grid ends in one long step: right for a few-step model, wrong for a multi-step one.
 
 # %% [markdown]
@@ -721,7 +721,8 @@ assert _ddpm["quality"].low < 0 < _ddpm["quality"].high
 # - Split at step 0 or 3, VP-SDE has more variety than the linear SDE and than the grid alone, as in the paper; at step 0 by little.
 # - VP-SDE has far more variety than the noise alone at step 3. At step 0 the two are not told apart; but there part of the variety of the noise alone is clutter, which a distance of pixels counts as well.
 # - The grid alone has more variety than the linear SDE at step 3, as in the paper, and not at step 0.
-# - The noise alone is by far the worst, with and without a search, as in the paper. VP-SDE is the best, as in the paper.
+# - *Against the paper*: there the noise alone has more diversity than the grid alone (0.429 against 0.270). Here, at step 3, it has by far the least. Its pictures are the worst, with and without a search, as in the paper.
+# - VP-SDE is the best, as in the paper; with the search of 100 evaluations it is not told apart from the linear SDE.
 # - In between the order differs: in the paper's search the grid alone is ahead of the linear SDE. Ours does not show that.
 # - The DDPM transition on the grid has as much variety as VP-SDE, and RBF finds less with it. We have not found out why.
 
