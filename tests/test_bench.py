@@ -98,6 +98,13 @@ def test_a_function_of_the_budget_and_a_sampler_of_ones_own(tmp_path):
     assert entry.sibling and bench.imported(of(tmp_path, code) + "few")[0].method(100).init == 25
 
 
+def test_a_dataclass_whose_annotations_are_text(tmp_path):
+    """Its module must be there when the file is run: dataclasses look it up."""
+    entry, _ = bench.imported(of(tmp_path, "from __future__ import annotations\n" + TAUGHT) + "Halving")
+    task = {"track": "few-step", "method": "mine", "budget": 50, "prompt": "two red circles", "seed": 0}
+    assert bench.run(task, entry)["nfe"] <= 50
+
+
 def test_stored_rows_replay():
     """The first of each track, to the digits that another processor keeps."""
     rows = [json.loads(line) for line in (ROOT / "data/results/bench.jsonl").read_text().splitlines()]

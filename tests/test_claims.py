@@ -54,3 +54,27 @@ def test_what_the_page_says_of_the_toy_is_what_its_rows_say():
                 means.setdefault((row["method"], row["kernel"]), []).append(row["found"])
             best = {method: max(sum(v) / len(v) for (m, _), v in means.items() if m == method) for method, _ in means}
             assert best["RBF"] == max(value for method, value in best.items() if not method.startswith("RBF,"))
+
+
+PAIRS = [
+    ("few-step", "rbf", 50, "svdd", 50),
+    ("few-step", "rbf", 100, "svdd", 100),
+    ("few-step", "rbf", 250, "svdd", 250),
+    ("few-step", "refine", 100, "rbf", 100),
+    ("multi-step", "refine", 250, "best-of-n", 250),
+    ("multi-step", "beam", 250, "best-of-n", 250),
+    ("compose", "refine", 100, "best-of-n", 100),
+    ("differentiable", "svdd + dps", 100, "svdd", 100),
+]
+
+
+@pytest.mark.parametrize(("track", "first", "mine", "second", "theirs"), PAIRS)
+def test_the_differences_on_the_bench_page_are_those_of_its_rows(track, first, mine, second, theirs):
+    rows = [row for row in experiments.read(ROOT / "data/results/bench.jsonl") if row["track"] == track]
+    page = re.sub(r"\s+", " ", (ROOT / "BENCH.md").read_text(encoding="utf-8"))
+    one, other = (
+        [row for row in rows if (row["method"], row["budget"]) == pair] for pair in ((first, mine), (second, theirs))
+    )
+    for judge in ("exact", "held_out"):
+        said = str(experiments.paired_difference(one, other, judge)).replace("0.", ".")
+        assert (said if said.startswith("-") else f"+{said}") in page, said
