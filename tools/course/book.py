@@ -8,6 +8,7 @@ link to a file that is no page of the book becomes its address in the repository
 
 import argparse
 import ast
+import base64
 import inspect
 import re
 import shutil
@@ -34,6 +35,7 @@ EQUATION = re.compile(r"\$\$((?:(?!\$\$).)+?)\\tag\{(\d+\.\d+)\}\s*\$\$", re.S)
 REFERENCE = re.compile(CODE + r"(?<![\w\[])\((\d+\.\d+)\)", re.S)
 HEADING = re.compile(r"^#+ +(.+)$", re.M)
 ARXIV = re.compile(r"arXiv[ :](\d{4}\.\d{5})")
+PICTURE = re.compile(r'<img (?=alt="[^"]*" src="data:image/png;base64,([^"]{40}))')
 
 
 def slug(heading: str) -> str:
@@ -126,14 +128,23 @@ class Book:
         tables.insert(self.out / "BENCH.md", "bench", bench.table(rows))
 
     def chapter(self, notebook: NotebookNode, page: str) -> NotebookNode:
-        """A notebook as a page: the badge a plain link, no set-up, links as the book has them."""
+        """A notebook as a page: the badge a plain link, no set-up, links and pictures as the book has them."""
         for cell in notebook.cells:
             if cell.cell_type == "markdown":
                 text = EQUATION.sub(enclosed, BADGE.sub("[Open in Colab]", cell.source))
                 cell.source = self.linked(text, page)
             elif "setup" in notebooks.tags(cell):
                 cell.metadata["tags"] = [*cell.metadata["tags"], "remove-cell"]
+            for output in cell.get("outputs", []):
+                if "text/html" in output.get("data", {}):
+                    output["data"]["text/html"] = PICTURE.sub(legible, output["data"]["text/html"])
         return notebook
+
+
+def legible(picture: re.Match[str]) -> str:
+    """A picture that keeps six tenths of its width on a phone, where it moves sideways: smaller, no letter is read."""
+    width = int.from_bytes(base64.b64decode(picture[1])[16:20], "big")
+    return f'{picture[0]}style="min-width: {round(0.6 * width)}px" '
 
 
 def enclosed(equation: re.Match[str]) -> str:
