@@ -266,8 +266,9 @@ def try_out(mutant: Mutant | None, tests: Sequence[str]) -> Outcome:
         RuntimeError: the tests did not run.
     """
     with tempfile.TemporaryDirectory() as folder:
-        for name in ("flowscale_lite", "tests", "data/prompts"):
+        for name in ("flowscale_lite", "tests"):
             shutil.copytree(ROOT / name, Path(folder) / name, ignore=shutil.ignore_patterns("__pycache__"))
+        (Path(folder) / "data").symlink_to(ROOT / "data")  # which no test changes
         shutil.copy(ROOT / "pyproject.toml", folder)
         if mutant is not None:
             path = Path(folder) / "flowscale_lite" / mutant.file

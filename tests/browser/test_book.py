@@ -31,6 +31,9 @@ LOOK = """async () => {
         missing: [...document.images].filter(i => !i.complete || !i.naturalWidth).map(i => i.src.slice(0, 80)),
         speechless: [...document.querySelectorAll("article img")].filter(i => !i.alt.trim()).length,
         wider: document.documentElement.scrollWidth - width,
+        // what sticks out on the left cannot be scrolled to
+        cut: [...document.querySelectorAll("div.math > *")].filter(e =>
+            e.getBoundingClientRect().left < e.parentElement.getBoundingClientRect().left - 1).length,
     };
 }"""
 
@@ -42,6 +45,7 @@ def test_a_page_is_complete_and_within_the_page(page, name):
     assert seen["missing"] == [] and seen["speechless"] == 0 and page.faults == []
     assert seen["raw"] == 0 and seen["wrong"] == 0
     assert seen["wider"] <= 0, f"{seen['wider']} pixels stick out"
+    assert seen["cut"] == 0, "formulas whose beginning cannot be reached"
     if name in FORMULAS or name.startswith("notebooks/"):
         assert seen["formulas"] > 2
     if name.startswith("notebooks/"):
