@@ -25,7 +25,7 @@ from flowscale_lite.tiny.judge import HeldOutJudge
 HeldOutJudge.load(locate("judge/held_out.safetensors"))
 pipelines = [type(flux.load(locate(f"tiny-flux/{model}"))).__name__ for model in ("dev", "schnell")]
 prompts = locate("prompts/hard.txt").read_text().splitlines()
-rows = locate("results/search.jsonl").read_text().splitlines()
+rows = locate("results/bench.jsonl").read_text().splitlines()
 print(json.dumps([flowscale_lite.__file__, pipelines, len(prompts), len(rows)]))
 """
 
@@ -93,7 +93,7 @@ def test_wheel_works_alone(wheel, tmp_path):
     assert Path(file).is_relative_to(site)
     assert prompts == len((ROOT / "data" / "prompts" / "hard.txt").read_text().splitlines())
     assert pipelines == ["FluxPipeline", "FluxPipeline"]
-    assert rows == len((ROOT / "data" / "results" / "search.jsonl").read_text().splitlines())
+    assert rows == len((ROOT / "data" / "results" / "bench.jsonl").read_text().splitlines())
     printed = command(site / "bin" / "flowscale", "three red circles and two blue squares", "--nfe", "30", **alone)
     assert json.loads((empty / "out.json").read_text())["found"]["nfe"] <= 30
     assert "out.png" in printed

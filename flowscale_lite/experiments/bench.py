@@ -24,7 +24,7 @@ import torch
 from .. import kernels, look_ahead, schedules
 from ..beyond import Cascade, Draft, Refine
 from ..look_ahead import LookAhead, posterior_mean
-from ..methods import RBF, SVDD, Beam, BestOfN, Guide
+from ..methods import RBF, SVDD, Beam, BestOfN, Guide, ZeroOrder
 from ..problem import Problem
 from ..search import Method, search
 from ..tiny import shapes
@@ -75,8 +75,15 @@ _FEW_STEP = {
     "rbf": Entry(RBF.few_step),
     "refine": Entry(Refine.few_step, _LEVELS),
 }
+_ALSO = {  # on the main track only: a fairer best-of-n, hill climbing, and what Refine's choice of regions gains
+    "best-of-n, 4 steps": Entry(lambda nfe: BestOfN(), Sampler(kernels.ode, schedules.uniform(4))),
+    "zero-order": Entry(lambda nfe: ZeroOrder(init=nfe // 4), _ODE),
+    "refine, all regions": Entry(lambda nfe: Refine(init=nfe // 4, share=1.0), _LEVELS),
+    "refine, one region": Entry(lambda nfe: Refine(init=nfe // 4, share=1 / 16), _LEVELS),
+    "refine, 3 x 3 regions": Entry(lambda nfe: Refine(init=nfe // 4, cells=3), _LEVELS),
+}
 TRACKS = {
-    "few-step": Track("schnell", shapes.CountReward, SAMPLERS["VP-SDE"], _FEW_STEP),
+    "few-step": Track("schnell", shapes.CountReward, SAMPLERS["VP-SDE"], _FEW_STEP | _ALSO),
     "compose": Track("schnell", shapes.CountReward, SAMPLERS["VP-SDE"], _FEW_STEP, "compose"),
     "multi-step": Track(
         "dev",

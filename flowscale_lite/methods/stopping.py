@@ -52,7 +52,7 @@ class BestOfEnough:
     The best of n grows slowly with n, and the noise of the next transition covers most of what a choice gains. The last
     choice is not covered by any noise. So late transitions get more: with a transitions left, this one included, at
     least left / 4^(a - 1) candidates are drawn, if the quota allows it. 24 are a balance: closed-form flows do better
-    with 16 (`tools.runs.toy_table`), pictures worse (`tools.runs.results`).
+    with 16 (`tools.runs.toy_table`); on pictures fewer are not shown to be better (`tools.runs.defaults`).
     """
 
     enough: int = 24

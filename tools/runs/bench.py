@@ -1,7 +1,7 @@
 """`python -m tools.runs.bench`: the stored runs of the bench, data/results/bench.jsonl. Resumable.
 
-Every method of every track at 50, 100, 250 and 500 NFE, on 50 prompts of the test list with three seeds. `--print` runs
-nothing and writes the tables of what has been run so far into BENCH.md and README.md.
+Every method of every track at 50, 100, 250 and 500 NFE, some at 1,000, on 50 prompts of the test list with three seeds.
+`--print` runs nothing and writes the tables of what has been run so far into BENCH.md and README.md.
 """
 
 from __future__ import annotations
@@ -32,7 +32,17 @@ FIRST = [  # the most telling come first, so that an unfinished sweep is of use
     ("few-step", ("rbf", "svdd", "best-of-n"), (50,)),
     ("compose", tuple(bench.TRACKS["compose"].entries), (100,)),
     ("differentiable", tuple(bench.TRACKS["differentiable"].entries), (100,)),
-    ("few-step", ("rbf", "refine", "svdd"), (500,)),
+    ("few-step", ("best-of-n, 4 steps", "zero-order"), (250, 100)),
+    ("few-step", ("best-of-n, 4 steps",), (500, 50)),
+    ("multi-step", ("beam",), (500,)),
+    ("few-step", ("rbf", "refine"), (500,)),
+    ("few-step", ("best-of-n, 4 steps", "best-of-n"), (1000,)),
+    ("few-step", ("refine, all regions", "refine, one region", "refine, 3 x 3 regions"), (100,)),
+    ("multi-step", ("best-of-n", "beam"), (50,)),
+    ("few-step", ("svdd", "zero-order"), (500,)),
+    ("few-step", ("rbf", "refine"), (1000,)),
+    ("few-step", ("rbf, published",), (250,)),
+    ("multi-step", ("draft", "cascade", "refine"), (500,)),
     ("compose", tuple(bench.TRACKS["compose"].entries), (250,)),
     ("differentiable", tuple(bench.TRACKS["differentiable"].entries), (250,)),
 ]
@@ -64,7 +74,7 @@ def table(rows: list[experiments.Row]) -> str:
     return markdown(lines.rename(columns=titles).reset_index())
 
 
-HEADLINE = [("few-step", "best-of-n", 500), ("few-step", "rbf", 250), ("few-step", "refine", 100)]
+HEADLINE = [("few-step", "best-of-n, 4 steps", 500), ("few-step", "rbf", 250), ("few-step", "refine", 100)]
 HEADLINE += [("multi-step", "best-of-n", 250), ("multi-step", "draft", 250)]
 
 

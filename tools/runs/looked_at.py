@@ -27,7 +27,7 @@ from flowscale_lite.flux import FlowModel
 from flowscale_lite.tiny import shapes
 from flowscale_lite.tiny.data import locate
 
-from .results import parts
+from .parts import parts
 from .tables import insert, markdown
 
 PATH, EACH, A_SHEET, SAMPLES = locate("results") / "looked_at.jsonl", 100, 20, 16

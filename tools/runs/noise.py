@@ -23,7 +23,7 @@ from flowscale_lite.flux import FlowModel
 from flowscale_lite.tiny import shapes
 from flowscale_lite.tiny.data import locate
 
-from .results import parts
+from .parts import parts
 from .tables import markdown
 
 PATH = locate("results") / "noise.jsonl"

@@ -23,7 +23,7 @@ from flowscale_lite.search import Method, search
 from flowscale_lite.tiny import shapes
 from flowscale_lite.tiny.data import locate
 
-from .results import parts
+from .parts import parts
 from .tables import insert, markdown
 
 PATH, PROMPTS, SEEDS = locate("results") / "paper.jsonl", 50, (0, 1, 2)

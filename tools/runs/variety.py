@@ -1,6 +1,6 @@
 """`python -m tools.runs.variety`: how different a method's finds are, and how well it looked ahead. Resumable.
 
-Searches of 100 NFE with tiny-flux schnell on 20 hard prompts, five seeds each, by the recipes of `tools.runs.results`.
+Searches of 100 NFE with tiny-flux schnell on 20 prompts of the test list, five seeds each, as the bench runs them.
 A row of data/results/variety.jsonl holds, for a method and a prompt, the mean distance between two of the five pictures
 found (root mean squared difference of their pixels), and of every run its reward, its verdicts and the look-ahead
 reward that it went on with after each step. For notebook 10.
@@ -14,34 +14,37 @@ from math import isnan
 import torch
 
 from flowscale_lite import experiments
-from flowscale_lite.flux import FlowModel
+from flowscale_lite.experiments import bench, paper
+from flowscale_lite.methods import SMC, BestOfN
 from flowscale_lite.search import search
 from flowscale_lite.tiny import shapes
 from flowscale_lite.tiny.data import locate
 
-from .results import RECIPES, parts
+from .parts import parts
 
 PATH = locate("results") / "variety.jsonl"
-METHODS, PROMPTS, SEEDS, BUDGET = ("plain", "best-of-n", "smc", "svdd", "rbf", "refine"), 20, 5, 100
+TRACK, PROMPTS, SEEDS, BUDGET = bench.TRACKS["few-step"], 20, 5, 100
+METHODS = {"plain": bench.Entry(lambda nfe: BestOfN(1), paper.SAMPLERS["ODE"])}
+METHODS |= {"smc": bench.Entry(lambda nfe: SMC(tau=0.5, tempering=0.0))}
+METHODS |= {name: TRACK.entries[name] for name in ("best-of-n", "svdd", "rbf", "refine")}
 
 
 def tasks() -> list[experiments.Task]:
     """Every method on every prompt."""
-    texts = locate("prompts/hard.txt").read_text().splitlines()[:PROMPTS]
+    texts = locate(f"prompts/{TRACK.prompts}.txt").read_text().splitlines()[:PROMPTS]
     return [{"prompt": prompt, "method": method} for prompt in texts for method in METHODS]
 
 
 def run(task: experiments.Task) -> experiments.Row:
     """Five searches."""
-    pipe, judge = parts("schnell")
-    scene, recipe = shapes.parse(task["prompt"]), RECIPES["schnell"][task["method"]]
-    prompt = FlowModel.encode(pipe, task["prompt"], guidance=2.0)
-    problem = prompt.problem(shapes.CountReward(scene), recipe.kernel, times=recipe.times or prompt.times(10))
+    scene, (_, judge) = shapes.parse(task["prompt"]), parts(TRACK.model)
+    entry = METHODS[task["method"]]
+    problem, model = bench.problem_of(TRACK, entry, task["prompt"])
     found = [
-        search(problem, recipe.method(BUDGET), max_nfe=BUDGET, generator=torch.Generator().manual_seed(seed))
+        search(problem, entry.method(BUDGET), max_nfe=BUDGET, generator=torch.Generator().manual_seed(seed))
         for seed in range(SEEDS)
     ]
-    pictures = prompt.decode(torch.stack([one.best for one in found]))
+    pictures = model.decode(torch.stack([one.best for one in found]))
     return {
         "distance": round(float(shapes.apart(pictures)), 5),
         "reward": [round(one.reward, 4) for one in found],
