@@ -588,13 +588,13 @@ account.round(3)
 # %% [markdown]
 # ## Deeper: fifty prompts
 #
-# Stored runs with 250 NFE: fifty hard prompts, three seeds each. `RBF.few_step` was not tuned on them. Best-of-N is also there with four steps a picture, enough for a few-step model, so that 250 NFE buy 62 pictures. The intervals are bootstrapped over prompts.
+# Stored runs with 250 NFE: fifty *test prompts*, on which nothing was tuned, three seeds each. Best-of-N is also there with four steps a picture, enough for a few-step model, so that 250 NFE buy 62 pictures. The intervals are bootstrapped over prompts.
 
 # %%
 from flowscale_lite.experiments import paired_difference, read, table
 
-wanted = {"model": "schnell", "level": "hard", "budget": budget}
-rows = [r for r in read(locate("results/search.jsonl")) if wanted.items() <= r.items()]
+wanted = {"track": "few-step", "budget": budget}
+rows = [r for r in read(locate("results/bench.jsonl")) if wanted.items() <= r.items()]
 names = ["best-of-n", "best-of-n, 4 steps", "rbf"]
 runs = {name: [row for row in rows if row["method"] == name] for name in names}
 chosen = runs["best-of-n"] + runs["best-of-n, 4 steps"] + runs["rbf"]

@@ -23,7 +23,7 @@
 # - switch grid and noise one by one, and measure variety and quality
 # - know for which models the paper's grid is harmful
 #
-# **Prerequisites.** Notebooks 01 and 04.
+# **Prerequisites.** Notebooks 01 (paths, posterior means), 03 (reward, look-ahead, judges) and 04 (SDE).
 #
 # **Time.** Core: about 30 minutes. Exercises: about 40. Deeper: about 30.
 #
@@ -45,7 +45,7 @@ from flowscale_lite.interpolants import COSINE, LINEAR, VP, convert
 from flowscale_lite.tiny.data import locate
 
 TEXT = locate("prompts/hard.txt").read_text().splitlines()[1]
-prompt = FlowModel.encode(load(locate("tiny-flux/schnell")), TEXT, chunk=64)
+schnell = FlowModel.encode(load(locate("tiny-flux/schnell")), TEXT, chunk=64)
 
 # %% [markdown]
 # We start from one noise and take three of ten steps. From the state we have reached we go on six times, each time with fresh noise. The six pictures are *siblings*. We do this in two ways. The upper row uses the SDE of [notebook 04](04_ode_to_sde.ipynb) on the model's own linear path. The lower row does what the paper does: it *converts* the velocity to another path, called VP, and runs the SDE there.
@@ -61,20 +61,20 @@ def onwards(path, x, times, seed):
     """States x (K, C, H, W) along times of a path, by the SDE with 3 t²."""
     generator = torch.Generator().manual_seed(seed)
     for t, s in pairwise(times):
-        v = convert(prompt, LINEAR, path)(x, x.new_full((len(x),), t))
+        v = convert(schnell, LINEAR, path)(x, x.new_full((len(x),), t))
         mean, std = noisy(path, x, v, t, s)
         x = mean + std * torch.randn(x.shape, generator=generator)
     return x
 
 
 # %% tags=["plot"] alt="Two rows of six pictures that continue one state each after three of ten steps. Upper row, linear path: six variations of one picture. Lower row, VP: six different pictures."
-noise = torch.randn(1, *prompt.shape, generator=torch.Generator().manual_seed(3))
+noise = torch.randn(1, *schnell.shape, generator=torch.Generator().manual_seed(3))
 fig, axes = plt.subplots(2, 6, figsize=(9, 3.4))
 shown = {}
 for row, path, (name, clock) in zip(axes, (LINEAR, VP), clocks.items(), strict=True):
     state = onwards(path, noise, clock[:4], 0)
     six = onwards(path, state.expand(6, -1, -1, -1), clock[3:], 1)
-    shown[name] = prompt.decode(six)
+    shown[name] = schnell.decode(six)
     plots.strip(row, shown[name], label=f"{name} path")
 fig.suptitle(TEXT, fontsize=10)
 plt.show()
@@ -91,24 +91,24 @@ assert not any(shapes.exact(shapes.parse(TEXT), six).any() for six in shown.valu
 #
 # <details><summary>Answer, in short</summary>
 #
-# The time and the noise, and nothing else. The next three sections take one of the three each: first the knowledge, then the time, then the noise.
+# The time and the noise, and nothing else. The next three sections treat them in turn: first the model's knowledge, then the time, then the noise.
 #
 # </details>
 #
 # ## Two paths through the same states
 #
-# A path mixes data and noise ([notebook 01](01_flow_matching.ipynb)). The linear path has $x_t = (1-t)\,x_0 + t\,\varepsilon$. We write the other one with a bar and its own clock $s$:
+# A path mixes data and noise ([notebook 01](01_flow_matching.ipynb)). On the linear path $x_t = (1-t)\,x_0 + t\,\varepsilon$ holds. We write the other path with a bar and with its own clock $s$. VP is
 #
 # $$
-# \begin{gathered}
-# \bar x_s = \bar\alpha_s\, x_0 + \bar\sigma_s\, \varepsilon, \\
-# \text{VP:}\;\; \bar\alpha_s = e^{-B_s/2}, \\
-# \bar\sigma_s = \sqrt{1 - e^{-B_s}}, \\
-# B_s = 0.1\, s + \tfrac{19.9}{2}\, s^2.
-# \end{gathered} \tag{5.1}
+# \begin{aligned}
+# \bar x_s &= \bar\alpha_s\, x_0 + \bar\sigma_s\, \varepsilon, \\
+# \bar\alpha_s &= e^{-B_s/2}, \\
+# \bar\sigma_s &= \sqrt{1 - e^{-B_s}}, \\
+# B_s &= 0.1\, s + \tfrac{19.9}{2}\, s^2.
+# \end{aligned} \tag{5.1}
 # $$
 #
-# VP means *variance preserving*: $\bar\alpha_s^2 + \bar\sigma_s^2 = 1$ at every $s$. $B_s$ grows with $s$ and says how much noise has come in; its constants are the usual ones (Song et al., 2021).
+# VP means *variance preserving*: the sum $\bar\alpha_s^2 + \bar\sigma_s^2$ is 1 at all times. $B_s$ grows with $s$ and says how much noise has come in; its constants are the usual ones (Song et al., 2021).
 #
 # Both paths are sums of the same two things. *If the ratio of signal to noise is the same, the sums are the same up to a factor.* So for each $s$ we look for the linear time with the same ratio:
 #
@@ -118,7 +118,7 @@ assert not any(shapes.exact(shapes.parse(TEXT), six).any() for six in shown.valu
 #
 # $$\bar x_s = c_s\, x_{t_s}, \qquad c_s = \bar\alpha_s + \bar\sigma_s. \tag{5.3}$$
 #
-# So VP is the linear path with another clock, $t_s$, and another scale, $c_s$. The figure shows this for eight pairs $(x_0, \varepsilon)$.
+# So VP is the linear path with another clock, $t_s$, and another scale, $c_s$. The figure shows this for eight pairs of data and noise. (Time runs from noise, on the left, to data.)
 
 # %%
 from flowscale_lite import GaussianMixture
@@ -132,7 +132,7 @@ def time_and_scale(s):
     return b / (a + b), a + b
 
 
-# %% tags=["plot"] alt="Eight pairs of data and noise. Left, straight lines on the linear path; middle, curves on VP; right, the VP states divided by the scale, at their linear times, as dots: they lie on the straight lines, most of them close to t = 1."
+# %% tags=["plot"] alt="Eight pairs of data and noise. Left, straight lines on the linear path; middle, curves on VP; right, the VP states divided by the scale, at their linear times, as dots: they lie on the straight lines, many of them close to t = 1. Time runs from 1 on the left to 0 on the right."
 generator = torch.Generator().manual_seed(0)
 x0 = data.sample(8, generator).double()
 eps = torch.randn(8, 1, generator=generator, dtype=torch.float64)
@@ -147,13 +147,15 @@ axes[1].set(title="VP, the same pairs", xlabel="s")
 axes[2].plot(t, on_linear.T, color="0.75", linestyle="-", linewidth=3)
 axes[2].plot(t[::5], (on_vp / c).T[::5], "k.", markersize=4)
 axes[2].set(title="VP, divided by c", xlabel="linear time $t_s$")
+for ax in axes:
+    ax.set_xlim(1.02, -0.02)
 plt.show()
 
 # %% tags=["check"]
 assert torch.allclose(on_vp, c * on_linear), "(5.3)"
 
 # %% [markdown]
-# On the right, VP's states divided by $c_s$ (dots) lie on the straight lines. Whoever knows $\bar x_s$ also knows $x_{t_s}$. So the average over all data that can lie behind the state is the same as well:
+# On the right, VP's states divided by $c_s$ (dots) lie on the straight lines. Given $\bar x_s$, we compute $x_{t_s}$ by dividing by $c_s$. So the mean of $x_0$ given the state is the same as well:
 #
 # $$
 # \begin{gathered}
@@ -162,7 +164,7 @@ assert torch.allclose(on_vp, c * on_linear), "(5.3)"
 # \end{gathered} \tag{5.4}
 # $$
 #
-# The look-ahead reward is the reward of this average, so it is the same on both paths. *The model's knowledge is not what changes.* The next cell checks (5.4) at three times on toy data whose averages are known exactly.
+# The look-ahead reward is the reward of this mean, so it is the same on both paths. *The model's knowledge is not what changes.* The next cell checks (5.4) at three times on toy data whose means are known exactly.
 
 # %%
 x = torch.linspace(-3, 3, 61, dtype=torch.float64)[:, None]
@@ -174,11 +176,11 @@ for now in (0.1, 0.5, 0.9):
     assert torch.allclose(on_vp, on_linear), "(5.4)"
 
 # %% [markdown]
-# A velocity is made of two averages: that of the data, $x_{0|t}$, and that of the noise, $\varepsilon_{|t}$ ([notebook 01](01_flow_matching.ipynb)). The model gives both on the linear path. With VP's derivatives they make VP's velocity:
+# A velocity is made of two means: that of the data, $x_{0|t}$, and that of the noise, $\varepsilon_{|t}$ ([notebook 01](01_flow_matching.ipynb)). The model gives both on the linear path. With VP's derivatives they make VP's velocity:
 #
 # $$\bar u_s(\bar x) = \bar\alpha_s'\, x_{0|t} + \bar\sigma_s'\, \varepsilon_{|t}, \tag{5.5}$$
 #
-# with the averages taken at $t = t_s$ and $x = \bar x/c_s$.
+# Here the model is asked at the time $t_s$ and at the state $\bar x/c_s$ of the linear path.
 
 
 # %%
@@ -202,7 +204,16 @@ for _now in (0.01, 0.3, 0.6, 1.0):
     assert torch.allclose(_ours, convert(data.velocity(LINEAR), LINEAR, VP)(x, _s))
 
 # %% [markdown]
-# The package's `convert` does this for any two paths; a test shows that the two agree. (The paper derives the same velocity by the chain rule: [Deeper](#Deeper:-the-chain-rule,-and-both-ends).)
+# The package's `convert` does this for any two paths. On the toy data the two agree:
+
+# %%
+s = torch.full((61,), 0.5, dtype=torch.float64)
+ours = on_vp_path(data.velocity(LINEAR))(x, s)
+packaged = convert(data.velocity(LINEAR), LINEAR, VP)(x, s)
+print("on_vp_path and convert agree:", torch.allclose(ours, packaged))
+
+# %% [markdown]
+# (The paper derives the same velocity by the chain rule: [Deeper](#Deeper:-the-chain-rule,-and-both-ends).)
 #
 # ## Three steps are not three steps
 #
@@ -213,25 +224,26 @@ paper = schedules.paper_vp(10)  # the paper's VP times, as linear times
 print("linear path, after three steps: t =", uniform[3])
 print(f"VP, after three steps: t = {paper[3]:.3f}")
 
-# %% tags=["plot"] alt="Left, linear time against VP's time: it rises steeply and is nearly flat close to 1 later. Right, two ten-step grids on the axis of linear time: the uniform one is even; the paper's has seven of its times above 0.9, then 0.86, 0.71 and 0. The fourth mark of each is where the first figure branched."
+# %% tags=["plot"] alt="Three panels, noise on the left and data on the right. Left, linear time against VP's time: it stays close to 1 at first and then falls to 0. Middle, two ten-step grids on the axis of linear time: the uniform one is even; the paper's is crowded close to 1 and ends in one step from 0.71 to 0. Right, the same close to 1: the paper's first seven times lie between 0.993 and 0.96, the first two almost on one place. An orange triangle over each grid shows where it stands after three steps: at 0.7 and at 0.99; in the right panel only the paper's is seen."
 s = torch.linspace(0, 1, 500, dtype=torch.float64)
-fig, (left, right) = plt.subplots(1, 2, figsize=(9.5, 2.8), width_ratios=(1, 2))
-left.plot(s, time_and_scale(s)[0], linestyle="-")
-left.set(xlabel="VP's time s", ylabel="linear time", xlim=(0, 1), ylim=(0, 1.02))
-for row, grid in enumerate((uniform, paper)):
-    style = {"color": "black", "marker": "|", "markersize": 16, "linestyle": "-"}
-    right.plot(grid, [-row] * 11, **style)
-    right.plot(grid[3], -row, marker="v", color="#D55E00", markersize=8)
-right.set(xlim=(1.02, -0.02), ylim=(-1.5, 0.5), xlabel="linear time, as a sampler goes")
-right.set_yticks([0, -1], ["uniform", "the paper's"])
+fig, axes = plt.subplots(1, 3, figsize=(9.5, 2.8), width_ratios=(1, 1.5, 1.5))
+axes[0].plot(s, time_and_scale(s)[0], linestyle="-")
+axes[0].set(xlabel="VP's time s", ylabel="linear time", xlim=(1, 0), ylim=(0, 1.02))
+for ax, ends, title in zip(axes[1:], [(1.02, -0.02), (1.001, 0.949)], ["all ten steps", "close to the noise"]):
+    for row, grid in enumerate((uniform, paper)):
+        ax.plot(grid, [-row] * 11, color="black", marker="|", markersize=16, linestyle="-")
+        ax.plot(grid[3], 0.3 - row, marker="v", color="#D55E00", markersize=8, linestyle="")
+    ax.set(xlim=ends, ylim=(-1.5, 0.6), xlabel="linear time", title=title)
+    ax.set_yticks([0, -1], ["uniform", "the paper's"] if ax is axes[1] else [])
 plt.show()
 
 # %% tags=["check"]
 assert sum(t > 0.7 for t in paper) == 10
 assert 0.70 < paper[-2] < 0.72 and 0.98 < paper[3] < 1
+assert sum(t > 0.96 for t in paper) == 7 and 0 < paper[0] - paper[1] < 0.001 and paper[0] < 0.9935
 
 # %% [markdown]
-# After three steps the linear sampler stands at $t = 0.7$ (orange mark), where much of the picture is decided. The VP sampler is still very close to pure noise. (Its grid starts at 0.993, not at 1: at $s = 1$ VP keeps a trace of the data.) It takes nine steps above 0.7, where most is still open, and then *one* long step from 0.71 to the end.
+# After three steps the linear sampler stands at $t = 0.7$ (orange triangle), where much of the picture is decided. The VP sampler is still very close to pure noise, so the right panel enlarges that end. (Its grid starts at 0.993, not at 1: at $s = 1$ VP keeps a trace of the data.) It takes nine steps above 0.7, where most of the picture is not decided yet, and then *one* long step from 0.71 to the end.
 #
 # ## The noise has changed, too
 #
@@ -263,7 +275,7 @@ ax.legend(fontsize=9)
 plt.show()
 
 # %% [markdown]
-# So **the VP-SDE is the same model on another time grid, with other noise**: stronger near $t = 1$, where most steps of the paper's grid lie, and weaker below. A conversion changes nothing else. (This is exact in continuous time. With ten large steps the two ways of writing the SDE differ a little: [Deeper](#Deeper:-the-last-step-on-VP).)
+# So **the VP-SDE is the same model on another time grid, with other noise**: stronger near $t = 1$, where most steps of the paper's grid lie, and weaker below. A conversion changes nothing else. (This is exact in continuous time. In ten large steps the SDE written on VP and the same SDE written on the linear path end at different pictures: [Deeper](#Deeper:-the-last-step-on-VP).)
 #
 # So we can stay on the linear path and change the grid alone, or the noise alone. (The paper calls the noise strength $g$ the *diffusion coefficient*.)
 
@@ -295,23 +307,32 @@ def family(split):
     """Six siblings that split at this step, a row for each sampler."""
     fig, axes = plt.subplots(4, 6, figsize=(8, 5.6))
     for row, (name, (kernel, times)) in zip(axes, SAMPLERS.items(), strict=True):
-        state = sampled(prompt, kernel, noise, times[: split + 1], 0)
-        six = sampled(prompt, kernel, state.expand(6, -1, -1, -1), times[split:], 1)
-        plots.strip(row, prompt.decode(six), label=name)
+        state = sampled(schnell, kernel, noise, times[: split + 1], 0)
+        six = sampled(schnell, kernel, state.expand(6, -1, -1, -1), times[split:], 1)
+        plots.strip(row, schnell.decode(six), label=name)
     fig.suptitle(f"split at step {split}", fontsize=10)
     plt.show()
 
 
 family(3)
 
+# %% tags=["check"]
+_x = torch.zeros(1, 1)
+assert 13 < vp_noisy(LINEAR, _x, _x, 1.0, 0.9)[1] ** 2 < 15
+assert all(kernels.vp_diffusion()(t) < 0.3 * kernels.quadratic()(t) for t in (0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1))
+
 # %% [markdown]
+# (The last row is the VP-SDE written on the linear path. The first figure ran it on VP itself, with the same random numbers: the pictures are similar, not equal.)
+#
 # <details><summary>Answer</summary>
 #
-# The *grid* makes siblings different, because with it three steps end close to pure noise. Alone it also gives pictures about as good as the linear SDE's. The VP *noise alone*, on uniform steps, spoils the pictures: its first step of 0.1 adds noise of variance about 14 to states of variance 1. VP's noise needs small steps near $t = 1$.
+# The *grid* makes siblings different, because with it three steps end close to pure noise. Some shapes of its row are smudged; the next section measures whether its pictures are worse than the linear SDE's.
+#
+# The VP *noise alone*, on uniform steps, spoils the pictures: its first step of 0.1 adds noise of variance about 14 to states of variance about 1. VP's noise needs small steps near $t = 1$. Below $t = 0.7$, after these siblings have split, it is weak (less than a third of $3t^2$). So they come out alike.
 #
 # </details>
 #
-# If you run this notebook, move the split. **Guess before you do: under which samplers do siblings stay different, even if they split late?**
+# If you run this notebook, a slider here moves the split (the page has none). **Guess: under which samplers do siblings stay different, even if they split late?**
 
 # %% tags=["plot"] alt="The same four rows for a split chosen by a slider; as it stands, siblings that split at step 6. On the paper's grid they are still different; in the other two rows they are all alike."
 try:
@@ -385,21 +406,28 @@ for _name in ("linear SDE", "grid alone", "noise alone"):
     assert all(minus("schnell", "VP-SDE", _name, value).low > 0 for value in ("part at 3", "finished"))
 assert minus("schnell", "VP-SDE", "linear SDE", "finished").low < 0.1
 assert all(minus("schnell", "VP-SDE", "grid alone", f"part at {k}").high < 0 for k in (6, 8))
+for _name, _ahead in (("linear SDE", 1.4), ("grid alone", 1.6)):
+    assert round(minus("schnell", "VP-SDE", _name, "finished").mean, 1) == _ahead
+for _name in ("VP-SDE, on VP itself", "grid alone"):
+    _even = minus("schnell", _name, "linear SDE", "finished")
+    assert _even.low < 0 < _even.high
 assert minus("schnell", "grid alone", "linear SDE", "part at 3").low > 0
 for _model in ("dev", "schnell"):
     for _name in ("linear SDE", "grid alone", "VP-SDE"):
         assert minus(_model, "noise alone", _name, "finished").high < 0
 
 # %% [markdown]
-# Bars are 95 % intervals. *Left.* Siblings that split at step 0, at the noise itself, are nearly equally varied under all four samplers. Split later they are not: the grid keeps them different, the noise alone makes them alike early. Split at step 6 or 8 the grid alone is even ahead of VP-SDE. *Right.* Siblings that split at step 3. To the right is more varied, up is better. VP-SDE and the grid alone have both; the noise alone has neither. VP-SDE makes the best pictures of the four, but its lead over the linear SDE is small ([Deeper](#Deeper:-beside-the-paper) compares them prompt by prompt).
+# Bars are 95 % intervals. *Left.* Siblings that split at step 0, at the noise itself, are nearly equally varied under all four samplers. Split later they are not: the grid keeps them different, the noise alone makes them alike early. Split at step 8 the grid alone is even ahead of VP-SDE. *Right.* Siblings that split at step 3. To the right is more varied, up is better. The noise alone has neither variety nor quality. The grid alone has far more variety than the linear SDE; in quality the two cannot be told apart. VP-SDE has the variety too, and prompt by prompt its quality is a little higher than that of both (by 1.4 and 1.6: [Deeper](#Deeper:-beside-the-paper)).
 #
-# A search branches at every step, so it needs this kind of variety. **Guess: the grid alone has far more variety than the linear SDE. Will a search find more with it?**
+# (All this is the VP-SDE written on the linear path. Run on VP itself, as in the paper, its quality cannot be told apart from the linear SDE's: [Deeper](#Deeper:-the-last-step-on-VP).)
+#
+# A search draws siblings at every step, late ones too. **Guess: the grid alone has far more variety than the linear SDE. Is that enough for a search to find more?**
 #
 # ## Does a search find more?
 #
 # The left panel of the next figure answers for RBF, the search of [notebook 08](08_rollover_budget_forcing.ipynb): on schnell, with 100 evaluations, for forty prompts. Each row subtracts the reward found with one sampler from that found with another. Right of the line, the first one found more.
 #
-# The right panel is a larger run: 500 evaluations, fifty other prompts, three seeds, and four searches that the next notebooks build. Here each row is the share of right pictures with VP-SDE minus that with the linear SDE. Two judges look at each picture: the *counter*, whose reward the search saw, and a *held-out judge*, which no search saw.
+# The right panel is a larger run: 500 evaluations, fifty other prompts, three seeds, and four searches that the next notebooks build. Each row is the share of right pictures with VP-SDE minus that with the linear SDE. Two judges look at each picture: the *counter*, whose reward the search saw, and a *held-out judge*, which no search saw.
 
 # %% tags=["plot"]
 searches = pd.DataFrame(experiments.read(locate("results") / "interpolants_search.jsonl"))
@@ -417,10 +445,10 @@ def found_minus(first, second):
     return paired_difference(found(first), found(second), "reward", by=("prompt",))
 
 
-def vp_minus_linear(method, judge):
+def vp_minus_linear(method, judge, vp="VP-SDE"):
     """Share of right pictures in the larger run, VP-SDE minus linear SDE."""
     mine = larger[larger["method"] == method]
-    pair = [mine[mine["sampler"] == name] for name in ("VP-SDE", "linear SDE")]
+    pair = [mine[mine["sampler"] == name] for name in (vp, "linear SDE")]
     return paired_difference(*pair, judge)
 
 
@@ -431,8 +459,8 @@ fig, (left, right) = plt.subplots(1, 2, figsize=(9.5, 2.9))
 for row, pair in enumerate(PAIRS):
     middle, low, high = found_minus(*pair)
     left.errorbar(middle, row, xerr=[[middle - low], [high - middle]], color="black", marker="o", capsize=2)
-noise = found_minus("VP-SDE", "noise alone").mean
-left.annotate(f"far outside: {noise:.0f}", (2, 3), (0.3, 3), arrowprops={"arrowstyle": "->"}, va="center")
+far = found_minus("VP-SDE", "noise alone").mean
+left.annotate(f"far outside: {far:.0f}", (2, 3), (0.3, 3), arrowprops={"arrowstyle": "->"}, va="center")
 left.set_yticks(range(4), [f"{first} minus {second}" for first, second in [*PAIRS, ("VP-SDE", "noise alone")]])
 left.set(xlim=(-1.5, 2), ylim=(3.5, -0.5), xlabel="difference in reward found", title="100 evaluations")
 for judge, marker, color in (("exact", "o", "black"), ("held_out", "s", "#0072B2")):
@@ -456,18 +484,24 @@ assert found_minus("VP-SDE", "grid alone").low > 0 and found_minus("VP-SDE", "no
 assert all(vp_minus_linear(method, "exact").low > 0 for method in SEARCHES.values())
 _judged = {method: vp_minus_linear(method, "held_out").low > 0 for method in SEARCHES.values()}
 assert _judged == {"rbf": True, "svdd": True, "smc": True, "code": False}
+assert all(vp_minus_linear("rbf", judge, "VP-SDE, on VP").low > 0 for judge in ("exact", "held_out"))
+assert not set(larger["sampler"]) & {"grid alone", "+ grid"}, "the grid alone was not run at 500"
 assert set(larger["seed"]) == {0, 1, 2} and larger["prompt"].nunique() == 50
 
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# No. With the grid alone the search finds no more than with the linear SDE: the third bar on the left lies mostly left of the line. So variety alone is not shown to help. VP-SDE finds more than the grid alone, and far more than the noise alone. So grid and noise need each other.
+# That is not shown. The bar of the grid alone minus the linear SDE contains 0, and most of it lies on the left.
+#
+# But VP-SDE finds more than the grid alone. The two have the same grid and differ in the noise only. So *on this grid* VP's noise helps the search, although it makes late siblings less varied. On uniform steps the same noise ruins the search (last row): it needs the grid.
 #
 # </details>
 #
 # Why does VP's noise help on this grid? A likely reason, which we did not test: it is strong while nothing is decided, and weak later, so it does not spoil what is already drawn.
 #
-# With 100 evaluations VP-SDE against the linear SDE stays open: the bar contains 0. (And `RBF.few_step` was tuned with the VP-SDE, which favours it. On the right RBF has the paper's settings.) With 500 evaluations it does not: all four searches find more with VP-SDE by the counter, and all but CoDe by the held-out judge. So the question at the top has its answer. *The path changes the grid and the noise. Both together keep children different, and good. A search that chooses among such children finds more.*
+# With 100 evaluations we cannot say whether VP-SDE beats the linear SDE: that bar contains 0, too. (The RBF settings on the left were tuned with the VP-SDE, so the comparison favours it. On the right they are the paper's.) With 500 we can: all four searches find more with VP-SDE by the counter, and all but CoDe by the held-out judge. RBF also does so on VP itself, as the paper runs it. The grid alone was not run with 500, so its share of the gain is open.
+#
+# The question at the top has its answer. *The path changes the grid and the noise. The grid keeps siblings different. On that grid VP's noise lets a search find more than $3t^2$ does. With both, and with enough evaluations, a search finds more than with the linear SDE.*
 #
 # ## What goes wrong: the paper's grid on a multi-step model
 #
@@ -483,6 +517,9 @@ for row, finish in zip(axes, (1, 3), strict=True):
     plots.strip(row, dev.decode(drawn), label=label)
 plt.show()
 
+# %% [markdown]
+# Is it more than one prompt? `mean_of` gives the mean over the twenty prompts, with its 95 % interval.
+
 # %%
 print("dev on twenty prompts, quality (reward without a search)")
 for name in ("linear SDE", "VP-SDE", "VP-SDE, last step in three"):
@@ -492,89 +529,112 @@ for name in ("linear SDE", "VP-SDE", "VP-SDE, last step in three"):
 assert minus("dev", "VP-SDE", "linear SDE", "finished").high < 0
 assert minus("dev", "grid alone", "linear SDE", "finished").high < 0
 assert minus("dev", "VP-SDE, last step in three", "VP-SDE", "finished").low > 0
+_lost = minus("dev", "VP-SDE", "linear SDE", "finished").mean
+assert minus("dev", "VP-SDE, last step in three", "VP-SDE", "finished").mean > 0.7 * -_lost, "most of the loss"
 
 # %% [markdown]
-# The last step goes from 0.71 to 0 at once. It returns an average over all pictures that are still possible ([notebook 01](01_flow_matching.ipynb)), so the upper row is blurred. This does no harm to schnell, which predicts the end well from far away. dev needs steps below 0.71. With the last step cut in three (`paper_vp(10, finish=3)`, still ten steps in all) most of the loss is made good.
+# The last step goes from 0.71 to 0 at once. It returns an average over all pictures that are still possible ([notebook 01](01_flow_matching.ipynb)), so the upper row is blurred. On schnell, which was made for few long steps, we saw no such loss: there the quality of the grid alone could not be told apart from the linear SDE's. dev needs steps below 0.71. With the last step cut in three (`paper_vp(10, finish=3)`, still ten steps in all) most of the loss is recovered.
 
 # %% [markdown]
 # ## Recap
-# - At equal signal-to-noise ratio two paths have the same states, up to a clock $t_s$ and a scale $c_s$ (5.3). The model's averages are the same on both (5.4).
+# - At equal signal-to-noise ratio two paths have the same states, up to a clock $t_s$ and a scale $c_s$ (5.3). The model's posterior means are the same on both (5.4).
 # - On the linear path the VP-SDE is another grid and another $g$ (5.6), and nothing else.
 # - With the paper's grid siblings stay different for longer. The VP noise alone, on uniform steps, ruins pictures.
-# - A search needs children that differ and are good: variety alone is not shown to help it. With 500 evaluations RBF, SVDD and SMC find more right pictures with the VP-SDE than with the linear SDE.
+# - The grid alone is not shown to help a search. With VP's noise on that grid RBF finds more. With 500 evaluations RBF, SVDD and SMC find more right pictures with the VP-SDE than with the linear SDE, by both judges.
 # - The paper's grid ends in one long step: right for a few-step model, wrong for a multi-step one.
 
 # %% [markdown]
 # ## Exercises
 #
+# Exercise 1 begins with a figure. A colleague has a model of VP and wants to sample on the *linear* path: the opposite direction. The function below runs without an error. What do its samples show?
+
+# %%
+def half_converted(velocity, x, t):
+    """The velocity on the linear path of a model of VP, nearly."""
+    s = VP.time_of_ratio(t / (1 - t))  # VP's time with the same ratio
+    x0, eps = VP.endpoints(x, velocity(x, s), s)
+    return LINEAR.velocity(x0, eps, t)
+
+
+# %% tags=["plot"] alt="Density of the data, three hills, and over it the samples of the half conversion: the outer hills are wider and lower than the data's and reach further out; the middle one is a little wider."
+samples = torch.randn(4000, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+for t, after in pairwise(schedules.uniform(100)):
+    velocity = half_converted(data.velocity(VP), samples, samples.new_full((4000,), t))
+    samples = samples - (t - after) * velocity
+line = torch.linspace(-3.5, 3.5, 400, dtype=torch.float64)[:, None]
+fig, ax = plt.subplots(figsize=(6, 2.6))
+ax.hist(samples[:, 0].numpy(), bins=100, range=(-3.5, 3.5), density=True, color="#56B4E9", label="half a conversion")
+ax.plot(line, data.log_prob(line).exp(), linestyle="-", label="data")
+ax.set(xlabel="x", ylabel="density")
+ax.legend(fontsize=9)
+plt.show()
+
+# %% tags=["check"]
+for _low, _high, _mean, _width, _side in ((-9, -0.6, -1.5, 0.3, -1), (0.8, 9, 1.6, 0.4, 1)):
+    _hill = samples[(samples > _low) & (samples < _high)]
+    assert _hill.std() > 1.1 * _width and _side * (_hill.mean() - _mean) > 0.03, "too wide, and too far out"
+
+# %% [markdown]
 # ### Exercise 1: half a conversion (difficulty 2 of 5, 10 minutes)
 #
-# A colleague converts a model to VP with the function below. It runs without an error. Its samples form three hills, as they should, but the outer hills are too close to the middle. Find the mistake and write the right function.
-#
-# ```python
-# def converted(velocity, x, s):
-#     t, c = time_and_scale(s)
-#     x0, eps = LINEAR.endpoints(x, velocity(x, t), t)
-#     return VP.velocity(x0, eps, s)
-# ```
+# The samples form three hills, as they should. But the hills are too wide, and the outer ones lie too far out. Find the mistake in `half_converted` and write the right function, without `convert`.
 #
 # <details><summary>Hint</summary>
 #
-# The model expects states of the linear path. Is `x` one?
+# The model expects states of VP. Is `x` one? At equal ratio, what turns a state of the linear path into one of VP?
 #
 # </details>
 
 
 # %% tags=["exercise"]
-def converted(velocity, x, s):
-    """The velocity on VP at states x (K, 1) and times s (K,)."""
+def converted(velocity, x, t):
+    """The linear path's velocity at x (K, 1) and t (K,), of a model of VP."""
     ### BEGIN SOLUTION
-    t, c = time_and_scale(s)
-    y = x / c[:, None]
-    x0, eps = LINEAR.endpoints(y, velocity(y, t), t)
-    return VP.velocity(x0, eps, s)
+    s = VP.time_of_ratio(t / (1 - t))
+    _, c = time_and_scale(s)
+    y = x * c[:, None]
+    x0, eps = VP.endpoints(y, velocity(y, s), s)
+    return LINEAR.velocity(x0, eps, t)
     ### END SOLUTION
 
 
 # %% tags=["exercise-test"]
 _x = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
 for _now in (0.1, 0.5, 0.9):
-    _s = torch.full((9,), _now, dtype=torch.float64)
-    _got, _want = converted(data.velocity(LINEAR), _x, _s), data.velocity(VP)(_x, _s)
+    _t = torch.full((9,), _now, dtype=torch.float64)
+    _got = converted(data.velocity(VP), _x, _t)
+    _want = data.velocity(LINEAR)(_x, _t)
     assert _got.shape == _want.shape, "one velocity a row, shaped like x"
-    assert torch.allclose(_got, _want), f"at s = {_now} it is not the velocity of VP"
+    assert torch.allclose(_got, _want), f"at t = {_now} it is another velocity"
 print("Well done.")
 
 
 # %% tags=["wrong-answers"]
 ### WRONG: as it was
-def converted(velocity, x, s):
-    t, c = time_and_scale(s)
-    x0, eps = LINEAR.endpoints(x, velocity(x, t), t)
-    return VP.velocity(x0, eps, s)
+def converted(velocity, x, t):
+    return half_converted(velocity, x, t)
 
 
-### WRONG: scales the wrong way
-def converted(velocity, x, s):
-    t, c = time_and_scale(s)
-    y = x * c[:, None]
-    x0, eps = LINEAR.endpoints(y, velocity(y, t), t)
-    return VP.velocity(x0, eps, s)
+### WRONG: scales the wrong way, as from linear to VP
+def converted(velocity, x, t):
+    s = VP.time_of_ratio(t / (1 - t))
+    y = x / time_and_scale(s)[1][:, None]
+    x0, eps = VP.endpoints(y, velocity(y, s), s)
+    return LINEAR.velocity(x0, eps, t)
 
 
 ### WRONG: scales for the model only
-def converted(velocity, x, s):
-    t, c = time_and_scale(s)
-    x0, eps = LINEAR.endpoints(x, velocity(x / c[:, None], t), t)
-    return VP.velocity(x0, eps, s)
+def converted(velocity, x, t):
+    s = VP.time_of_ratio(t / (1 - t))
+    x0, eps = VP.endpoints(x, velocity(x * time_and_scale(s)[1][:, None], s), s)
+    return LINEAR.velocity(x0, eps, t)
 
 
-### WRONG: scale, but the clock of VP
-def converted(velocity, x, s):
-    t, c = time_and_scale(s)
-    y = x / c[:, None]
-    x0, eps = LINEAR.endpoints(y, velocity(y, s), s)
-    return VP.velocity(x0, eps, s)
+### WRONG: scale, but the clock of the linear path
+def converted(velocity, x, t):
+    y = x * time_and_scale(t)[1][:, None]
+    x0, eps = VP.endpoints(y, velocity(y, t), t)
+    return LINEAR.velocity(x0, eps, t)
 
 
 # %% [markdown]
@@ -584,7 +644,13 @@ def converted(velocity, x, s):
 #
 # <details><summary>Hint</summary>
 #
-# With $\theta = \pi s/2$: $t_s = \frac{\sin\theta}{\sin\theta + \cos\theta}$. By the quotient rule the numerator of its derivative in $\theta$ is $\cos\theta(\sin\theta + \cos\theta) - \sin\theta(\cos\theta - \sin\theta) = 1$. And $s$ follows from $\tan\theta = t/(1-t)$.
+# Write $\theta = \pi s/2$. By (5.2) and (5.3), what are $t_s$ and $c_s$ in terms of $\theta$? Which $\theta$ belongs to a given $t$?
+#
+# </details>
+#
+# <details><summary>Second hint</summary>
+#
+# Differentiate $t_s = \frac{\sin\theta}{\sin\theta + \cos\theta}$ in $\theta$ by the quotient rule: the numerator becomes very simple. Then $dt/ds$ is $\frac{\pi}{2}$ times that derivative.
 #
 # </details>
 
@@ -633,7 +699,7 @@ def moved_from_cosine(g_bar, t):
 # %% [markdown]
 # ### Exercise 3: design a grid (difficulty 3 of 5, 15 minutes)
 #
-# schnell likes small steps near the noise, dev needs steps near the data. Design a grid that does justice to both: $n + 1$ linear times from 1 down to 0. At least half of the steps begin above $t = 0.9$. No step is longer than 0.3. Time falls in every step. It should work for every $n$ from 8 to 40.
+# The VP-SDE needs small steps near $t = 1$, and dev needs steps near the data. Design a grid that gives both: $n + 1$ linear times from 1 down to 0. At least half of the steps begin above $t = 0.9$. No step is longer than 0.3. Time falls in every step. It should work for every $n$ from 8 to 40. If your grid passes, the test draws dev's six pictures of the failure case again, by the VP-SDE on the paper's grid and on yours. Are the shapes whole?
 #
 # <details><summary>Hint</summary>
 #
@@ -661,7 +727,11 @@ for _n in (8, 9, 10, 25, 40):
     assert min(_steps) > 0, "time must fall in every step"
     assert max(_steps) <= 0.3, f"n = {_n}: a step of {max(_steps):.2f}"
     assert sum(t > 0.9 for t in _grid) >= _n / 2, f"n = {_n}: too few above 0.9"
-print("Well done.")
+print("Well done. Here is dev on the paper's grid and on yours, ten steps each:")
+_, _axes = plt.subplots(2, 6, figsize=(9, 3.4))
+_two = {"the paper's": schedules.paper_vp(10), "yours": my_grid(10)}
+for _row, (_name, _times) in zip(_axes, _two.items(), strict=True):
+    plots.strip(_row, dev.decode(sampled(dev, vp_noisy, start, _times, 2)), label=_name)
 
 
 # %% tags=["wrong-answers"]
@@ -694,15 +764,25 @@ def my_grid(n):
 # | + diffusion coefficient alone | 0.429 | 0.702 |
 # | VP-SDE | 0.509 | 0.925 |
 #
-# Ours, prompt by prompt, with 95 % intervals. The last column is the reward that RBF found with 100 evaluations. We add a fifth sampler, the DDPM transition of [notebook 04](04_ode_to_sde.ipynb) on the paper's grid.
+# Ours, prompt by prompt, with 95 % intervals: `minus` gives the mean difference of two samplers in a measured value, `found_minus` that in the reward which RBF found with 100 evaluations (last column). We add a fifth sampler, the DDPM transition of [notebook 04](04_ode_to_sde.ipynb) on the paper's grid.
+
+# %% tags=["plot"]
+NAMES["DDPM on the grid"] = "DDPM transition + grid"
+
+
+def fine(interval):
+    """An interval with four decimals, for variety is small."""
+    middle, low, high = interval
+    return f"{middle:.4f} [{low:.4f}, {high:.4f}]"
+
 
 # %%
-NAMES["DDPM on the grid"] = "DDPM transition + grid"
 lines = {}
 for pair in [*PAIRS, ("VP-SDE", "noise alone"), ("VP-SDE", "DDPM on the grid")]:
     line = {}
     for step in (0, 3):
-        line[f"variety, split at {step}"] = minus("schnell", *pair, f"part at {step}")
+        apart = minus("schnell", *pair, f"part at {step}")
+        line[f"variety, split at {step}"] = fine(apart)
     line["quality"] = minus("schnell", *pair, "finished")
     line["found by RBF"] = found_minus(*pair)
     lines["{} minus {}".format(*pair)] = line
@@ -710,21 +790,24 @@ pd.DataFrame(lines).T
 
 # %% tags=["check"]
 _vp, _vp_grid, _grid, _vp_noise, _ddpm = lines.values()
-assert _vp["variety, split at 0"].low > 0 and _vp_grid["variety, split at 0"].low > 0
-assert _grid["variety, split at 0"].high < 0.005
-assert _vp_noise["variety, split at 0"].low < 0 < _vp_noise["variety, split at 0"].high
-assert _grid["quality"].low < 0 < _grid["quality"].high
-assert _ddpm["found by RBF"].low > 0 and _ddpm["variety, split at 3"].high <= 0
+for _name in ("linear SDE", "grid alone", "noise alone"):
+    assert minus("schnell", "VP-SDE", _name, "part at 3").low > 0
+assert minus("schnell", "grid alone", "linear SDE", "part at 0").high < 0
+assert minus("schnell", "noise alone", "grid alone", "part at 0").low > 0
+for _name in ("linear SDE", "grid alone", "VP-SDE"):
+    assert minus("schnell", "noise alone", _name, "part at 3").high < 0
+    assert minus("schnell", "noise alone", _name, "finished").high < 0 and found_minus("noise alone", _name).high < 0
+assert _vp["found by RBF"].low < 0 < _vp["found by RBF"].high
+assert _grid["found by RBF"].low < 0 < _grid["found by RBF"].high
+assert _ddpm["found by RBF"].low > 0
+assert all(minus("schnell", "VP-SDE", "DDPM on the grid", f"part at {k}").high < 0 for k in (0, 3))
 assert _ddpm["quality"].low < 0 < _ddpm["quality"].high
 
 # %% [markdown]
-# - Split at step 0 or 3, VP-SDE has more variety than the linear SDE and than the grid alone, as in the paper; at step 0 by little.
-# - VP-SDE has far more variety than the noise alone at step 3. At step 0 the two are not told apart; but there part of the variety of the noise alone is clutter, which a distance of pixels counts as well.
-# - The grid alone has more variety than the linear SDE at step 3, as in the paper, and not at step 0.
-# - *Against the paper*: there the noise alone has more diversity than the grid alone (0.429 against 0.270). Here, at step 3, it has by far the least. Its pictures are the worst, with and without a search, as in the paper.
-# - VP-SDE is the best, as in the paper; with the search of 100 evaluations it is not told apart from the linear SDE.
-# - In between the order differs: in the paper's search the grid alone is ahead of the linear SDE. Ours does not show that.
-# - The DDPM transition on the grid has as much variety as VP-SDE, and RBF finds less with it. We have not found out why.
+# - *As in the paper.* Split at step 3, VP-SDE is the most varied, and the grid alone is more varied than the linear SDE. (At step 0 the grid alone has a little less.) The noise alone has the worst pictures, with and without a search.
+# - *Against the paper.* There the noise alone has more diversity than the grid alone (0.429 against 0.270). Here this is so only if siblings split at step 0, and a part of that is clutter, which a distance of pixels counts as well. At step 3 the noise alone has by far the least.
+# - *Open.* In the paper's search both the grid alone and VP-SDE are ahead of the linear SDE. Ours with 100 evaluations shows neither.
+# - The DDPM transition on the grid has a little more variety than VP-SDE, and RBF finds less with it. We have not found out why.
 
 # %% [markdown]
 # ## Deeper: the chain rule, and both ends
@@ -733,7 +816,7 @@ assert _ddpm["quality"].low < 0 < _ddpm["quality"].high
 #
 # $$\bar u_s(\bar x) = \frac{c_s'}{c_s}\,\bar x + c_s\, t_s'\, u_{t_s}\!\Big(\frac{\bar x}{c_s}\Big). \tag{5.7}$$
 #
-# On paper it is the same as (5.5): $\bar\alpha_s = c_s\alpha_{t_s}$ gives $\bar\alpha_s' = c_s'\alpha + c_s t_s'\alpha'$, likewise for $\bar\sigma_s'$; insert both into (5.5). In floating point the two differ. Written for any two paths, (5.7) needs $c_s = \bar\sigma_s/\sigma_{t_s}$, which is $0/0$ at the data, and $t_s'$ through a ratio that is infinite at the noise. (5.5) divides by nothing small.
+# On paper it is the same as (5.5): $\bar\alpha_s = c_s\alpha_{t_s}$ gives $\bar\alpha_s' = c_s'\alpha + c_s t_s'\alpha'$, likewise for $\bar\sigma_s'$; insert both into (5.5). In floating point the two differ. Written for any two paths, (5.7) needs $c_s = \bar\sigma_s/\sigma_{t_s}$, which is $0/0$ at the data, and $t_s'$ through a ratio that is infinite at the noise. (5.5) divides by nothing small. (VP as the goal has one more trap: $\bar\sigma_s'$ is infinite at $s = 0$, and the guessed noise that it multiplies is 0. `convert` reads the velocity at $s = 10^{-6}$ instead.)
 
 
 # %%
@@ -751,11 +834,12 @@ def chain_rule(velocity, src, dst, x, s):
 # %%
 s = torch.tensor([0.0, 1e-9, 0.5, 1.0], dtype=torch.float64)
 x = torch.full((4, 1), 0.4, dtype=torch.float64)
-lines = []
-for src, dst in ((LINEAR, COSINE), (COSINE, LINEAR)):
+lines, table = [], {}
+for src, dst in ((LINEAR, VP), (LINEAR, COSINE), (COSINE, LINEAR)):
     field = data.velocity(src)
     ways = {"(5.7)": chain_rule(field, src, dst, x, s)}
     ways["(5.5)"] = convert(field, src, dst)(x, s)
+    table[src.name, dst.name] = ways
     for how, values in ways.items():
         line = {"from, to": f"{src.name}, {dst.name}", "by": how}
         for now, value in zip(s.tolist(), values, strict=True):
@@ -764,8 +848,14 @@ for src, dst in ((LINEAR, COSINE), (COSINE, LINEAR)):
 pd.DataFrame(lines).set_index("from, to")
 
 # %% tags=["check"]
-assert ways["(5.7)"][0].isnan() and ways["(5.5)"].isfinite().all()
-assert torch.allclose(ways["(5.5)"], data.velocity(LINEAR)(x, s), atol=1e-6)
+for (_src, _dst), _ways in table.items():
+    assert _ways["(5.7)"][0].isnan() and _ways["(5.5)"].isfinite().all()
+    assert _ways["(5.7)"][1:3].isfinite().all()
+    _goal = {"vp": VP, "cosine": COSINE, "linear": LINEAR}[_dst]
+    assert torch.allclose(_ways["(5.5)"], data.velocity(_goal)(x, s.clamp_min(_goal.t_min)), rtol=1e-3, atol=1e-6)
+
+# %% [markdown]
+# Between the ends the two agree. At $s = 0$ (5.7) gives no number (nan) for any pair. At $s = 1$ it gives none between linear and cosine, which both end at pure noise; VP never gets there. (5.5) gives the right velocity everywhere.
 
 # %% [markdown]
 # ## Deeper: the VP-SDE in linear coordinates
@@ -783,7 +873,7 @@ assert torch.allclose(ways["(5.5)"], data.velocity(LINEAR)(x, s), atol=1e-6)
 #
 # *Clock.* $dt = t_s'\,ds$. The flow part is $t_s'\,u\,ds = u\,dt$. Noise adds the variance $\frac{\bar g^2}{c^2}\,ds = \frac{\bar g^2}{c^2}\frac{ds}{dt}\,dt$; call the factor of $dt$ the new $g_t^2$. The pull of the score has the same factor, so noise and pull still balance, and (5.6) follows.
 #
-# Is it right for whole paths, not for marginals only? Run both with the *same noise* and compare, state by state. They differ by the steps' errors only, so the gap must shrink with the step.
+# Do single trajectories agree too, not only their distributions? Run both with the *same noise* and compare, state by state. If they differ by the steps' errors only, the gap must shrink with the step.
 
 
 # %%
@@ -827,8 +917,12 @@ pd.DataFrame(lines)
 # %% tags=["check"]
 assert gap(noisy, vp_noisy, 200) < 0.35 * gap(noisy, vp_noisy, 50)
 assert gap(kernels.ddim(), kernels.ddim(), 10) < 1e-9
+assert gap(kernels.ode, kernels.ode, 200) < 0.35 * gap(kernels.ode, kernels.ode, 50)
+assert 0.08 < gap(noisy, vp_noisy, 10) / 3.1 < 0.12
 
 # %% [markdown]
+# They do: under Euler's steps the gap shrinks roughly as the step does. In ten steps it is not small: for the SDE a tenth of the distance of the outer hills (from -1.5 to 1.6).
+#
 # ## Deeper: the DDPM transition does not care
 #
 # The last line of the table is zero at any step size. Write the DDPM transition (4.16) on VP, from $s$ to $s'$, with a bar on everything:
@@ -841,7 +935,7 @@ assert gap(kernels.ddim(), kernels.ddim(), 10) < 1e-9
 # \end{gathered} \tag{5.9}
 # $$
 #
-# $\bar\rho$ is made of ratios, which agree. The posterior means are the same by (5.4). And $\bar\alpha_{s'} = c_{s'}\alpha_{t'}$, $\bar\sigma_{s'} = c_{s'}\sigma_{t'}$. So each term is $c_{s'}$ times its twin on the linear path, for the same $z$: for this step, conversion is a grid and nothing else. It keeps the *guess* over a step, which all paths share. Euler's step keeps the *velocity*, which no two paths share.
+# $\bar\rho = \frac{\bar\sigma_{s'}}{\bar\alpha_{s'}} \frac{\bar\alpha_s}{\bar\sigma_s}$ is made of the ratios of signal and noise at $s$ and $s'$, and by (5.2) these agree on both paths. The posterior means are the same by (5.4). And $\bar\alpha_{s'} = c_{s'}\alpha_{t'}$, $\bar\sigma_{s'} = c_{s'}\sigma_{t'}$. So each term is $c_{s'}$ times its twin on the linear path, for the same $z$: for this step, conversion is a grid and nothing else. It keeps the *guess* over a step, which all paths share. Euler's step keeps the *velocity*, which no two paths share.
 #
 # ## Deeper: the last step on VP
 #
@@ -860,32 +954,50 @@ for path, s in ((LINEAR, paper[-2]), (VP, clocks["VP"][-2])):
     print(f"{path.name:6} from {s:.2f}: {a - s * da:.2f} x0 {b - s * db:+.2f} eps")
 
 # %% [markdown]
-# On the linear path Euler's last step lands on the posterior mean. On VP it does not: it leaves more than half of the guessed noise in the latents. The authors' code returns the posterior mean instead. So does `kernels.sde` on every path, and with it our first figure and the stored rows *VP-SDE, on VP itself*. All other rows called VP-SDE are run in linear coordinates: the same SDE, in another discretisation than the authors'.
+# On the linear path Euler's last step lands on the posterior mean. On VP it does not: it leaves more than half of the guessed noise in the latents. The authors' code returns the posterior mean instead. So does `kernels.sde`, on every path. Our first figure and the stored rows *VP-SDE, on VP itself* are run on VP with this kernel, as the authors do. All other rows called VP-SDE are run in linear coordinates: the same SDE in another discretisation.
 
-# %%
+# %% tags=["plot"]
 lines = []
 for model in ("schnell", "dev"):
     pair = "VP-SDE, on VP itself", "VP-SDE"
     line = {"on VP minus linear": model}
     for value in ("part at 0", "part at 3", "finished"):
-        line[value.replace("part", "split")] = minus(model, *pair, value)
+        difference = minus(model, *pair, value)
+        shown = difference if value == "finished" else fine(difference)
+        line[value.replace("part", "split")] = shown
     lines.append(line)
 pd.DataFrame(lines).set_index("on VP minus linear")
 
 # %% [markdown]
-# So the two discretisations of one SDE differ a little at ten steps. On schnell the authors' one draws slightly less varied and slightly worse pictures without a search. In the search with 100 evaluations the two cannot be told apart, and neither can a VP-SDE whose last step is cut in three:
+# So the two discretisations of one SDE differ at ten steps. On schnell the authors' one draws slightly less varied and slightly worse pictures without a search. On dev the interval of the finished pictures contains 0. What does the search say, and how do both compare with the linear SDE?
 
-# %%
-for name in ("VP-SDE, on VP itself", "VP-SDE, last step in three"):
-    print(f"VP-SDE minus {name}: {found_minus('VP-SDE', name)}")
+# %% tags=["plot"]
+AUTHORS, CUT, PLAIN = "VP-SDE, on VP itself", "VP-SDE, last step in three", "linear SDE"
+print("reward found by RBF, 100 evaluations")
+for first, second in (("VP-SDE", AUTHORS), ("VP-SDE", CUT), (AUTHORS, PLAIN)):
+    print(f"  {first} minus {second}: {found_minus(first, second)}")
+print("share of right pictures found by RBF, 500 evaluations, minus that of the linear SDE")
+for name in ("VP-SDE", "VP-SDE, on VP"):
+    print(f"  {name}: {vp_minus_linear('rbf', 'exact', name)}")
+print("quality without a search")
+print(f"  {AUTHORS} minus {PLAIN}:", minus("schnell", AUTHORS, PLAIN, "finished"))
 
 # %% tags=["check"]
-for name in ("VP-SDE, on VP itself", "VP-SDE, last step in three"):
-    assert found_minus("VP-SDE", name).low < 0 < found_minus("VP-SDE", name).high, name
+_schnell, _dev = (minus(model, AUTHORS, "VP-SDE", "finished") for model in ("schnell", "dev"))
+assert _schnell.high < 0 and _dev.low < 0 < _dev.high
+assert all(minus("schnell", AUTHORS, "VP-SDE", f"part at {k}").high < 0 for k in (0, 3))
+for _pair in (("VP-SDE", AUTHORS), ("VP-SDE", "VP-SDE, last step in three"), (AUTHORS, "linear SDE")):
+    assert found_minus(*_pair).low < 0 < found_minus(*_pair).high
+for _name in ("VP-SDE", "VP-SDE, on VP"):
+    assert vp_minus_linear("rbf", "exact", _name).low > 0
+assert minus("schnell", AUTHORS, PLAIN, "finished").low < 0 < minus("schnell", AUTHORS, PLAIN, "finished").high
+
+# %% [markdown]
+# With 100 evaluations, and without a search, nothing here can be told apart. With 500 evaluations both ways of writing the VP-SDE are clearly ahead of the linear SDE.
 
 # %% [markdown]
 # ## Not shown
-# Paths that are no sum of scaled data and independent noise. Other noise on the paper's grid. Which grid is best for a search at a given budget. How the runs with 100 evaluations look under other seeds: each prompt has one.
+# Paths that are no sum of scaled data and independent noise. The grid alone, and the noise alone, with 500 evaluations. Noise on the paper's grid other than the three above. Which grid is best for a search at a given budget. How the runs with 100 evaluations look under other seeds: each prompt has one.
 #
 # ## Further reading
 # - Kim, Yoon, Hwang and Sung, [Inference-Time Scaling for Flow Models via Stochastic Generation and Rollover Budget Forcing](https://arxiv.org/abs/2503.19385), NeurIPS 2025: the conversion and the ablation
