@@ -229,7 +229,9 @@ s = torch.linspace(0, 1, 500, dtype=torch.float64)
 fig, axes = plt.subplots(1, 3, figsize=(9.5, 2.8), width_ratios=(1, 1.5, 1.5))
 axes[0].plot(s, time_and_scale(s)[0], linestyle="-")
 axes[0].set(xlabel="VP's time s", ylabel="linear time", xlim=(1, 0), ylim=(0, 1.02))
-for ax, ends, title in zip(axes[1:], [(1.02, -0.02), (1.001, 0.949)], ["all ten steps", "close to the noise"]):
+for ax, ends, title in zip(
+    axes[1:], [(1.02, -0.02), (1.001, 0.949)], ["all ten steps", "close to the noise"], strict=True
+):
     for row, grid in enumerate((uniform, paper)):
         ax.plot(grid, [-row] * 11, color="black", marker="|", markersize=16, linestyle="-")
         ax.plot(grid[3], 0.3 - row, marker="v", color="#D55E00", markersize=8, linestyle="")
@@ -547,6 +549,7 @@ assert minus("dev", "VP-SDE, last step in three", "VP-SDE", "finished").mean > 0
 # ## Exercises
 #
 # Exercise 1 begins with a figure. A colleague has a model of VP and wants to sample on the *linear* path: the opposite direction. The function below runs without an error. What do its samples show?
+
 
 # %%
 def half_converted(velocity, x, t):

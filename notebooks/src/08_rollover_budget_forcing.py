@@ -96,7 +96,7 @@ assert sum(need > 75 for need in needs) == 2, "one step needs about 80"
 #
 # ## One state and its children
 #
-# What does such a draw look like? All candidates of a step are *children* of one state, each with its own noise. For each child the model predicts the finished picture (the look-ahead), and the reward judges this prediction. Here are the first ten children of one state, in the order in which they were drawn.
+# What does such a draw look like? All candidates of a step are *children* of one state, each with its own noise. For each child the model predicts the finished picture (the look-ahead), and the reward judges this prediction. Here are the first ten children of one state, in the order of drawing.
 
 # %% tags=["plot"] alt="Ten look-aheads of children of one state. They resemble one another; small differences change the counts and so the rewards. The first whose reward beats the best so far is framed."
 step = min((k for k in range(9) if 3 <= needs[k] <= 10), default=int(np.argmin(needs)))
@@ -118,7 +118,7 @@ plt.show()
 #
 # An account for draws works like this. Each of the nine steps gets a **quota** of 25 draws. A step that needs fewer passes the rest on. The next step may spend its own quota and all that was passed on: that is **rollover**. A step that has spent everything without success takes the best candidate it has drawn: that is the **fallback**.
 #
-# We use the needs of the first figure, and pretend that they do not depend on what a search did before. (In truth they do, but the account is easier to see.)
+# We use the needs of the first figure, and pretend that they do not depend on what a search did before. (In truth they do.)
 #
 # **Guess: give every step 25 draws, and stop a step when it succeeds. How many of the nine steps fail, and how many draws are left over? What does rollover change?**
 
@@ -312,9 +312,7 @@ class Forcing:
     draw: Callable = draw_until_better
 
 
-Forcing.check = check
-Forcing.start = start
-Forcing.advance = advance
+Forcing.check, Forcing.start, Forcing.advance = check, start, advance
 
 
 # %%
@@ -337,8 +335,7 @@ toy = Problem(ring.velocity(LINEAR), peak, LINEAR, sde, ten, shape=(2,))
 
 # %%
 for seed in range(3):
-    ours = find(toy, Forcing(), 200, seed)
-    theirs = find(toy, RBF.published(), 200, seed)
+    ours, theirs = (find(toy, m, 200, seed) for m in (Forcing(), RBF.published()))
     assert torch.equal(ours.best, theirs.best), "another sample"
     assert ours.trace == theirs.trace, "another account of some step"
 print("Forcing() and RBF.published(): the same draws, samples and accounts")
@@ -553,7 +550,7 @@ searching = compare(
 searching
 
 # %% [markdown]
-# Yes. RBF is far ahead of all three. The noise alone does not do it: in the last line best-of-N with the VP-SDE is *behind* best-of-N with the ODE.
+# Yes. RBF is far ahead of all three. The noise alone does not do it: in the last line best-of-N with the VP-SDE is *behind* best-of-N with the ODE. (In four steps best-of-N is better; RBF is ahead of that, too: [notebook 10](10_scaling.ipynb).)
 #
 # *Does the path pay?* ([Notebook 05](05_interpolant_conversion.ipynb) made it.)
 
