@@ -136,6 +136,7 @@ plt.show()
 #
 # For drafts we want *two* transformers, schnell and dev, which share all else. `draft=` asks for a plan that holds both:
 
+
 # %%
 def kept(gib):
     """GiB of a card to leave free: for the judges, unless the card is small."""

@@ -256,7 +256,7 @@ def store_figures(cell: NotebookNode) -> None:
 def small(png: str) -> str:
     """A PNG, in base64, with a palette of 256 colours, in which no colour is far from its own."""
     image, out = Image.open(io.BytesIO(base64.b64decode(png))), io.BytesIO()
-    image.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE).save(out, "png", optimize=True)
+    image.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=1).save(out, "png", optimize=True)
     return base64.b64encode(out.getvalue()).decode("ascii")
 
 
