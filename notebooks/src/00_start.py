@@ -160,7 +160,7 @@ assert not shapes.exact(scene, pictures).any() and not shapes.exact(scene, tries
 #
 # ## The model shows early what it will draw
 #
-# Look at the sampler again. In the middle of the way, at $x_t$, the velocity says where the picture is. Solve $x_t = (1 - t)\,x_0 + t\,\varepsilon$ and $u = \varepsilon - x_0$ for $x_0$:
+# Look at the sampler again. In the middle of the way, at $x_t$, the velocity lets us compute a guess of the finished picture. Solve $x_t = (1 - t)\,x_0 + t\,\varepsilon$ and $u = \varepsilon - x_0$ for $x_0$:
 #
 # $$x_{0|t} = x_t - t\, u(x_t, t). \tag{0.3}$$
 #
@@ -223,7 +223,7 @@ plt.show()
 # %% [markdown]
 # Same model, same seed, same 250 evaluations. RBF's picture is right.
 #
-# Here is the film of its search: the guess of the state that RBF kept after each step. Mind the times. Step 0 is the draw of the noises, at $t = 0.993$, where the paper's grid starts. It looks like the best try above: the same seed, the same noise. Steps 0 to 6 all lie above $t = 0.96$, where the state is nearly pure noise. The paper's grid takes small steps there, because there the picture is still open.
+# Here is the film of its search: the guess of the state that RBF kept after each step. Mind the times. Step 0 is the draw of the noises, at $t = 0.993$, where the paper's grid starts. It looks like the best try above: the same seed, the same noise. Steps 0 to 6 all lie above $t = 0.96$, where the state is nearly pure noise. The paper's grid takes small steps there, because there a random step can still change which objects the picture has.
 
 # %% tags=["plot"] alt="Ten pictures, the guesses that RBF kept step by step. Objects come, go and change their kind on the way; the last picture is right."
 fig, axes = plt.subplots(2, 5, figsize=(9, 4.6))
@@ -254,9 +254,9 @@ plt.show()
 #
 # </details>
 #
-# Green and yellow objects, which the prompt does not name, come and go in the film. The random step does not start them: the best try above has one at $t = 1.0$ too, in the guess from pure noise. On the flow such objects soon go. In the film they last longer, because most of its steps lie near pure noise, and because a random step may bring new ones. [Notebook 04](04_ode_to_sde.ipynb) measures how many right pictures random steps cost this model.
+# Green and yellow objects, which the prompt does not name, come and go in the film. Random steps are not their only cause: the best try above has one at $t = 1.0$ too, in the guess from pure noise. On the flow such objects soon go. In the film they last longer, because most of its steps lie near pure noise, and because a random step may bring new ones. [Notebook 04](04_ode_to_sde.ipynb) measures how many right pictures random steps cost this model.
 #
-# You can move through the film yourself:
+# In Jupyter you can move through the film yourself:
 
 
 # %% alt="The guess that RBF kept at the step chosen."
@@ -373,7 +373,7 @@ assert (exact["RBF"].sum(0) == (9, 8)).all() and (exact["best of 25"].sum(0) == 
 assert not (exact["best of 25"] & ~exact["RBF"]).any()
 
 # %% [markdown]
-# RBF is right on nine of the twelve prompts by the counter and on eight by the judge, best of 25 on three. By the counter there are six prompts on which only RBF is right; by the judge there are five. On no prompt is only best of 25 right. Suppose that both methods were equally good. Then each such prompt is the toss of a coin. Six tosses fall on the same side once in 32 times, five once in 16.
+# RBF is right on nine of the twelve prompts by the counter and on eight by the judge, best of 25 on three. By the counter there are six prompts on which only RBF is right; by the judge there are five. On no prompt is only best of 25 right. Suppose that both methods were equally good. Then each prompt on which they differ is like the toss of a coin. Six tosses fall on the same side once in 32 times, five once in 16.
 # So twelve prompts are a good hint, and no more. [Deeper](#Deeper:-fifty-prompts) has fifty prompts.
 #
 # The thin lines on the bars are 95 % intervals (Clopper and Pearson). They are wide, because there is one run for each of only twelve prompts.
@@ -405,7 +405,7 @@ assert result.reward > -0.3 and shapes.count(fooled[None]).sum() == 9
 assert not shapes.exact(scene, fooled[None])[0]
 
 # %% [markdown]
-# The reward is nearly perfect, and the picture is wrong. The search did its work, but the reward did not say which kinds the nine should be. Against this only a better reward helps. A search can also use small errors of a reward. Against these, every result needs a second judge, one that no search has seen.
+# The reward is nearly perfect, and the picture is wrong. The search did its work, but the reward did not say which kinds the nine should be. Only a better reward prevents this. A search can also use small errors of a reward. Against these, every result needs a second judge, one that no search has seen.
 #
 # ## Your prompt
 #
@@ -440,7 +440,7 @@ plt.show()
 #
 # ### Exercise 1: how many tries would do? (difficulty 2 of 5, 10 minutes)
 #
-# Let a try be right with probability $p$. How many tries does best-of-N need so that at least one is right with probability `sure`? Suppose that one try in 128 is right, so $p = 1/128$, and `sure` is 0.9. First guess $N$; the test prints what it costs. Then write the function.
+# Let a try be right with probability $p$. How many tries does best-of-N need so that at least one is right with probability `sure`? Suppose that one try in 128 is right, so $p = 1/128$, and `sure` is 0.9. First guess $N$. Then write the function; the test prints what $N$ tries cost.
 #
 # <details><summary>Hint</summary>
 #

@@ -24,7 +24,7 @@
 # - draft with schnell, finish with dev, choose a picture yourself and save it
 # - know what has been shown on a GPU, and what has not
 #
-# **Shown so far.** Everything here has run on a CPU with tiny-flux, in pictures of 64 x 64. No graphics card has been measured yet: seconds and memory of cards are planned.
+# **Shown so far.** Everything here has run on a CPU with tiny-flux, in pictures of 64 x 64. No graphics card has been measured yet: seconds and memory of cards are computed, not measured.
 #
 # **Prerequisites.** [Notebook 00](00_start.ipynb). If you come straight from there: the grid `paper_vp` is explained in [notebook 05](05_interpolant_conversion.ipynb), `RBF` in [notebook 08](08_rollover_budget_forcing.ipynb), drafts in [notebook 10](10_scaling.ipynb).
 #
@@ -132,7 +132,7 @@ plt.show()
 #
 # Here $s$ is a stage and $p$ a part that is on the card in it. $W_p$ is the memory of the part's weights, $a_s$ the activations of one row or one picture, and $n_s$ how many go through at a time.
 #
-# The text encoders are the second largest part, and needed once. So do not give up precision first. Encode the prompts, drop the encoders, then load the transformer. This changes no picture, but a new prompt means loading again. `memory.plan` takes the first plan that fits, in order of what they cost in quality.
+# The text encoders are the second largest part, and needed once. So do not give up precision first. Encode the prompts, drop the encoders, then load the transformer. This changes no picture, but a new prompt means loading again. `memory.plan` tries the plans that lose least quality first, and takes the first that fits.
 #
 # For drafts we want *two* transformers, schnell and dev, which share all else. `draft=` asks for a plan that holds both:
 
@@ -194,7 +194,7 @@ if real:
     card = {"free": memory.free_gib(), "dtype": memory.best_dtype()}
     plan = memory.plan(**names, **card, keep=kept(card["free"]))
     big, pipe = memory.load_planned(**names, plan=plan, prompts=[TEXT])
-    at_once = plan.decode_chunk  # rows, and decodes: of these fewer fit
+    at_once = plan.decode_chunk  # pictures decoded at once
     STEPS, how = 28, {"guidance": 3.5, "chunk": at_once}
 
 # %%
@@ -267,7 +267,7 @@ if PAGE:
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# Red goes to the left and blue to the right, as the reward asks. The counts pay for it: a red square has gone, and a yellow triangle has come. The reward says nothing about shapes and counts, so the search does not keep them. Only the model itself leans towards the prompt.
+# Red goes to the left and blue to the right, as the reward asks. In return a red square has gone, and a yellow triangle has come. The reward says nothing about shapes and counts, so the search does not keep them. Only the model itself leans towards the prompt.
 #
 # </details>
 #
@@ -349,13 +349,13 @@ if PAGE:
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# A is the mirror, though not in every pixel. B is little ink, C all low down. Write a fourth wish of your own: any function of pictures will do.
+# A is the mirror, though only roughly. B is little ink, C all low down. Write a fourth wish of your own: any function of pictures will do.
 #
 # </details>
 #
 # ## Draft with schnell, finish with dev, choose yourself
 #
-# So far schnell drew alone. dev needs many steps for a picture, and its early look-ahead is a blur. The way round is that of [notebook 10](10_scaling.ipynb): schnell looks ahead for dev. `Draft` searches among noises with schnell, one evaluation a try, and lets dev finish the best. On the fifty test prompts of tiny-flux, at 250 NFE, its share of right pictures is 0.41 above that of best-of-N (95 % interval 0.31 to 0.51).
+# So far schnell drew alone. dev needs many steps for a picture, and its early look-ahead is a blur. [Notebook 10](10_scaling.ipynb) has a way round: schnell looks ahead for dev. `Draft` searches among noises with schnell, one evaluation a try, and lets dev finish the best. On the fifty test prompts of tiny-flux, at 250 NFE, its share of right pictures is 0.41 above that of best-of-N (95 % interval 0.31 to 0.51).
 #
 # It rests on one fact: from one noise the two models draw much the same picture.
 
@@ -384,7 +384,7 @@ if PAGE:
     assert 0 < (shapes.count(sketch) != shapes.count(finished)).any(1).sum() < 4
 
 # %% [markdown]
-# The things of a column stand at the same places; a colour or a number can differ. Whether FLUX.1's pair draws as alike is *not yet shown*.
+# The things of a column stand mostly at the same places; a shape, a colour or a number can differ. Whether FLUX.1's pair draws as alike is *not yet shown*.
 
 # %%
 from flowscale_lite import look_ahead
@@ -501,7 +501,7 @@ if PAGE:
     assert means.loc["Draft", "warm_left"] > means.loc["best-of-N", "warm_left"]
 
 # %% [markdown]
-# Compare the first and the last panel. No search asked the held-out judge, and it agrees with the counter on all twelve pictures. So the better counts are no trick of the counter. About `warm_left` it says nothing. Draft's warmest picture, seed 1, has a count wrong. Between best-of-N and Draft four seeds of one prompt decide nothing; the fifty prompts above do.
+# Compare the first and the last panel. No search asked the held-out judge, and it agrees with the counter on all twelve pictures. So the better counts are no trick of the counter. About `warm_left` it says nothing. Draft's warmest picture, seed 1, has a count wrong. Between best-of-N and Draft four seeds of one prompt decide nothing. For right pictures the fifty prompts above do; for `warm_left` nothing here does.
 #
 # ## The bill
 #
@@ -579,7 +579,7 @@ else:
 #
 # <details><summary>Hint</summary>
 #
-# Write three sums, one a stage, and return the largest. Which parts stay on the card through all stages? When encoders are dropped, the first stage does not hold them.
+# Write three sums, one a stage, and return the largest. Which parts stay on the card through all stages? When encoders are dropped, only the first stage holds them, and the first stage holds nothing else.
 #
 # </details>
 
@@ -955,7 +955,7 @@ moved = (drawn[0] - drawn[1]).abs().mean()
 assert 0.0005 < moved < 0.0015 and (shapes.count(drawn[0]) == shapes.count(drawn[1])).all(), moved
 
 # %% [markdown]
-# The first three steps look like the same time to the model. On four noises of this prompt that changes no count, and a grey value by about 0.001; a picture that it spoils is not shown here. `FlowModel` passes the exact time on: a hook puts float32 in place of the rounded number, right before the sinusoid. Around a call of your own, `with exact_time(pipe):` from `flowscale_lite.flux.prompt` does the same.
+# The first three steps look like the same time to the model. On four noises of this prompt that changes no count, and a grey value by about 0.001; we found no picture that it spoils. `FlowModel` passes the exact time on: a hook puts float32 in place of the rounded number, right before the sinusoid. Around a call of your own, `with exact_time(pipe):` from `flowscale_lite.flux.prompt` does the same.
 #
 # **The sampler's own arithmetic uses the exact t in both cases. Which would you rather have wrong, sampler or model?**
 #
@@ -1016,7 +1016,7 @@ distance = rows.groupby(["scheduler", "steps"])["distance"].mean().unstack()
 shown = {
     "FlowMatchEuler, stochastic_sampling": ("stochastic_sampling", "#D55E00", "o--"),
     "ours, sde on vp, finish = 1": ("ours, the paper's grid", "black", ">-"),
-    "LTXEulerAncestralRF": ("LTX (our ddim: the same)", "#009E73", "v--"),
+    "LTXEulerAncestralRF": ("LTX (our ddim: nearly the same)", "#009E73", "v--"),
     "ours, sde, g = 3 t^2": ("ours, sde, $g_t = 3t^2$", "#0072B2", "s-"),
     "DPMSolver, sde-dpmsolver++": ("DPMSolver, sde", "#CC79A7", "D--"),
 }
