@@ -176,7 +176,7 @@ def look(x, t, tau):
 #
 # $$E[n_k] = K\, W_k. \tag{6.7}$$
 #
-# So a resampled cloud has the same averages in expectation, and we may resample at any step. Any scheme with that mean is correct; schemes differ in the noise they add. All of them work like this: lay the weights end to end on a line, and place $K$ points on it. A particle gets as many copies as there are points on its stretch. The schemes differ in how they place the points.
+# So a resampled cloud has the same averages in expectation, and we may resample at any step. Any scheme with that mean is correct; schemes differ in the noise they add. The three here work like this: lay the weights end to end on a line, and place $K$ points on it. A particle gets as many copies as there are points on its stretch. The schemes differ in how they place the points.
 
 # %%
 from flowscale_lite.resampling import SCHEMES, systematic
@@ -215,7 +215,7 @@ assert 1.95 < 12 * W[0] < 2.05 and 1.9 < 12 * W[3] < 1.95 and min(W[0], W[3]) ==
 assert all(abs(n - 12 * float(w)) < 1 for n, w in zip(copies["systematic"], W, strict=True))
 
 # %% [markdown]
-# Multinomial points clump: the first and the fourth stretch are both worth about two points, and get one and five. The *systematic* points are like the teeth of a comb: their gaps are equal, and one random number shifts them all. Every particle gets $K W_k$ copies, rounded up or down. Its numbers of copies vary least. Therefore it is the package's default.
+# Multinomial points clump: the first and the fourth stretch are both worth about two points, and get one and five. The *systematic* points are like the teeth of a comb: their gaps are equal, and one random number shifts them all. Every particle gets $K W_k$ copies, rounded up or down. With this scheme the numbers of copies vary least. Therefore it is the package's default.
 #
 # ## The loop
 #
@@ -346,7 +346,7 @@ plt.show()
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# Not always. It seems to fall at 0.2, and then it rises again: at $\tau = 0.1$ SMC errs about as much as at 0.5, although the target is narrower. Nor is SMC a clear winner: its means are below those of weighing at the end, but only at 0.2 is the difference clear. SMC is "exact up to the number of particles", and here is what the phrase hides: it says what happens for $K \to \infty$, not how large $K$ must be.
+# Not always. It seems to fall at 0.2, and then it rises again: at $\tau = 0.1$ SMC errs about as much as at 0.5, although the target is narrower. Nor is SMC a clear winner: its means are below those of weighing at the end, but the bars overlap at every temperature. SMC is "exact up to the number of particles", and here is what the phrase hides: it says what happens for $K \to \infty$, not how large $K$ must be.
 #
 # </details>
 #
@@ -538,13 +538,13 @@ for _row in rows.values():
 assert 12 < plain.std() < 20, "how far plain rewards lie apart"
 
 # %% [markdown]
-# In every run SMC raises the mean reward by far. Its best picture is also better than the best of 25 plain ones, which cost the same 250 NFE. The second row shows the price: all particles descend from very few noises, and look alike, although we tempered. Plain rewards lie about 15 apart, so $\tau = 1$ is very cold here. So 25 particles do not represent the tilted density of pictures. But SMC is a way to *find* a good picture. If one good picture is all you want, you can be greedier: see [notebook 07](07_search.ipynb).
+# In every run SMC raises the mean reward by far. Its best picture is also better than the best of 25 plain ones, which cost the same 250 NFE. The second row shows the price: all particles descend from very few noises, and look alike, although we tempered. The standard deviation of plain rewards is about 15, so $\tau = 1$ is very cold here. So 25 particles do not represent the tilted density of pictures. But SMC is a way to *find* a good picture. If one good picture is all you want, you can be greedier: see [notebook 07](07_search.ipynb).
 #
 # **Which number would warn you of the collapse, if you could not see the pictures?**
 #
 # <details><summary>Answer</summary>
 #
-# The number of noises that have descendants. The mean reward does not warn: it is highest when all particles are copies of one good picture. The ESS warns a little: it counts about ten of 25 particles, fewer than half. But it does not say that they all come from one noise.
+# The number of noises that have descendants. The mean reward does not warn: it is highest when all particles are copies of one good picture. The ESS warns a little: it counts about ten of 25 particles, fewer than half. But it does not say from how few noises they come.
 #
 # </details>
 
@@ -991,7 +991,7 @@ assert strengths[5] > 0.5 and strengths[20] == 1 and abs(_adapted.mean() - 0.06)
 assert adaptive(0.9)[0][5] == 1
 
 # %% [markdown]
-# Without tempering the first resampling comes at $t = 0.93$ on average, while the look-ahead still knows little. With $b = 1$ it comes at 0.78, with $b = 4$ at 0.43. At 0.43 the look-ahead nearly equals the final reward, so most particles have chosen their cloud, and this is not far from weighing at the end.
+# Without tempering the first resampling comes at $t = 0.93$ on average, while the look-ahead still knows little. With $b = 1$ it comes at 0.78, with $b = 4$ at 0.43. At 0.43 the look-ahead nearly equals the final reward, so most particles have chosen their cloud, and resampling comes too late.
 #
 # The right panel shows the strength of Exercise 3, which adapts. This run asks for an ESS of 99 % of $K$ in each of the 50 steps. (With 90 % it would be at full strength from the first steps on.) Over 20 runs its mean error is 0.06, that of $b = 1$.
 #
@@ -1044,7 +1044,7 @@ assert _low["SMC"] >= 7 and _low["SMC, tempered"] <= 2, _low
 assert all(interval(torch.tensor(found))[1] < 1 < interval(torch.tensor(found))[2] for found in ratios.values())
 
 # %% [markdown]
-# Both are unbiased (the 95 % intervals of the means contain 1), and for plain SMC that is worth little. About half of its runs are below one half of the true value, and a few high runs make up for them in the mean. In one run we would not know which kind we have. That an estimate is unbiased says nothing about its variance.
+# Both are unbiased in theory (up to the sampler, and the 95 % intervals of the means contain 1). For plain SMC that is worth little. About half of its runs are below one half of the true value, and a few high runs make up for them in the mean. In one run we would not know which kind we have. That an estimate is unbiased says nothing about its variance.
 #
 # ## Deeper: the paper's SMC
 #

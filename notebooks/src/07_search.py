@@ -283,7 +283,7 @@ print(f"reward {result.reward:.4f}, {result.nfe} NFE")
 #
 # ## CoDe: choose after a block
 #
-# SVDD judges a child after one step. *CoDe* (Singh et al. 2025) waits. It lets each child run a block of steps before it judges; here a block is two. Then the branches have moved further apart, and the look-ahead is a better guess. **One change**: after `propose`, propose again. A branch now costs two evaluations. Each choice still has as many branches, but the budget pays for half as many choices. Does waiting pay for that? We will see on pictures.
+# SVDD judges a child after one step. *CoDe* (Singh et al. 2025) waits. It lets each child run a block of steps before it judges; here a block is two. Then the branches have moved further apart, and the look-ahead is a better guess. **One change**: after `propose`, propose again. A branch now costs two evaluations. So there are as many branches a choice, but half as many choices. Does waiting pay for that? We will see on pictures.
 
 
 # %%
@@ -302,11 +302,11 @@ class MyCoDe(Chains):
 # %% [markdown]
 # ## Search over Paths: up and down
 #
-# SVDD and CoDe need a sampler with noise. *Search over Paths* (SoP, Ma et al. 2025) does not. It runs the ODE three steps down, towards the data. Then it makes several copies, adds noise to each, which takes them one step back *up*, and runs three steps down again. **The change**: copies differ by the noise of the way up (`renoise`, [notebook 04](04_ode_to_sde.ipynb)). Then the best of all copies go on, even if they come from one parent.
+# SVDD and CoDe need a sampler with noise. *Search over Paths* (SoP, Ma et al. 2025) does not. It runs the ODE three steps down, towards the data. Then it makes several copies, adds noise to each, which takes them one step back *up*, and runs three steps down again. **The change**: the noise that is added on the way up makes the copies different (`renoise`, [notebook 04](04_ode_to_sde.ipynb)). Then the best of all copies go on, even if they come from one parent.
 
 
 # %%
-COPIES = 4  # fixed, to keep this short, so it needs 224 NFE; the package adapts it
+COPIES = 8  # fixed, to keep this short; the package divides the budget
 
 
 class MySoP(Chains):
@@ -341,9 +341,9 @@ METHODS = {"best-of-N": BestOfN(), "SoP": SearchOverPaths()}
 METHODS |= {"CoDe": Blockwise(), "SVDD": SVDD()}
 
 # %% tags=["check"]
-_same = [(MySVDD(), SVDD()), (MyCoDe(), Blockwise()), (MySoP(), SearchOverPaths(copies=4))]
+_same = [(MySVDD(), SVDD()), (MyCoDe(), Blockwise()), (MySoP(), SearchOverPaths(copies=8))]
 for _ours, _theirs in _same:
-    for _nfe in (120, 251):
+    for _nfe in (240, 251):
         _a, _b = (search(problem, m, max_nfe=_nfe, generator=seeded(1)) for m in (_ours, _theirs))
         assert torch.equal(_a.best, _b.best) and _a.nfe == _b.nfe, (_ours, _nfe)
         assert _a.reward_calls == _b.reward_calls, "as many rewards"
@@ -390,7 +390,7 @@ assert accounts["CoDe"][0] == accounts["SVDD"][0], "the same bars"
 assert all(sum(spent.values()) == result.nfe for spent, result in accounts.values())
 
 # %% [markdown]
-# Time runs to the right, from noise to data. SoP visits times near the noise once or twice, and times near the data in several legs, so its bars grow. SVDD and CoDe spend evenly, except at $t = 1$: there they draw two noises only, one for each chain, and choose nothing. Below we test whether more first noises help. Between SVDD and CoDe only the number of choices differs, so CoDe asks for about half as many rewards.
+# Time runs to the right, from noise to data. SoP makes no copies on its first leg, and later legs overlap, so its bars grow. SVDD and CoDe spend evenly, except at $t = 1$: there they draw two noises only, one for each chain, and choose nothing. Below we test whether more first noises help. Between SVDD and CoDe only the number of choices differs, so CoDe asks for about half as many rewards.
 #
 # **Guess: at the same NFE, which method takes the most seconds on pictures?**
 #
@@ -554,7 +554,7 @@ assert all(experiments.paired_difference(by["CoDe"], by["best-of-N"], judge).low
 
 # %% [markdown]
 # ## Recap
-# - The best rule draws children from the model and chooses in proportion to $e^{V/\tau}$ (7.2). With enough children it samples the tilted density.
+# - The best rule draws children from the model and chooses in proportion to $e^{V/\tau}$ (7.2). The more children, the closer it comes to the tilted density.
 # - A search takes three shortcuts: few children, the look-ahead instead of the value, the best child instead of a drawn one. The last one makes it collapse.
 # - SVDD chooses at every step, CoDe after a block, Search over Paths goes up and down. Each is one function, `advance`.
 # - At the same budget they differ in when they spend, in how many rewards they ask for, and in how many first noises they try.
@@ -872,7 +872,7 @@ assert all(ahead > true for t, ahead, true in _pairs if t > 0.5)
 #
 # ## Deeper: the last bit of reward, three ways
 #
-# Is the turn of the held-out reward a fault of SVDD? We compare SVDD with more and more children, best-of-N with more and more samples, and exact samples of the tilted density at lower and lower temperature. Their budgets cannot be compared. So the horizontal axis shows how much of the *given* reward is still missing. Further right is a harder search.
+# Is it the fault of SVDD that the held-out reward gets worse again? We compare SVDD with more and more children, best-of-N with more and more samples, and exact samples of the tilted density at lower and lower temperature. Their budgets cannot be compared. So the horizontal axis shows how much of the *given* reward is still missing. Further right is a harder search.
 
 # %%
 falling = (4, 2, 1, 0.5, 0.2, 0.1, 0.03, 0.01, 0.003)

@@ -202,7 +202,7 @@ assert pushes[[0, 8]].norm(dim=1).max() < 0.15, "at the ends: nothing"
 #
 # $$\varepsilon_{|t}' = \frac{x - \alpha_t x_{0|t}'}{\sigma_t}. \tag{9.4}$$
 #
-# The package's `Guide(strength)` does this. Near $t = 1$ it bounds the factor $1/\alpha_t$. It does not steer the last step, whose mistakes no later step would mend. Exercise 1 asks you to write it.
+# The package's `Guide(strength)` does this. Near $t = 1$ it bounds the factor $1/\alpha_t$. It does not steer the last step, because no later step could correct it. Exercise 1 asks you to write it.
 #
 # **What it costs.** A gradient runs the model forward and backward, and backward is about twice the work. So the package counts three evaluations for a gradient.
 #
@@ -263,7 +263,7 @@ assert through(ring.velocity(LINEAR), peak, _x, 0.9)[0, 0] * 30 > 50 * (_a - _b)
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# The exact distribution goes towards the square and stays with the data. In the end it stands in the outer half of the rare ring. One point in seven is outside this ring, as in the data themselves. DPS at strength 3 is already about where the exact distribution is at 30: too strong, but still at the edge of the data. At strength 30 no point is left in a ring. Even the reward gets worse again, although the reward is all that DPS climbs.
+# The exact distribution goes towards the square and stays with the data. In the end it stands in the outer half of the circle around the rare cloud. One point in seven is outside this circle, as in the data themselves. DPS at strength 3 is already about where the exact distribution is at 30: too strong, but still at the edge of the data. At strength 30 no point is left in any circle. Even the reward gets worse again, although the reward is all that DPS climbs.
 #
 # </details>
 #
@@ -308,7 +308,7 @@ print(f"{ours.nfe} NFE:", parts)
 assert sum(parts.values()) == ours.nfe == 233 and ours.gradients == 29
 
 # %% [markdown]
-# RBF takes the same line: the state is steered before its quota is spent on children. SVDD + DPS and RBF + DPS are the paper's methods for a reward with a gradient, beside DPS alone. The upper row below shows the paper's numbers: an aesthetic score is given, ImageReward is held out. The lower row shows ours for *ink as asked*: tiny-flux schnell, VP-SDE, ten steps, the 50 test prompts, three seeds. The right panel has what no method was given: whether all counts are right, by the counter. Here the exact counter judges. The *held-out judge*, a network, comes in the next section. We add methods *without* a gradient as controls; their marks are hollow. Plain RBF is not among them, so RBF + DPS has no partner. All searches have 50 first noises: SVDD, SVDD + DPS and RBF + DPS keep two chains, each from the best of 25, and best-of-N finishes all 50.
+# RBF + DPS adds the same line of code: the state is steered before its quota is spent on children. SVDD + DPS and RBF + DPS are the paper's methods for a reward with a gradient, beside DPS alone. The upper row below shows the paper's numbers: an aesthetic score is given, ImageReward is held out. The lower row shows ours for *ink as asked*: tiny-flux schnell, VP-SDE, ten steps, the 50 test prompts, three seeds. The right panel has what no method was given: whether all counts are right, by the counter. Here the exact counter judges. The *held-out judge*, a network, comes in the next section. We add methods *without* a gradient as controls; their marks are hollow. Plain RBF is not among them, so RBF + DPS has no partner. All searches have 50 first noises: SVDD, SVDD + DPS and RBF + DPS keep two chains, each from the best of 25, and best-of-N finishes all 50.
 
 # %%
 import pandas as pd

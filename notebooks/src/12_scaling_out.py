@@ -75,7 +75,7 @@ _fewer = cost.estimate(work, cost.GPUS["T4"], nfe=500, reward_calls=50).seconds
 assert round(PICTURES * _fewer / 86400) == 27
 
 # %% [markdown]
-# This is one table of the paper (Kim, Yoon, Hwang and Sung, 2025): fourteen searches, each with 500 NFE on each of 121 prompts, on FLUX.1-schnell at 1,024 x 1,024. The judge, of 8 billion weights, is our assumption. The days are *planned*. We build the model without loading its weights, count its operations, and assume that the GPU reaches 40 % of the peak on its data sheet. We have not measured these 40 % on a GPU. And we price each search as if it judged every evaluation. A search that judges one in ten needs 27 days on the T4, so the operations are an upper bound. Where a card cannot hold model and judge in 16 bits (T4, L4, A100-40), it would be slower still.
+# The bars are the cost of one table of the paper (Kim, Yoon, Hwang and Sung, 2025): fourteen searches, each with 500 NFE on each of 121 prompts, on FLUX.1-schnell at 1,024 x 1,024. The judge, of 8 billion weights, is our assumption. The days are *planned*. We build the model without loading its weights, count its operations, and assume that the GPU reaches 40 % of the peak on its data sheet. We have not measured these 40 % on a GPU. And we price each search as if it judged every evaluation. A search that judges one in ten needs 27 days on the T4, so the operations are an upper bound. Where a card cannot hold model and judge in 16 bits (T4, L4, A100-40), it would be slower still.
 #
 # Prices of clouds differ and change. We assume round ones: a T4 at 0.40 dollars an hour, an H100 at 3.50.
 #
@@ -105,7 +105,7 @@ assert [round(d) for d in sorted(dollars.values())[1:]] == [309, 330, 355, 378]
 #
 # </details>
 #
-# **Money follows the operations, here within a factor of two. Time follows the number of machines.** The rest of this page is about both: where the operations are, and how to share them out.
+# **The bill depends mostly on the operations: between these cards it differs by a factor of two. Time follows the number of machines.** The rest of this page is about both: where the operations are, and how to share them out.
 #
 # ## Where the seconds go
 #
@@ -246,7 +246,7 @@ plt.show()
 assert worst < 2, list(ratio)
 
 # %% [markdown]
-# One number foretells the others. The line above says how far off the worst plan is; we ask only for a factor of two, the grey band. That is enough for a first plan. The number belongs to this *kind* of work, however. Another model, or another batch size, has another number. And (12.1) knows nothing of memory. A GPU that fetches its weights from the host for every evaluation waits for them, whatever its peak.
+# One number foretells the others. The printed factor says how far off the worst plan is; we ask only for a factor of two, the grey band. That is enough for a first plan. The number belongs to this *kind* of work, however. Another model, or another batch size, has another number. And (12.1) knows nothing of memory. A GPU that fetches its weights from the host for every evaluation waits for them, whatever its peak.
 
 # %% [markdown]
 # ## Many runs on many GPUs
@@ -332,7 +332,7 @@ assert _ordered[45] < _shuffled[45] and (_ordered[46:59] > _shuffled[46:59]).all
 #
 # ## A run that can be killed
 #
-# Some clouds rent out machines at a lower price that they may take away at any time. The remedy is old: write down each result as soon as it is there. On a restart, first read what is there. We keep one line of JSON a run, in a file that is only ever appended to.
+# Some clouds rent out cheaper machines that can be taken away at any time. The remedy is old: write down each result as soon as it is there. On a restart, first read what is there. We keep one line of JSON a run, in a file that is only ever appended to.
 #
 # A *task* is a dict that says all about one run, the seed included. So it does not matter where and when it runs. Here is a whole job, as you would give it to a machine, on the ring of eight clouds:
 
@@ -474,7 +474,7 @@ assert 0.15 < lines[500][2] < 0.25 and lines[100][2] < 0.11
 assert cost.estimate(work, card, 500).fits and not cost.estimate(work, cost.GPUS["A100-40"], 500).fits
 
 # %% [markdown]
-# Four times the money halves the gain that can be shown. With 20 dollars and 500 NFE only a large gain shows, about 0.2; with 100 NFE less than half of that. The table alone would always take 50 NFE. But the true gain depends on the NFE as well. So choose the NFE at which you expect the gain, let the money say the number of prompts, and write both down before the first run. The share 0.4 is a guess: take yours from a first run on some thirty prompts.
+# Four times the money halves the gain that can be shown. With 20 dollars and 500 NFE only a large gain shows, about 0.2; with 100 NFE less than half of that. By the table alone one would always choose 50 NFE. But the true gain depends on the NFE as well. So choose the NFE at which you expect the gain, let the money say the number of prompts, and write both down before the first run. The share 0.4 is a guess: take yours from a first run on some thirty prompts.
 
 # %% [markdown]
 # ## Recap
@@ -498,7 +498,7 @@ assert cost.estimate(work, card, 500).fits and not cost.estimate(work, cost.GPUS
 #
 # <details><summary>Hint</summary>
 #
-# How many pictures does each decode and judge? A picture of half the side has a quarter of the image tokens, but the text tokens stay: an evaluation costs 17.7 (in 10¹²), a decode 2.5. The judge costs the same at both sizes. The table of "Where the seconds go" has the rest. D and A are near: add their parts.
+# How many pictures does each decode and judge? A picture of half the side has a quarter of the image tokens, but the text tokens stay: an evaluation costs 17.7 (in 10¹²), a decode 2.5. The judge costs the same at both sizes. The table of "Where the seconds go" has the rest. No two are far apart: add their parts.
 #
 # </details>
 
