@@ -87,7 +87,7 @@ plt.show()
 #
 # <details><summary>Answer, in short</summary>
 #
-# Yes, if we do two things right. With the noise we must add a drift that undoes its blur; a toy shows this exactly. And the theory holds for models whose training pairs combine a picture with independent noise. Pictures we can only count. For such a model (dev at guidance 1) we see no loss; guided dev loses in four steps, and schnell in four and ten. We cannot separate the possible causes of these losses.
+# Yes, if we do two things right. With the noise we must add a drift that undoes its blur; a toy shows this exactly. And the theory holds for models whose training pairs combine a picture with independent noise. For pictures we can only count. For such a model (dev at guidance 1) we see no loss; guided dev loses in four steps, and schnell in four and ten. We cannot separate the possible causes of these losses.
 #
 # </details>
 #
@@ -419,7 +419,7 @@ _right, _narrow, _wide = (hills(end)[0] for end in list(ends.values())[:3])
 assert all(a < 0.85 * b < b < 0.85 * c for a, b, c in zip(_narrow, _right, _wide, strict=True))
 
 # %% [markdown]
-# Only $c = \frac12$ stays near 0. With $c = 1$ the pull is twice too strong, and the hills come out too narrow. With $c = 0$ they come out too wide. With the wrong sign the distance grows to 2.2.
+# Only $c = \frac12$ stays near 0. With $c = 1$ the pull is doubled, and the hills come out too narrow. With $c = 0$ they come out too wide. With the wrong sign the distance grows to 2.2.
 #
 # One noisy sampler is in common use. The option `stochastic_sampling` of diffusers' `FlowMatchEulerDiscreteScheduler` guesses the picture and draws *all* the noise anew: $x_s = (1 - s)\, x_{0|t} + s\, z$. **Guess: is it a member of the family (4.6)?**
 #

@@ -493,7 +493,7 @@ assert set(larger["seed"]) == {0, 1, 2} and larger["prompt"].nunique() == 50
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# That is not shown. The bar of the grid alone minus the linear SDE contains 0, and most of it lies on the left.
+# We cannot say. The bar of the grid alone minus the linear SDE contains 0, and most of it lies on the left.
 #
 # But VP-SDE finds more than the grid alone. The two have the same grid and differ in the noise only. So *on this grid* VP's noise helps the search, although it makes late siblings less varied. On uniform steps the same noise ruins the search (last row): it needs the grid.
 #
@@ -542,8 +542,8 @@ assert minus("dev", "VP-SDE, last step in three", "VP-SDE", "finished").mean > 0
 # - At equal signal-to-noise ratio two paths have the same states, up to a clock $t_s$ and a scale $c_s$ (5.3). The model's posterior means are the same on both (5.4).
 # - On the linear path the VP-SDE is another grid and another $g$ (5.6), and nothing else.
 # - With the paper's grid siblings stay different for longer. The VP noise alone, on uniform steps, ruins pictures.
-# - The grid alone is not shown to help a search. With VP's noise on that grid RBF finds more. With 500 evaluations RBF, SVDD and SMC find more right pictures with the VP-SDE than with the linear SDE, by both judges.
-# - The paper's grid ends in one long step: right for a few-step model, wrong for a multi-step one.
+# - The grid alone is not shown to help a search. With VP's noise on that grid RBF finds more than with the grid alone. With 500 evaluations RBF, SVDD and SMC find more right pictures with the VP-SDE than with the linear SDE, by both judges.
+# - The paper's grid ends in one long step: no loss was seen on a few-step model, a blur on a multi-step one.
 
 # %% [markdown]
 # ## Exercises
@@ -807,7 +807,7 @@ assert all(minus("schnell", "VP-SDE", "DDPM on the grid", f"part at {k}").high <
 assert _ddpm["quality"].low < 0 < _ddpm["quality"].high
 
 # %% [markdown]
-# - *As in the paper.* Split at step 3, VP-SDE is the most varied, and the grid alone is more varied than the linear SDE. (At step 0 the grid alone has a little less.) The noise alone has the worst pictures, with and without a search.
+# - *As in the paper.* Split at step 3, VP-SDE is the most varied of the four, and the grid alone is more varied than the linear SDE. (At step 0 the grid alone has a little less.) The noise alone has the worst pictures, with and without a search.
 # - *Against the paper.* There the noise alone has more diversity than the grid alone (0.429 against 0.270). Here this is so only if siblings split at step 0, and a part of that is clutter, which a distance of pixels counts as well. At step 3 the noise alone has by far the least.
 # - *Open.* In the paper's search both the grid alone and VP-SDE are ahead of the linear SDE. Ours with 100 evaluations shows neither.
 # - The DDPM transition on the grid has a little more variety than VP-SDE, and RBF finds less with it. We have not found out why.
