@@ -382,7 +382,7 @@ def by_hand(values, clusters):
 
 
 def test_intervals_are_those_of_the_bootstrap_by_hand():
-    """On stored runs, of prompts with different numbers of runs, whatever form the rows have."""
+    """On stored runs, of methods with different numbers of runs; and of prompts with different numbers of them."""
     rows = [row for row in experiments.read(STORED) if row["sampler"] == "VP-SDE"]
     table = experiments.table(pd.DataFrame(rows), ["method"], ["given", "nfe"])
     assert len(table) > 5 and len(set(table["runs"])) > 1

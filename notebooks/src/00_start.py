@@ -588,7 +588,7 @@ account.round(3)
 # %% [markdown]
 # ## Deeper: fifty prompts
 #
-# Stored runs with 250 NFE: fifty *test prompts*, on which nothing was tuned, three seeds each. Best-of-N is also there with four steps a picture, enough for a few-step model, so that 250 NFE buy 62 pictures. The intervals are bootstrapped over prompts.
+# Stored runs with 250 NFE: fifty *test prompts*, on which nothing was tuned, three seeds each. Best-of-N is also there with four steps a picture, in which a few-step model still draws well, so that 250 NFE buy 62 pictures. The intervals are bootstrapped over prompts.
 
 # %%
 from flowscale_lite.experiments import paired_difference, read, table

@@ -809,8 +809,12 @@ for path in (LINEAR, COSINE, VP):
 #
 # **A mixture** first draws a component $i$ with probability $w_i$. If we knew the component, (1.15) would hold with the $m_i$ and $c_i$ of this component. We do not, but Bayes' rule gives its probability $\pi_i$, the *responsibility*, and we average over components:
 #
-# $$\pi_i(x) = \frac{w_i\, \mathcal N(x;\, \alpha_t m_i, V_{t,i} I)}{\sum_j w_j\, \mathcal N(x;\, \alpha_t m_j, V_{t,j} I)}, \qquad
-#   x_{0\mid t} = \sum_i \pi_i(x)\, x^{(i)}_{0\mid t}, \qquad \varepsilon_{\mid t} = \sum_i \pi_i(x)\, \varepsilon^{(i)}_{\mid t}. \tag{1.16}$$
+# $$
+# \begin{aligned}
+# \pi_i(x) &= \frac{w_i\, \mathcal N(x;\, \alpha_t m_i, V_{t,i} I)}{\sum_j w_j\, \mathcal N(x;\, \alpha_t m_j, V_{t,j} I)}, \\
+# x_{0\mid t} &= \sum_i \pi_i(x)\, x^{(i)}_{0\mid t}, \qquad \varepsilon_{\mid t} = \sum_i \pi_i(x)\, \varepsilon^{(i)}_{\mid t}.
+# \end{aligned} \tag{1.16}
+# $$
 
 
 # %%
@@ -834,7 +838,12 @@ assert torch.allclose(exact_velocity(places, moment), u(places, moment))
 #
 # The **score**, the slope of the log density, is one more reading of the same pair. Given $x_0$ the state is Gaussian, and
 #
-# $$\nabla \log p_t(x) = E\big[\nabla \log p_t(x \mid x_0) \,\big|\, x_t = x\big] = E\Big[-\frac{x - \alpha_t x_0}{\sigma_t^2} \,\Big|\, x_t = x\Big] = -\frac{\varepsilon_{\mid t}}{\sigma_t}. \tag{1.17}$$
+# $$
+# \begin{aligned}
+# \nabla \log p_t(x) &= E\big[\nabla \log p_t(x \mid x_0) \,\big|\, x_t = x\big] \\
+# &= E\Big[-\frac{x - \alpha_t x_0}{\sigma_t^2} \,\Big|\, x_t = x\Big] = -\frac{\varepsilon_{\mid t}}{\sigma_t}.
+# \end{aligned} \tag{1.17}
+# $$
 #
 # (The first equality is $\nabla \log p = \nabla p / p$ under the integral over $x_0$, and Bayes' rule.) [Notebook 04](04_ode_to_sde.ipynb) is built on it.
 

@@ -346,7 +346,7 @@ plt.show()
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# Not always. It seems to fall at 0.2, and then it rises again: at $\tau = 0.1$ SMC errs about as much as at 0.5, although the target is narrower. Nor is SMC a clear winner: its means are below those of weighing at the end, but the bars overlap at every temperature. SMC is "exact up to the number of particles", and here is what the phrase hides: it says what happens for $K \to \infty$, not how large $K$ must be.
+# Not always. It seems to fall at 0.2, and then it rises again: at $\tau = 0.1$ SMC errs about as much as at 0.5, although the target is narrower. Nor is SMC a clear winner: its means are below those of weighing at the end, but the bars overlap. Only at 0.2 does the interval of the difference leave out 0. SMC is "exact up to the number of particles", and here is what the phrase hides: it says what happens for $K \to \infty$, not how large $K$ must be.
 #
 # </details>
 #

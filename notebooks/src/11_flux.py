@@ -92,7 +92,7 @@ plt.show()
 # And the hour? We plan it for the search that this page ends with: schnell and dev together, and two judges.
 
 # %%
-GB = 34 + 24 + 2 + 4  # dev, schnell's transformer, two judges
+GB = 34 + 24 + 2 + 4  # dev, schnell's transformer, two judges (these we assume)
 START = {  # minutes
     f"download, {GB} GB": GB / 0.125 / 60,  # at 1 Gbit/s, which we assume
     "gpu_check": 8,  # then it stops itself
