@@ -117,7 +117,7 @@ def test_stored_rows_replay():
 
 
 def test_nothing_is_tuned_on_the_test_list():
-    """Two tools name it, the paper's table and the defaults chosen on the tune list; the bench and variety report on it."""
+    """Two tools name it, the paper's table and the defaults chosen on the tune list; bench and variety report on it."""
     for name, expected in {"test": ["defaults.py", "paper.py"], "compose": []}.items():
         tools = sorted((ROOT / "tools").rglob("*.py"))
         assert [p.name for p in tools if f"prompts/{name}.txt" in p.read_text()] == expected
