@@ -26,7 +26,7 @@ from . import __version__, kernels, look_ahead, schedules
 from .beyond import Cascade, Draft, Refine
 from .methods import RBF, SMC, SVDD, Beam, BestOfN, Blockwise, SearchOverPaths, ZeroOrder
 from .search import Method, Problem, Result, Search, search, steps
-from .tiny import shapes
+from .tiny import counter, shapes
 from .tiny.data import locate
 
 if TYPE_CHECKING:
@@ -359,7 +359,7 @@ def prepare(args: argparse.Namespace) -> Job:
         raise ValueError(f"{error}; for other words name a judge with --reward") from error
     check_numbers(args)
     check_output(args.out)
-    reward = named_reward(args.reward, args) if scene is None else shapes.CountReward(scene)
+    reward = named_reward(args.reward, args) if scene is None else counter.CountReward(scene)
     held_out = named_reward(args.held_out, args, "--held-out") if args.held_out else None
     say(f"loading {args.model or 'tiny-flux/schnell'}")
     from . import flux  # diffusers takes seconds to import: only once the words are right
@@ -440,7 +440,7 @@ def counts_reward(wanted: str, args: argparse.Namespace, option: str) -> Reward:
     """
     if not wanted:
         try:
-            return shapes.CountReward(shapes.parse(args.prompt))
+            return counter.CountReward(shapes.parse(args.prompt))
         except ValueError as error:
             raise ValueError(f"{error}; for other things say which: {option} {AIMED[0]!r}") from error
     from . import judges
@@ -666,9 +666,9 @@ def summary(result: Result, picture: Any, scene: shapes.Scene | None) -> dict[st
     """What a table says about one picture; its objects only if the prompt is a scene that can be counted."""
     objects: dict[str, Any] = {}
     if scene is not None:
-        counts = shapes.count(picture)[0].tolist()
+        counts = counter.count(picture)[0].tolist()
         objects["counts"] = {" ".join(kind): n for kind, n in zip(shapes.CLASSES, counts, strict=True) if n}
-        objects["exact"] = bool(shapes.exact(scene, picture)[0])
+        objects["exact"] = bool(counter.exact(scene, picture)[0])
     pixels = (picture[0].detach().float().cpu().clamp(0, 1) * 255).round().byte().numpy().tobytes()
     return {
         "reward": round(result.reward, 4),

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Generator
 
 from flowscale_lite import beyond, cli, judges, methods, plots
-from flowscale_lite.tiny import shapes
+from flowscale_lite.tiny import counter, shapes
 from flowscale_lite.tiny.data import locate
 
 PROMPT = "three red circles and two blue squares"
@@ -305,7 +305,7 @@ def test_counts_and_an_aesthetic_head_by_name(monkeypatch, tmp_path):
     """The counter of shapes, a detector for other things with their numbers, and linear layers from a file."""
     args = cli.parser().parse_args([PROMPT, "--device", "cpu"])
     pictures = torch.rand(2, 3, 64, 64, generator=Generator().manual_seed(0))
-    expected = shapes.CountReward(shapes.parse(PROMPT))(pictures)
+    expected = counter.CountReward(shapes.parse(PROMPT))(pictures)
     assert torch.equal(cli.named_reward("counts", args)(pictures), expected)
     cats = cli.parser().parse_args(["three cats", "--device", "cpu"])
     with pytest.raises(ValueError, match="for other things say which: --reward 'counts:2 red apple, 3 cup'"):

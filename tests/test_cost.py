@@ -28,7 +28,7 @@ from flowscale_lite import (
     search,
     uniform,
 )
-from flowscale_lite.tiny import shapes
+from flowscale_lite.tiny import counter, shapes
 from flowscale_lite.tiny.data import locate
 
 RING, PEAK = GaussianMixture.ring(), QuadraticReward((2.4, 0.0))
@@ -38,7 +38,7 @@ TEXT = "four red circles and five blue squares"
 @cache
 def tiny_flux() -> Problem:
     prompt = flux.FlowModel.encode(flux.load(locate("tiny-flux/dev")), TEXT, guidance=2.0)
-    return prompt.problem(shapes.CountReward(shapes.parse(TEXT)), ddim())
+    return prompt.problem(counter.CountReward(shapes.parse(TEXT)), ddim())
 
 
 def toy() -> Problem:
@@ -143,7 +143,7 @@ from flowscale_lite.tiny.data import locate
 torch.set_num_threads(1)
 text = "four red circles and five blue squares"
 prompt = flux.FlowModel.encode(flux.load(locate("tiny-flux/dev")), text, guidance=2.0)
-problem = prompt.problem(shapes.CountReward(shapes.parse(text)), ddim())
+problem = prompt.problem(counter.CountReward(shapes.parse(text)), ddim())
 result = search(problem, RBF(), max_nfe=int(sys.argv[1]), generator=torch.Generator().manual_seed(0))
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 print(json.dumps({"peak_mib": peak, "nfe": result.nfe}))

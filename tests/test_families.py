@@ -14,7 +14,7 @@ from tiny_families import BUILDERS, build
 
 from flowscale_lite import RBF, BestOfN, Run, ddim, ode, search
 from flowscale_lite.flux import FlowModel, FlowSDEScheduler, families, hub
-from flowscale_lite.flux.prompt import IMAGE_TO_IMAGE, exact_time
+from flowscale_lite.flux.model import IMAGE_TO_IMAGE, exact_time
 from flowscale_lite.tiny.data import locate
 
 TEXT = "two red circles"

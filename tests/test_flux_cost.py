@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from flowscale_lite import RBF, BestOfN, ddim, ode, search
 from flowscale_lite.flux import FlowModel, cost, hub, load
 from flowscale_lite.flux.cost import GPUS, Count, Gpu, estimate
-from flowscale_lite.tiny import shapes
+from flowscale_lite.tiny import counter, shapes
 from flowscale_lite.tiny.data import locate
 
 
@@ -205,7 +205,7 @@ def test_counted_operations_predict_a_cpus_seconds(tiny):
     left it out would be three times off. CPU time of one thread, best of two.
     """
     counts, prompt = tiny
-    reward = shapes.CountReward(shapes.parse("three red circles and two blue squares"))
+    reward = counter.CountReward(shapes.parse("three red circles and two blue squares"))
 
     def seconds(method, kernel, nfe):
         problem, taken = prompt.problem(reward, kernel, steps=10), []

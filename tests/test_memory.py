@@ -21,7 +21,7 @@ from flowscale_lite.beyond import Draft
 from flowscale_lite.flux import FlowModel, cost, families, hub, memory
 from flowscale_lite.flux.cost import GPUS
 from flowscale_lite.flux.memory import plan
-from flowscale_lite.tiny import shapes
+from flowscale_lite.tiny import counter, shapes
 from flowscale_lite.tiny.data import locate
 from tools.runs import memory as tool
 
@@ -303,7 +303,7 @@ def tiny_plan(**fields):
 def found(pipe, chunk):
     """A short search by counting, and its picture."""
     prompt = FlowModel.encode(pipe, TEXT, guidance=2.0, chunk=chunk)
-    problem = prompt.problem(shapes.CountReward(shapes.parse(TEXT)), ddim(), 3)
+    problem = prompt.problem(counter.CountReward(shapes.parse(TEXT)), ddim(), 3)
     result = search(problem, RBF(init=2, batch=2), max_nfe=8, generator=seeded())
     return prompt, prompt.decode(result.best[None])
 
@@ -352,7 +352,7 @@ def drafted(pipes):
     one, other = (FlowModel.encode(pipe, TEXT, guidance=2.0, chunk=2) for pipe in pipes)
     x, t = torch.randn(2, *one.shape, generator=seeded()), torch.full((2,), 0.8)
     velocities = torch.stack([other(x, t), one(x, t), other(x, t)])  # there and back
-    problem = one.problem(shapes.CountReward(shapes.parse(TEXT)), ode, 3)
+    problem = one.problem(counter.CountReward(shapes.parse(TEXT)), ode, 3)
     problem = replace(problem, look_ahead=look_ahead.sibling(other))
     return velocities, one.decode(search(problem, Draft(init=2), max_nfe=10, generator=seeded()).best[None])
 

@@ -24,11 +24,11 @@ from transformers.utils import logging as transformers_logging
 
 from flowscale_lite import RBF, BestOfN, Run, ddim, flux, ode, search
 from flowscale_lite.flux import FlowModel, hub
-from flowscale_lite.tiny import shapes
+from flowscale_lite.tiny import counter, shapes
 from flowscale_lite.tiny.data import locate
 
 TEXT = "three red circles and two blue squares"
-REWARD = shapes.CountReward(shapes.parse(TEXT))
+REWARD = counter.CountReward(shapes.parse(TEXT))
 
 
 @pytest.fixture(scope="module", params=["dev", "schnell"])

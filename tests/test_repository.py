@@ -198,7 +198,7 @@ def test_readme_examples_run(monkeypatch):
     """The blocks of Python on both pages, in their order; with a toy for your model, and tiny-flux for FLUX.1."""
     from flowscale_lite import flux
     from flowscale_lite.flux import memory
-    from flowscale_lite.tiny import shapes
+    from flowscale_lite.tiny import counter, shapes
     from flowscale_lite.tiny.data import locate
 
     pipe = flux.load(locate("tiny-flux/schnell"))
@@ -207,7 +207,7 @@ def test_readme_examples_run(monkeypatch):
     names = {
         "model": lambda x, t: x / (1 + t).view(-1, 1, 1, 1),
         "judge": lambda x0: -x0.square().mean((1, 2, 3)),
-        "reward": shapes.CountReward(shapes.parse("three red circles and two blue squares")),
+        "reward": counter.CountReward(shapes.parse("three red circles and two blue squares")),
     }
     pages = "".join((ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "flowscale_lite/README.md"))
     blocks = re.findall(r"^```python\n(.+?)^```$", pages, re.M | re.S)

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from flowscale_lite.tiny import shapes
-from flowscale_lite.tiny.shapes import CountReward, Group, Scene
+from flowscale_lite.tiny import counter, shapes
+from flowscale_lite.tiny.counter import CountReward
+from flowscale_lite.tiny.shapes import Group, Scene
 from tools.runs import prompts
 
 
@@ -28,7 +29,7 @@ def test_counter_is_exact_on_renders_also_after_a_slight_blur(blur):
     items, rng = scenes(400)
     pictures = shapes.render(items, rng).astype(float)
     pictures = ndimage.gaussian_filter(pictures, (0, blur, blur, 0)).round().astype(np.uint8)
-    right = (shapes.count(shapes.to_tensor(pictures)) == targets(items)).all(1)
+    right = (counter.count(shapes.to_tensor(pictures)) == targets(items)).all(1)
     assert right.mean() >= 0.995
 
 
@@ -75,7 +76,7 @@ def test_groups_and_pictures_that_cannot_be_are_refused():
     for group in ((0, "red", "circle"), (11, "red", "circle"), (1, "pink", "circle")):
         with pytest.raises(ValueError, match="a group is 1 to 10 objects"):
             Group(*group)
-    for judge in (shapes.count, CountReward(Scene((Group(3, "red", "circle"),)))):
+    for judge in (counter.count, CountReward(Scene((Group(3, "red", "circle"),)))):
         with pytest.raises(ValueError, match="pictures must be finite"):
             judge(torch.full((1, 3, 64, 64), torch.nan))
 
@@ -84,10 +85,10 @@ def test_groups_and_pictures_that_cannot_be_are_refused():
 def test_relations_are_drawn_and_judged(relation):
     scene = Scene((Group(3, "red", "circle"), Group(2, "blue", "square")), relation)
     images = shapes.to_tensor(shapes.render([scene] * 50, np.random.default_rng(0)))
-    assert shapes.exact(scene, images).all()
+    assert counter.exact(scene, images).all()
     assert (CountReward(scene)(images) > -0.01).all()
     opposite = shapes.to_tensor(shapes.render([Scene(scene.groups[::-1], relation)] * 50, np.random.default_rng(0)))
-    assert (shapes.residual(scene, opposite) == 0).all() and not shapes.exact(scene, opposite).any()
+    assert (counter.residual(scene, opposite) == 0).all() and not counter.exact(scene, opposite).any()
     assert (CountReward(scene)(opposite) < -0.5).all()
 
 
@@ -97,11 +98,11 @@ def test_three_groups_are_read_drawn_and_judged():
         assert len(scene.groups) == 3 and scene.caption() == prompt
         assert shapes.parse(scene.wording(np.random.default_rng(0))).relation == scene.relation
         images = shapes.to_tensor(shapes.render([scene] * 4, np.random.default_rng(0)))
-        assert shapes.exact(scene, images).all()
+        assert counter.exact(scene, images).all()
         if scene.relation:
             first, second, third = scene.groups
             other = Scene((second, first, third), scene.relation)
-            assert not shapes.exact(other, images).any() and shapes.exact(Scene(scene.groups), images).all()
+            assert not counter.exact(other, images).any() and counter.exact(Scene(scene.groups), images).all()
 
 
 @pytest.mark.parametrize(("pixels", "cost"), [(3.2, 0.6), (0.0, 1.0), (-3.2, 1.4), (16.0, 0.0)])
@@ -117,7 +118,7 @@ def test_a_relation_costs_each_object_what_its_distance_lacks_of_half_a_cell(pix
     picture = shapes.to_tensor(shapes.draw(layout, 1))
     scene = Scene((red, blue), "left of")
     assert float(CountReward(scene)(picture)) == pytest.approx(-cost, abs=0.02)
-    assert bool(shapes.exact(scene, picture)[0]) == (cost == 0), "reward and verdict know the same relation"
+    assert bool(counter.exact(scene, picture)[0]) == (cost == 0), "reward and verdict know the same relation"
 
 
 def test_one_object_too_many_too_few_or_of_the_wrong_colour_or_shape_is_seen():
@@ -130,7 +131,7 @@ def test_one_object_too_many_too_few_or_of_the_wrong_colour_or_shape_is_seen():
         (Scene((Group(3, "red", "circle"), Group(1, "green", "triangle"))), 1),
     ):
         images = shapes.to_tensor(shapes.render([wrong] * 20, np.random.default_rng(1)))
-        assert (shapes.residual(scene, images) == rss).all()
+        assert (counter.residual(scene, images) == rss).all()
         assert torch.allclose(CountReward(scene)(images), torch.tensor(-float(rss)), atol=0.05)
 
 
@@ -149,7 +150,7 @@ def test_half_an_object_and_a_blend_are_not_counted():
     row = int(np.flatnonzero((picture[0].min(0).values < 0.5).numpy().any(1)).mean())
     half = picture.clone()
     half[:, :, row:] = shapes.PAPER
-    assert shapes.count(picture).sum() == 1 and shapes.count(half).sum() == 0
+    assert counter.count(picture).sum() == 1 and counter.count(half).sum() == 0
 
 
 def test_rows_do_not_influence_one_another_and_blank_paper_holds_nothing():
@@ -157,7 +158,7 @@ def test_rows_do_not_influence_one_another_and_blank_paper_holds_nothing():
     images = torch.cat([shapes.to_tensor(shapes.render(items, rng)), torch.full((2, 3, 64, 64), shapes.PAPER)])
     reward = CountReward(items[0])
     assert torch.equal(reward(images), torch.cat([reward(image[None]) for image in images]))
-    assert (shapes.count(images)[-2:] == 0).all() and shapes.count(images[-1:]).shape == (1, 12)
+    assert (counter.count(images)[-2:] == 0).all() and counter.count(images[-1:]).shape == (1, 12)
 
 
 def test_ink_is_told_by_hue_and_gradients_pass():
@@ -167,7 +168,7 @@ def test_ink_is_told_by_hue_and_gradients_pass():
     pictures = (share * colours + (1 - share) * shapes.PAPER)[
         :, :, None
     ].requires_grad_()  # (4 colours, 3, 1, 3 shares)
-    found = shapes.ink(pictures)
+    found = counter.ink(pictures)
     torch.testing.assert_close(found[:, :, 0], torch.eye(4)[:, :, None] * share, atol=1e-6, rtol=0)
     (slope,) = torch.autograd.grad(found.sum(), pictures)
     assert slope.isfinite().all() and slope.abs().sum() > 0
@@ -176,15 +177,15 @@ def test_ink_is_told_by_hue_and_gradients_pass():
 def test_smooth_rewards_of_ink_and_colour_by_hand():
     items, rng = scenes(50)
     pictures = shapes.to_tensor(shapes.render(items, rng))
-    asked = torch.cat([shapes.ink_as_asked(scene)(image[None]) for scene, image in zip(items, pictures, strict=True)])
+    asked = torch.cat([counter.ink_as_asked(scene)(image[None]) for scene, image in zip(items, pictures, strict=True)])
     assert asked.max() <= 0 and asked.mean() > -0.2, "true drawings hold the ink that is asked for"
-    asked_of_paper = shapes.ink_as_asked(Scene((Group(3, "red", "circle"), Group(1, "red", "square"))))
+    asked_of_paper = counter.ink_as_asked(Scene((Group(3, "red", "circle"), Group(1, "red", "square"))))
     blank = torch.full((2, 3, 64, 64), shapes.PAPER)
     torch.testing.assert_close(asked_of_paper(blank), torch.full((2,), -(((3 * 91 + 101) / 90) ** 2)))
     plain = torch.tensor([0.9, 0.4, 0.1]).view(1, 3, 1, 1).expand(2, 3, 8, 16)
-    torch.testing.assert_close(shapes.colourful(plain), torch.full((2,), 0.8 * 8 * 16 / 64))
+    torch.testing.assert_close(counter.colourful(plain), torch.full((2,), 0.8 * 8 * 16 / 64))
     a, b = torch.zeros(2, 3, 4, 4), torch.full((1, 3, 4, 4), 0.5)
-    assert (float(shapes.apart(a, b)), float(shapes.apart(torch.cat([a[:1], b])))) == pytest.approx((0.5, 0.5))
+    assert (float(counter.apart(a, b)), float(counter.apart(torch.cat([a[:1], b])))) == pytest.approx((0.5, 0.5))
 
 
 def test_prompt_lists_are_what_their_generator_writes():

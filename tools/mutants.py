@@ -236,9 +236,9 @@ MUTANTS = (
     M("Cascade: the sibling's picture returned", "beyond/draft.py", "draft",
       "drawn = renoised(p", "return run.place(p, p.x0, 0.0)\n                drawn = renoised(p"),
     # The small world
-    M("a relation by any distance", "tiny/shapes.py", "shapes",
+    M("a relation by any distance", "tiny/counter.py", "shapes",
       "(gaps >= MARGIN).all()", "(gaps > 0).all()"),
-    M("a reward that knows another relation", "tiny/shapes.py", "shapes",
+    M("a reward that knows another relation", "tiny/counter.py", "shapes",
       "np.clip(MARGIN - gaps, 0, 1)", "np.clip(0.3 - gaps, 0, 1)"),
     # Oracles
     M("mixture with sigma for sigma^2", "tiny/toys.py", "toys",

@@ -27,7 +27,7 @@ from ..look_ahead import LookAhead, posterior_mean
 from ..methods import RBF, SVDD, Beam, BestOfN, Guide, ZeroOrder
 from ..problem import Problem
 from ..search import Method, search
-from ..tiny import shapes
+from ..tiny import counter, shapes
 from ..tiny.data import locate
 from .paper import SAMPLERS, Sampler
 from .stats import paired_difference, table
@@ -83,11 +83,11 @@ _ALSO = {  # on the main track only: a fairer best-of-n, hill climbing, and what
     "refine, 3 x 3 regions": Entry(lambda nfe: Refine(init=nfe // 4, cells=3), _LEVELS),
 }
 TRACKS = {
-    "few-step": Track("schnell", shapes.CountReward, SAMPLERS["VP-SDE"], _FEW_STEP | _ALSO),
-    "compose": Track("schnell", shapes.CountReward, SAMPLERS["VP-SDE"], _FEW_STEP, "compose"),
+    "few-step": Track("schnell", counter.CountReward, SAMPLERS["VP-SDE"], _FEW_STEP | _ALSO),
+    "compose": Track("schnell", counter.CountReward, SAMPLERS["VP-SDE"], _FEW_STEP, "compose"),
     "multi-step": Track(
         "dev",
-        shapes.CountReward,
+        counter.CountReward,
         _MULTI,
         {
             "best-of-n": Entry(lambda nfe: BestOfN(), _ODE),
@@ -99,7 +99,7 @@ TRACKS = {
     ),
     "differentiable": Track(
         "dev",
-        shapes.ink_as_asked,
+        counter.ink_as_asked,
         _MULTI,
         {
             "best-of-n": Entry(lambda nfe: BestOfN()),
@@ -176,7 +176,7 @@ def run(task: Task, entry: Entry | None = None, source: str | None = None) -> Ro
     scene, picture = shapes.parse(task["prompt"]), model.decode(found.best[None])
     return {
         "given": round(found.reward, 5),
-        "exact": bool(shapes.exact(scene, picture)[0]),
+        "exact": bool(counter.exact(scene, picture)[0]),
         "held_out": bool(_judge().exact(scene, picture)[0]),
         "nfe": found.nfe,
         "reward_calls": found.reward_calls,

@@ -1,7 +1,7 @@
 """The held-out judge: a small convolutional network that has learnt to count shapes. No method may optimise it.
 
-The counter of `shapes` works with hues and overlaps, the judge does not, so what fools one need not fool the other. A
-gain that only the counter sees is a gain in fooling it. The judge gives verdicts, no gradients and no scores.
+The exact counter (`counter`) works with hues and overlaps, the judge does not, so what fools one need not fool the
+other. A gain that only the counter sees is a gain in fooling it. The judge gives verdicts, no gradients and no scores.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def _related(scene: shapes.Scene, cells: NDArray[np.int64]) -> NDArray[np.bool_]
     """Whether every object of the first group stands on its side of every one of the second: (K,).
 
     By a cell of the grid, which is all that the judge knows of places. Of pictures with the right counts, it says of
-    the same ones as `shapes.exact` that the relation holds (`tests/test_held_out.py`).
+    the same ones as `counter.exact` that the relation holds (`tests/test_held_out.py`).
     """
     axis, sign = shapes.AXIS[str(scene.relation)]
     place = sign * np.indices(cells.shape[1:])[axis]

@@ -41,7 +41,7 @@ import torch
 
 from flowscale_lite import plots
 from flowscale_lite.flux import FlowModel, load
-from flowscale_lite.tiny import shapes
+from flowscale_lite.tiny import counter, shapes
 from flowscale_lite.tiny.data import locate
 
 pipe = load(locate("tiny-flux/schnell"))
@@ -74,12 +74,12 @@ plt.show()
 
 # %%
 scene = shapes.parse(TEXT)
-reward = shapes.CountReward(scene)
+reward = counter.CountReward(scene)
 
 
 def seen(picture):
     """What the counter sees in one picture (3, H, W), a line for each kind."""
-    counts = shapes.count(picture[None])[0]
+    counts = counter.count(picture[None])[0]
     lines = []
     for n, (colour, shape) in zip(counts, shapes.CLASSES, strict=True):
         if n:
@@ -134,7 +134,7 @@ tries = prompt.decode(latents)
 scores = reward(tries)
 best = int(scores.argmax())
 print(f"best reward {scores[best]:.2f}")
-print(f"exactly right: {shapes.exact(scene, tries).sum()} of 25")
+print(f"exactly right: {counter.exact(scene, tries).sum()} of 25")
 
 # %% tags=["plot"] alt="Twenty-five pictures in five rows, the one of the highest reward in an orange frame. None shows four red circles and five blue squares."
 fig, axes = plt.subplots(5, 5, figsize=(5.6, 6.4))
@@ -147,7 +147,7 @@ fig.suptitle("25 tries, 250 NFE, with their rewards")
 plt.show()
 
 # %% tags=["check"]
-assert not shapes.exact(scene, pictures).any() and not shapes.exact(scene, tries).any()
+assert not counter.exact(scene, pictures).any() and not counter.exact(scene, tries).any()
 
 # %% [markdown]
 # <details><summary>Answer</summary>
@@ -278,11 +278,11 @@ except ImportError:
 # %% tags=["check"]
 means = np.array([step.mean for step in result.trace[:-1]])
 kept = np.array([step.accepted for step in result.trace[:-1]])
-assert shapes.exact(scene, found[None])[0] and result.trace[0].nfe == 62 and kept[3] < kept[0]
+assert counter.exact(scene, found[None])[0] and result.trace[0].nfe == 62 and kept[3] < kept[0]
 drawn = [step.drawn for step in result.trace]
 assert drawn[4:7] == [21, 8, 34] and kept[5] > kept[:5].max()
 other = [colour in ("green", "yellow") for colour, _ in shapes.CLASSES]
-both = [shapes.soft_count(shapes.detect(x)) for x in (prompt.decode(guesses[0]), tries)]
+both = [counter.soft_count(counter.detect(x)) for x in (prompt.decode(guesses[0]), tries)]
 started, ended = (counts[:, other].sum(1).mean() for counts in both)
 assert started > 1 and ended < 0.1  # no random step here, and on the flow they go
 assert means[3] < 0.8 * means[0] and (means[8:] > 0.4 * means[0]).all()
@@ -326,11 +326,11 @@ texts = locate("prompts/test.txt").read_text().splitlines()[:12]
 def verdicts(text, method, nfe, seed, **sampler):
     """Is the picture exact, by the counter and by the held-out judge?"""
     scene, prompt = shapes.parse(text), FlowModel.encode(pipe, text)
-    problem = prompt.problem(shapes.CountReward(scene), **sampler)
+    problem = prompt.problem(counter.CountReward(scene), **sampler)
     g = torch.Generator().manual_seed(seed)
     result = search(problem, method, max_nfe=nfe, generator=g)
     picture = prompt.decode(result.best[None])
-    return bool(shapes.exact(scene, picture)[0]), bool(judge.exact(scene, picture)[0])
+    return bool(counter.exact(scene, picture)[0]), bool(judge.exact(scene, picture)[0])
 
 
 # %%
@@ -388,7 +388,7 @@ assert not (exact["best of 25"] & ~exact["RBF"]).any()
 # %% alt="Nine objects, as the prompt has in all, but not four red circles and five blue squares."
 def nine_things(pictures):
     """Minus the squared error of the total, whatever the kinds: (K,)."""
-    total = shapes.soft_count(shapes.detect(pictures)).sum(1)
+    total = counter.soft_count(counter.detect(pictures)).sum(1)
     return -torch.from_numpy((total - 9) ** 2).float()
 
 
@@ -401,8 +401,8 @@ plots.picture(ax, fooled, f"reward {result.reward:.2f}\n" + seen(fooled))
 plt.show()
 
 # %% tags=["check"]
-assert result.reward > -0.3 and shapes.count(fooled[None]).sum() == 9
-assert not shapes.exact(scene, fooled[None])[0]
+assert result.reward > -0.3 and counter.count(fooled[None]).sum() == 9
+assert not counter.exact(scene, fooled[None])[0]
 
 # %% [markdown]
 # The reward is nearly perfect, and the picture is wrong. The search did its work, but the reward did not say which kinds the nine should be. Only a better reward prevents this. A search can also use small errors of a reward. Against these, every result needs a second judge, one that no search has seen.
@@ -414,7 +414,7 @@ assert not shapes.exact(scene, fooled[None])[0]
 # %% alt="The picture that RBF found for the prompt in the cell."
 text = "three green triangles above four yellow squares"  # your prompt
 mine = FlowModel.encode(pipe, text)
-goal = shapes.CountReward(shapes.parse(text))
+goal = counter.CountReward(shapes.parse(text))
 problem = mine.problem(goal, sde(vp_diffusion()), times=paper_vp(10))
 g = torch.Generator().manual_seed(0)
 result = search(problem, RBF.few_step(250), max_nfe=250, generator=g)
@@ -491,7 +491,7 @@ def tries_needed(p, sure):
 # %% [markdown]
 # ### Exercise 2: design a reward (difficulty 3 of 5, 15 minutes)
 #
-# Write a reward for "as many circles as triangles, and no squares". Its largest value is 0, reached when both hold. Work from smooth counts, `shapes.soft_count(shapes.detect(pictures))`, an array (K, 12) in the order of `shapes.CLASSES`: three shapes for each of
+# Write a reward for "as many circles as triangles, and no squares". Its largest value is 0, reached when both hold. Work from smooth counts, `counter.soft_count(counter.detect(pictures))`, an array (K, 12) in the order of `shapes.CLASSES`: three shapes for each of
 # four colours. **What is the simplest picture with reward 0?** Answer this first. After the test, put `balanced` in the place of `goal` in *Your prompt*, and see what comes out.
 #
 # <details><summary>Hint</summary>
@@ -511,7 +511,7 @@ def tries_needed(p, sure):
 def balanced(pictures):
     """Pictures (K, 3, H, W) -> reward (K,), at most 0."""
     ### BEGIN SOLUTION
-    counts = shapes.soft_count(shapes.detect(pictures)).reshape(-1, 4, 3).sum(1)
+    counts = counter.soft_count(counter.detect(pictures)).reshape(-1, 4, 3).sum(1)
     circles, squares, triangles = counts.T
     return -torch.from_numpy((circles - triangles) ** 2 + squares**2).float()
     ### END SOLUTION
@@ -547,20 +547,20 @@ print("Well done.")
 # %% tags=["wrong-answers"]
 ### WRONG: allows squares
 def balanced(pictures):
-    counts = shapes.soft_count(shapes.detect(pictures)).reshape(-1, 4, 3).sum(1)
+    counts = counter.soft_count(counter.detect(pictures)).reshape(-1, 4, 3).sum(1)
     return -torch.from_numpy((counts[:, 0] - counts[:, 2]) ** 2).float()
 
 
 ### WRONG: punishes one kind of surplus only
 def balanced(pictures):
-    counts = shapes.soft_count(shapes.detect(pictures)).reshape(-1, 4, 3).sum(1)
+    counts = counter.soft_count(counter.detect(pictures)).reshape(-1, 4, 3).sum(1)
     circles, squares, triangles = counts.T
     return -torch.from_numpy((circles - triangles).clip(0) ** 2 + squares**2).float()
 
 
 ### WRONG: mixes up shapes and colours
 def balanced(pictures):
-    counts = shapes.soft_count(shapes.detect(pictures)).reshape(-1, 3, 4).sum(1)
+    counts = counter.soft_count(counter.detect(pictures)).reshape(-1, 3, 4).sum(1)
     circles, squares, triangles = counts.T[:3]
     return -torch.from_numpy((circles - triangles) ** 2 + squares**2).float()
 

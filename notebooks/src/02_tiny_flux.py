@@ -43,7 +43,7 @@ import torch
 from flowscale_lite import LINEAR, GaussianMixture, experiments, plots
 from flowscale_lite.flux import FlowModel, hub, load
 from flowscale_lite.flux.cost import FLUX1
-from flowscale_lite.tiny import shapes
+from flowscale_lite.tiny import counter, shapes
 from flowscale_lite.tiny.data import locate
 
 dev, schnell = load(locate("tiny-flux/dev")), load(locate("tiny-flux/schnell"))
@@ -132,7 +132,7 @@ for row, (name, pipe) in zip(axes, MODELS.items(), strict=True):
     scale = {"guidance_scale": 2.0} if name == "dev" else {}
     same_noise = torch.Generator().manual_seed(0)
     pictures = pipe(TEXT, generator=same_noise, **five, **size, **scale).images
-    exact = shapes.exact(shapes.parse(TEXT), pictures)
+    exact = counter.exact(shapes.parse(TEXT), pictures)
     plots.strip(row, pictures, ["right" if ok else "wrong" for ok in exact], label=name)
 fig.suptitle(TEXT)
 plt.show()
@@ -231,7 +231,7 @@ plt.show()
 def is_exact(scenes, latents):
     """Is every count right? (K,)"""
     targets = np.stack([scene.target for scene in scenes])
-    return (shapes.count(prompt.decode(latents)) == targets).all(1)
+    return (counter.count(prompt.decode(latents)) == targets).all(1)
 
 
 draws = np.random.default_rng(0)
@@ -322,7 +322,7 @@ for name, pipe in MODELS.items():
     spread = [x.std(0).mean() for x in pair]
     print(f"{name}: first guesses of 64 noises vary by {spread[0]:.2f},", end=" ")
     print(f"finished latents by {spread[1]:.2f}")
-    errors = [((shapes.count(prompt.decode(x)) - target) ** 2).sum(1) for x in pair]
+    errors = [((counter.count(prompt.decode(x)) - target) ** 2).sum(1) for x in pair]
     linked[name] = np.corrcoef(errors)[0, 1]
     print(f"    correlation of their counting errors: {linked[name]:.2f}")
 
@@ -407,7 +407,7 @@ right_at = {w: is_exact(scenes, latents) for w, latents in guided.items()}
 shown = int(np.argmax(right_at[2.0] & right_at[4.0] & ~right_at[1.0]))
 pictures = torch.cat([prompt.decode(latents[shown : shown + 1]) for latents in guided.values()])
 titles = []
-for w, counts in zip(SCALES, shapes.count(pictures), strict=True):
+for w, counts in zip(SCALES, counter.count(pictures), strict=True):
     seen = [f"{n} {colour}" for n, (colour, _) in zip(counts, shapes.CLASSES, strict=True) if n]
     titles.append(f"w = {w:.0f}: {'right' if right_at[w][shown] else 'wrong'}\n{', '.join(seen)}")
 fig = plt.figure(figsize=(8.6, 5.4))
@@ -466,7 +466,7 @@ def both_models(scenes, noise):
     wanted = np.array([scene.total for scene in scenes])
     for name, pipe in MODELS.items():
         latents = sample(pipe, noise, 10, words)[0]
-        total = shapes.count(prompt.decode(latents)).sum(1)
+        total = counter.count(prompt.decode(latents)).sum(1)
         exact_share[name].append(is_exact(scenes, latents))
         total_share[name].append(total == wanted)
 
@@ -796,7 +796,7 @@ assert torch.equal(pack(z), dev._pack_latents(z, *z.shape)), "diffusers packs ot
 
 # %% alt="Left a decoded picture with its grid of 4 x 4 cells, right the same with two tokens swapped: one object has moved to an empty cell, all else is as before."
 tokens = pack(z)
-filled = shapes.detect(picture).centre[0] // 16  # cell of the first object
+filled = counter.detect(picture).centre[0] // 16  # cell of the first object
 here, there = int(filled[0] * 4 + filled[1]), 15
 swapped = tokens.clone()
 swapped[:, [here, there]] = tokens[:, [there, here]]

@@ -45,7 +45,7 @@ import torch
 
 from flowscale_lite import plots
 from flowscale_lite.flux import FlowModel, load
-from flowscale_lite.tiny import shapes
+from flowscale_lite.tiny import counter, shapes
 from flowscale_lite.tiny.data import locate
 
 TEXT = "three red circles and two blue squares"
@@ -68,7 +68,7 @@ def flow(model, x, steps):
 noise = torch.randn(6, 64, *prompt.shape, generator=torch.Generator().manual_seed(0))
 latents, _ = flow(prompt, noise[5], steps=10)
 pictures = prompt.decode(latents)
-rewards = shapes.CountReward(shapes.parse(TEXT))(pictures)
+rewards = counter.CountReward(shapes.parse(TEXT))(pictures)
 
 # %% [markdown]
 # The reward is minus the squared error of the counts, so a right picture has 0. (A faint object counts in part, so rewards need not be whole numbers.) The figure shows all 64 rewards, between the two worst and the two best pictures.
@@ -84,7 +84,7 @@ axes[2].set(xlabel="reward", title="64 pictures")
 plt.show()
 
 # %% tags=["check"]
-right = shapes.exact(shapes.parse(TEXT), pictures)
+right = counter.exact(shapes.parse(TEXT), pictures)
 assert right.sum() == 1 and int(rewards.argmax()) == int(np.argmax(right))
 
 # %% [markdown]
@@ -131,7 +131,7 @@ assert [round(reward) for reward in shown] == [-8, -6, -2, 0], shown
 # %%
 def smooth_reward(scene, pictures):
     """Equation (3.2) from the detector's findings: pictures (K, 3, 64, 64) -> (K,)."""
-    found = shapes.detect(pictures)
+    found = counter.detect(pictures)
     counts = np.zeros((len(pictures), 4, 3))  # colours, shapes
     blobs = zip(found.picture, found.colour, found.confidence, found.shape, strict=True)
     for k, colour, confidence, weights in blobs:
@@ -160,7 +160,7 @@ fig, axes = plt.subplots(1, 4, figsize=(10, 2.6), width_ratios=(1, 1, 1, 2.2))
 for ax, k in zip(axes, (0, 18, 40), strict=False):
     plots.picture(ax, film[k], f"opacity {fade[k]:.2f}")
 network = -((judge.counts(film) - scene.target) ** 2).sum(1)
-axes[3].plot(fade, -shapes.residual(scene, film), label="exact counter (3.1)")
+axes[3].plot(fade, -counter.residual(scene, film), label="exact counter (3.1)")
 axes[3].plot(fade, smooth_reward(scene, film), label="smooth reward (3.2)")
 axes[3].plot(fade, network, label="held-out judge", linestyle="-", linewidth=5, alpha=0.4, zorder=1)
 axes[3].set(xlabel="opacity of the sixth object", ylabel="reward")
@@ -168,9 +168,9 @@ axes[3].legend(fontsize=8, loc="upper left")
 plt.show()
 
 # %% tags=["check"]
-assert torch.allclose(smooth_reward(scene, film), shapes.CountReward(scene)(film), atol=1e-5)
-assert [r == 0 for r in shapes.residual(scene, film)] == list(shapes.exact(scene, film))
-_jumps = [fade[np.argmax(np.asarray(v) == 0)] for v in (network, shapes.residual(scene, film))]
+assert torch.allclose(smooth_reward(scene, film), counter.CountReward(scene)(film), atol=1e-5)
+assert [r == 0 for r in counter.residual(scene, film)] == list(counter.exact(scene, film))
+_jumps = [fade[np.argmax(np.asarray(v) == 0)] for v in (network, counter.residual(scene, film))]
 assert 0.45 < _jumps[0] < 0.48 and 0.72 < _jumps[1] < 0.78, _jumps
 _climb = smooth_reward(scene, film).numpy()
 assert (_climb[fade < 0.55] < -0.99).all() and (_climb[fade > 0.89] > -0.01).all()
@@ -211,7 +211,7 @@ PROMPTS = (
     TEXT,
 )
 scenes = [shapes.parse(text) for text in PROMPTS]
-smooth = [shapes.CountReward(each) for each in scenes]
+smooth = [counter.CountReward(each) for each in scenes]
 
 
 def encoded(pipe):
@@ -231,7 +231,7 @@ for k in range(6):
 import pandas as pd
 
 r = np.stack([smooth[k](pool[k]).numpy() for k in range(6)])  # each (6, 64)
-exact = np.stack([shapes.exact(scenes[k], pool[k]) for k in range(6)])
+exact = np.stack([counter.exact(scenes[k], pool[k]) for k in range(6)])
 held_out = np.stack([judge.exact(scenes[k], pool[k]) for k in range(6)])
 columns = {"reward": r.mean(1), "exact": exact.mean(1), "held out": held_out.mean(1)}
 pd.DataFrame(columns, index=pd.Index(PROMPTS, name="prompt")).round(2)
@@ -247,7 +247,7 @@ def ties(values):
     return (values[:, one] == values[:, other]).mean()
 
 
-counted = np.stack([-shapes.residual(scenes[k], pool[k]) for k in range(6)])
+counted = np.stack([-counter.residual(scenes[k], pool[k]) for k in range(6)])
 print(f"exact counter: {ties(counted):.0%} of all pairs of samples are equal")
 print(f"smooth reward: {ties(r):.0%} of all pairs of samples are equal")
 
@@ -358,9 +358,9 @@ fig.suptitle(PROMPTS[3])
 plt.show()
 
 # %% tags=["check"]
-assert (shapes.residual(shapes.parse("three blue squares and four red triangles"), ends) == 0).all()
+assert (counter.residual(shapes.parse("three blue squares and four red triangles"), ends) == 0).all()
 _looks = torch.stack([quick[3][1][0][9], means[3][4][9]])  # schnell's first guess, dev's at 0.75
-_first, _later = shapes.soft_count(shapes.detect(prompt.decode(_looks))).reshape(2, 4, 3)
+_first, _later = counter.soft_count(counter.detect(prompt.decode(_looks))).reshape(2, 4, 3)
 assert abs(_first[2, 1] - 3) < 0.1 and abs(_first[0, 2] - 3) < 0.1 and 0.5 < _first[3].sum() < 1
 assert abs(_later[2, 1] - 3) < 0.1 and abs(_later[0, 2] - 2) < 0.1 and 1.5 < _later[3, 2] < 2.2
 
@@ -425,7 +425,7 @@ assert 0.15 < trust["dev"][2].mean < 0.25 and 0.25 < trust["dev"][3].low < 0.35 
 def _stray(pictures, scene):
     """Objects a picture, on average, in colours that the prompt does not name."""
     asked = [shapes.COLOURS.index(g.colour) for g in scene.groups]
-    by_colour = shapes.soft_count(shapes.detect(pictures)).reshape(-1, 4, 3).sum(2)
+    by_colour = counter.soft_count(counter.detect(pictures)).reshape(-1, 4, 3).sum(2)
     return np.delete(by_colour, asked, axis=1).sum(1).mean()
 
 
@@ -478,7 +478,7 @@ pd.Series(spent, name="ms").round(1).to_frame()
 # %%
 def total_only(scene, pictures):
     """Minus the squared error of the total number of objects: (K,)."""
-    total = shapes.soft_count(shapes.detect(pictures)).sum(1)
+    total = counter.soft_count(counter.detect(pictures)).sum(1)
     return -((total - scene.total) ** 2)
 
 
@@ -529,7 +529,7 @@ assert all(own[-1] > own[0] + 0.35 for own, _ in curves.values()), "all three su
 assert _judged["more ink"][-1] < _judged["more ink"][0] < _judged["total only"][-1] < _judged["counts"][-1]
 assert [bool(held_out[5, int(np.argmax(v[5]))]) for v in hurried.values()] == [True, False, False]
 assert (exact == held_out).mean() > 0.98, "two judges, on finished pictures"
-_totals = [shapes.count(pool[k]).sum(1) == scenes[k].total for k in range(6)]
+_totals = [counter.count(pool[k]).sum(1) == scenes[k].total for k in range(6)]
 _totals = [np.mean([best_of(n, hurried["total only"][k], _totals[k]) for k in range(6)]) for n in (1, 4)]
 assert _totals[0] < 0.95 and _totals[1] > 0.99, _totals
 

@@ -41,7 +41,7 @@ import torch
 
 from flowscale_lite import LINEAR, kernels, plots
 from flowscale_lite.flux import FlowModel, load
-from flowscale_lite.tiny import shapes
+from flowscale_lite.tiny import counter
 from flowscale_lite.tiny.data import locate
 
 TEXT = "four red circles and five blue squares"
@@ -485,13 +485,13 @@ plt.show()
 from flowscale_lite.experiments import clustered_mean
 
 first = torch.randn(12, *prompt.shape, generator=torch.Generator().manual_seed(6))
-unrelated = float(shapes.apart(prompt.decode(onwards(kernels.ode, first, times))))
+unrelated = float(counter.apart(prompt.decode(onwards(kernels.ode, first, times))))
 parted = {}
 for k in (0, 2, 4, 6, 8):
     states = onwards(kernels.ode, first, times[: k + 1])
     children = onwards(noisy, states.repeat_interleave(4, 0), times[k:], seed=7)
     families = prompt.decode(children).split(4)
-    parted[times[k]] = [float(shapes.apart(family)) for family in families]
+    parted[times[k]] = [float(counter.apart(family)) for family in families]
 
 # %% tags=["plot"] alt="Distance of sibling pictures against the time at which they part: when they part at pure noise nearly that of unrelated pictures, a dotted line at 0.31, falling steadily towards the data; bars are intervals."
 fig, ax = plt.subplots(figsize=(5.6, 3))

@@ -80,9 +80,9 @@ fig.suptitle(TEXT, fontsize=10)
 plt.show()
 
 # %% tags=["check"]
-from flowscale_lite.tiny import shapes
+from flowscale_lite.tiny import counter, shapes
 
-assert not any(shapes.exact(shapes.parse(TEXT), six).any() for six in shown.values()), "all twelve are wrong"
+assert not any(counter.exact(shapes.parse(TEXT), six).any() for six in shown.values()), "all twelve are wrong"
 
 # %% [markdown]
 # On the linear path the siblings are variations of one picture. On VP they are six pictures. (Different does not yet mean right: none of the twelve is what the prompt says.) Both rows have the same model, the same $g = 3t^2$, and branch after three of ten steps.

@@ -489,12 +489,12 @@ import pandas as pd
 
 from flowscale_lite import SMC, ddim, logit_normal, steps
 from flowscale_lite.flux import FlowModel, load
-from flowscale_lite.tiny import shapes
+from flowscale_lite.tiny import counter, shapes
 from flowscale_lite.tiny.data import locate
 
 TEXT = "four red circles and five blue squares"
 prompt = FlowModel.encode(load(locate("tiny-flux/dev")), TEXT, guidance=2.0)
-count = shapes.CountReward(shapes.parse(TEXT))
+count = counter.CountReward(shapes.parse(TEXT))
 task = prompt.problem(count, ddim(), times=logit_normal(10))
 
 

@@ -334,7 +334,7 @@ for method in (MySVDD(), MyCoDe(), MySoP()):
 # %%
 from flowscale_lite import SVDD, BestOfN, Blockwise, SearchOverPaths, paper_vp
 from flowscale_lite.flux import FlowModel, load
-from flowscale_lite.tiny import shapes
+from flowscale_lite.tiny import counter, shapes
 from flowscale_lite.tiny.data import locate
 
 METHODS = {"best-of-N": BestOfN(), "SoP": SearchOverPaths()}
@@ -407,7 +407,7 @@ assert all(sum(spent.values()) == result.nfe for spent, result in accounts.value
 # %%
 TEXT = "three blue squares above two blue circles"
 prompt = FlowModel.encode(load(locate("tiny-flux/schnell")), TEXT, guidance=2.0)
-count = shapes.CountReward(shapes.parse(TEXT))
+count = counter.CountReward(shapes.parse(TEXT))
 flow = prompt.problem(count, ode, times=prompt.times(10))
 vp_sde = prompt.problem(count, sde(vp_diffusion()), times=paper_vp(10))
 searches = {
@@ -424,7 +424,7 @@ verdicts = {}
 for ax, (name, (task, method)) in zip(axes, searches.items(), strict=True):
     result = search(task, method, max_nfe=100, generator=seeded(0))
     picture = prompt.decode(result.best[None])
-    verdicts[name] = bool(shapes.exact(shapes.parse(TEXT), picture)[0])
+    verdicts[name] = bool(counter.exact(shapes.parse(TEXT), picture)[0])
     title = f"{name}\n{round(result.reward, 2) + 0.0:.2f}, {'right' if verdicts[name] else 'wrong'}"
     plots.picture(ax, picture[0], title)
 fig.suptitle(TEXT, fontsize=11)

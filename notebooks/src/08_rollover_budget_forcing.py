@@ -47,7 +47,7 @@ from flowscale_lite.experiments import clustered_mean, paired_difference, paper
 from flowscale_lite.flux import FlowModel, load
 from flowscale_lite.methods import SVDD, BestOfEnough, BestOfQuota, FirstImprovement
 from flowscale_lite.search import Particles, Run, search, steps
-from flowscale_lite.tiny import judge, shapes
+from flowscale_lite.tiny import counter, judge, shapes
 from flowscale_lite.tiny.data import locate
 
 # %% [markdown]
@@ -73,8 +73,8 @@ def families(problem, generator, most=100):
 # %% alt="Nine bars, the draws that each step of one search needs until one beats the best so far: some bars are short, one is high, one reaches the ceiling of 100 and has an arrow. A dashed line marks an equal share of 25."
 text = "four yellow squares left of five blue squares"
 prompt = FlowModel.encode(load(locate("tiny-flux/schnell")), text, guidance=2.0)
-counter = shapes.CountReward(shapes.parse(text))
-picture = paper.SAMPLERS["VP-SDE"].of(prompt.problem(counter, kernels.ode))
+wish = counter.CountReward(shapes.parse(text))
+picture = paper.SAMPLERS["VP-SDE"].of(prompt.problem(wish, kernels.ode))
 found = families(picture, torch.Generator().manual_seed(1))
 needs = [need for *_, need in found]
 fig, ax = plt.subplots(figsize=(7, 3.2))
@@ -384,7 +384,7 @@ assert rewards[-1] > rewards[0] + 1 and result.nfe == 500 and torch.equal(p.x[wi
 final = prompt.decode(result.best[None])
 second = judge.HeldOutJudge.load(locate("judge/held_out.safetensors"))
 scene = shapes.parse(text)
-right = bool(shapes.exact(scene, final)[0]), bool(second.exact(scene, final)[0])
+right = bool(counter.exact(scene, final)[0]), bool(second.exact(scene, final)[0])
 print("right by the counter: {}; by the held-out judge: {}".format(*right))
 
 # %% tags=["check"]

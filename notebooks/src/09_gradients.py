@@ -39,7 +39,7 @@ import torch
 
 from flowscale_lite import BestOfN, kernels, plots, search
 from flowscale_lite.flux import FlowModel, load
-from flowscale_lite.tiny import shapes
+from flowscale_lite.tiny import counter, shapes
 from flowscale_lite.tiny.data import locate
 
 TEXT = "three red circles and four blue triangles"
@@ -64,7 +64,7 @@ def climb(reward, x, pushes, length=0.02):
     return x.detach()
 
 
-REWARDS = {"ink as asked": shapes.ink_as_asked(scene), "colourful": shapes.colourful}
+REWARDS = {"ink as asked": counter.ink_as_asked(scene), "colourful": counter.colourful}
 
 # %% tags=["plot"] alt="One picture of two red circles and four blue triangles, pushed 0, 10, 30 and 60 times by each of two rewards. Upper row, ink as asked: the two circles swell, one becomes a fat square, and the reward rises to 0. Lower row, colourful: the circles turn into yellow stains while the reward more than doubles."
 fig, axes = plt.subplots(2, 4, figsize=(8, 4.9))
@@ -112,7 +112,7 @@ plt.show()
 # %% tags=["check"]
 _plain, _steered = (rewards.mean() for _, rewards in drawn.values())
 assert _plain < -1 and _steered > -0.3, (_plain, _steered)
-_before, _after = (shapes.exact(scene, pictures).tolist() for pictures, _ in drawn.values())
+_before, _after = (counter.exact(scene, pictures).tolist() for pictures, _ in drawn.values())
 assert _before == [True] + 5 * [False] and _after == [False, False, True, False, True, False]
 _first = [round(float(rewards[0]), 2) for _, rewards in drawn.values()]
 assert _first == [-0.08, -0.03] and all(b > a for a, b in zip(*(r for _, r in drawn.values()), strict=True)), _first
@@ -431,7 +431,7 @@ from flowscale_lite.experiments import paper
 first = "four blue triangles right of five blue squares"
 wanted = FlowModel.encode(prompt.pipe, first, guidance=2.0)
 sampler = paper.SAMPLERS["VP-SDE"]
-asked = shapes.ink_as_asked(shapes.parse(first))
+asked = counter.ink_as_asked(shapes.parse(first))
 task = sampler.of(wanted.problem(asked, sampler.kernel))
 METHODS = {"plain": BestOfN(1), "DPS": paper.GUIDED["dps"]}
 METHODS["SVDD + DPS"] = paper.GUIDED["svdd + dps"]
@@ -462,7 +462,9 @@ for _name, _found in again.items():
 for _name in ("best-of-N", "SVDD", "SVDD + DPS", "RBF + DPS"):
     assert two.loc[_name].iloc[1].low > 0.4 > two.loc[_name].iloc[3].high, _name
 _found = wanted.decode(again["SVDD + DPS"].best[None])
-assert shapes.count(_found)[0].reshape(4, 3).tolist()[2] == [0, 6, 3] and f"{again['SVDD + DPS'].reward:.2f}" == "-0.01"
+assert (
+    counter.count(_found)[0].reshape(4, 3).tolist()[2] == [0, 6, 3] and f"{again['SVDD + DPS'].reward:.2f}" == "-0.01"
+)
 _share = rows.groupby("method")[["counts", "exact"]].mean()
 for _name, _counts, _place in (("best-of-N", 41, 42), ("SVDD", 33, 48), ("SVDD + DPS", 32, 51), ("RBF + DPS", 32, 49)):
     _one = _share.loc[_name]

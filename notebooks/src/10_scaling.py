@@ -44,7 +44,7 @@ from flowscale_lite import Refine, Run, experiments, kernels, plots, schedules
 from flowscale_lite.experiments import paired_difference, paper
 from flowscale_lite.flux import FlowModel, load
 from flowscale_lite.search import search, steps
-from flowscale_lite.tiny import judge, shapes
+from flowscale_lite.tiny import counter, judge, shapes
 from flowscale_lite.tiny.data import locate
 
 # %% [markdown]
@@ -362,7 +362,7 @@ def again(row):
     """A stored run once more: the result, its picture, the held-out judge's counts."""
     scene, sampler = shapes.parse(row["prompt"]), paper.SAMPLERS[row["sampler"]]
     prompt = FlowModel.encode(schnell, row["prompt"], guidance=2.0)
-    problem = sampler.of(prompt.problem(shapes.CountReward(scene), sampler.kernel))
+    problem = sampler.of(prompt.problem(counter.CountReward(scene), sampler.kernel))
     method = (paper.METHODS | paper.CONTROLS)[row["method"]]
     generator = torch.Generator().manual_seed(row["seed"])
     found = search(problem, method, max_nfe=paper.NFE, generator=generator)
@@ -407,7 +407,7 @@ assert sum(close) >= len(close) - 1, "another processor may tip one close decisi
 # %%
 text = "two red circles right of eight green circles"
 prompt, best = FlowModel.encode(schnell, text, guidance=2.0), []
-reward = shapes.CountReward(shapes.parse(text))
+reward = counter.CountReward(shapes.parse(text))
 problem = prompt.problem(reward, kernels.ode, times=schedules.levels(10))
 generator = torch.Generator().manual_seed(0)
 run = steps(problem, Refine.few_step(100), max_nfe=100, generator=generator)

@@ -48,7 +48,7 @@ from IPython.display import display
 
 from flowscale_lite import experiments, plots
 from flowscale_lite.flux import FlowModel, cost, hub, load, memory
-from flowscale_lite.tiny import shapes
+from flowscale_lite.tiny import counter, shapes
 from flowscale_lite.tiny.data import locate
 
 # %%
@@ -245,7 +245,7 @@ searched = found_by(RBF.few_step(NFE), NFE, warm_left, **with_noise)
 # %% tags=["plot"] alt="Two pictures, with what a counter sees below each. Left, the plain one: three red squares and two blue triangles, as the prompt asks, anywhere. Right, the search's: red to the left and blue to the right, but only two red squares, and a yellow triangle."
 def contents(picture):
     """What the counter of this series finds on a picture of tiny-flux, a line for each kind."""
-    kinds = zip(shapes.count(picture)[0], shapes.CLASSES, strict=True)
+    kinds = zip(counter.count(picture)[0], shapes.CLASSES, strict=True)
     return "\n".join(f"{colour} {shape}s: {number}" for number, (colour, shape) in kinds if number)
 
 
@@ -261,7 +261,7 @@ plt.show()
 if PAGE:
     scene = shapes.parse(TEXT)
     assert float(warm_left(searched)) > float(warm_left(plain)) + 0.1
-    assert shapes.exact(scene, plain)[0] and not shapes.exact(scene, searched)[0]
+    assert counter.exact(scene, plain)[0] and not counter.exact(scene, searched)[0]
     assert "red squares: 2" in contents(searched) and "yellow triangles: 1" in contents(searched)
 
 # %% [markdown]
@@ -284,7 +284,7 @@ if real:  # 2 GB more, once
     finder = judges.Finder.load(device="cuda")
     counts = judges.grounded_counts(finder, {"red apple": 2, "blue cup": 3})
 else:
-    counts = shapes.CountReward(shapes.parse(TEXT))
+    counts = counter.CountReward(shapes.parse(TEXT))
 noise = torch.randn(16, *schnell.shape, generator=torch.Generator().manual_seed(7))
 noise = noise.to(schnell.device)
 first = noise - schnell(noise, noise.new_ones(16))  # x0 at t = 1, for 16 NFE
@@ -306,7 +306,7 @@ plt.show()
 
 # %% tags=["check"]
 if PAGE:
-    assert shapes.exact(scene, again)[0]
+    assert counter.exact(scene, again)[0]
     assert abs(float(warm_left(again)) - float(warm_left(searched))) < 0.02
     cut, jumped = paper_vp(10)[-2], []  # the long step, in one jump and in ten small steps
     for model in (schnell, dev):
@@ -381,7 +381,7 @@ assert len({row["prompt"] for row in bench[0]}) == 50
 if PAGE:
     apart = (sketch[:, None] - finished[None]).abs().mean((2, 3, 4))
     assert apart.diag().max() < 0.5 * (apart + torch.eye(4)).min(), apart
-    assert 0 < (shapes.count(sketch) != shapes.count(finished)).any(1).sum() < 4
+    assert 0 < (counter.count(sketch) != counter.count(finished)).any(1).sum() < 4
 
 # %% [markdown]
 # The things of a column stand mostly at the same places; a shape, a colour or a number can differ. Whether FLUX.1's pair draws as alike is *not yet shown*.
@@ -407,7 +407,7 @@ plt.show()
 
 # %% tags=["check"]
 if PAGE:
-    assert shapes.exact(scene, pictures).all() and float(warm_left(pictures[:1])) > 0.1
+    assert counter.exact(scene, pictures).all() and float(warm_left(pictures[:1])) > 0.1
 
 # %% [markdown]
 # The score is the weighted sum above: 0 is an average first look, and one point more from `warm_left` means one standard deviation redder on the left. On tiny-flux all four have the right counts, and number 0 is the reddest on the left.
@@ -880,7 +880,7 @@ plt.show()
 
 # %% tags=["check"]
 if PAGE:
-    right = [bool(shapes.exact(scene, shown)[like]) for shown, like in zip(seen, likes, strict=True)]
+    right = [bool(counter.exact(scene, shown)[like]) for shown, like in zip(seen, likes, strict=True)]
     assert right == [False, True, True, True, True] and run.nfe == 30
     assert torch.equal(run.propose(p).x, p.x0)
 
@@ -899,7 +899,7 @@ if PAGE:
 from contextlib import nullcontext
 
 from flowscale_lite.flux import FlowSDEScheduler
-from flowscale_lite.flux.prompt import exact_time
+from flowscale_lite.flux.model import exact_time
 
 half = load(locate("tiny-flux/schnell"), dtype=torch.bfloat16)
 
@@ -952,10 +952,10 @@ for context in (nullcontext(), exact_time(half)):
         drawn.append(half(**prompt.encoded, **call).images.float())
 half.scheduler = own
 moved = (drawn[0] - drawn[1]).abs().mean()
-assert 0.0005 < moved < 0.0015 and (shapes.count(drawn[0]) == shapes.count(drawn[1])).all(), moved
+assert 0.0005 < moved < 0.0015 and (counter.count(drawn[0]) == counter.count(drawn[1])).all(), moved
 
 # %% [markdown]
-# The first three steps look like the same time to the model. On four noises of this prompt that changes no count, and a grey value by about 0.001; we found no picture that it spoils. `FlowModel` passes the exact time on: a hook puts float32 in place of the rounded number, right before the sinusoid. Around a call of your own, `with exact_time(pipe):` from `flowscale_lite.flux.prompt` does the same.
+# The first three steps look like the same time to the model. On four noises of this prompt that changes no count, and a grey value by about 0.001; we found no picture that it spoils. `FlowModel` passes the exact time on: a hook puts float32 in place of the rounded number, right before the sinusoid. Around a call of your own, `with exact_time(pipe):` from `flowscale_lite.flux.model` does the same.
 #
 # **The sampler's own arithmetic uses the exact t in both cases. Which would you rather have wrong, sampler or model?**
 #

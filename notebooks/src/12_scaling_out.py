@@ -192,11 +192,11 @@ if measured:
 # %%
 from flowscale_lite import RBF, BestOfN, ddim, ode, search
 from flowscale_lite.flux import FlowModel, load
-from flowscale_lite.tiny import shapes
+from flowscale_lite.tiny import counter, shapes
 
 TEXT = "three red circles and two blue squares"
 prompt = FlowModel.encode(load(locate("tiny-flux/schnell")), TEXT)
-reward = shapes.CountReward(shapes.parse(TEXT))
+reward = counter.CountReward(shapes.parse(TEXT))
 
 
 # %%

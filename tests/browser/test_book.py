@@ -72,7 +72,7 @@ def test_buttons_for_the_dark_for_colab_and_for_a_download(page):
 def test_checks_are_left_out_and_drawing_is_folded(page):
     page.goto((BOOK / "notebooks" / "00_start.html").as_uri())
     assert page.locator("details.hide summary").count() > 0
-    assert "assert not shapes.exact(scene, pictures).any()" not in page.content()
+    assert "assert not counter.exact(scene, pictures).any()" not in page.content()
 
 
 class Links(HTMLParser):

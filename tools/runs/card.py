@@ -17,7 +17,7 @@ import torch
 
 from flowscale_lite import experiments
 from flowscale_lite.flux import load
-from flowscale_lite.tiny import shapes
+from flowscale_lite.tiny import counter, shapes
 from flowscale_lite.tiny.data import locate
 from flowscale_lite.tiny.judge import HeldOutJudge
 
@@ -51,9 +51,9 @@ def run(task: experiments.Task) -> experiments.Row:
     ).images
     return {
         "objects": scene.total,
-        "exact": bool(shapes.exact(scene, image)[0]),
+        "exact": bool(counter.exact(scene, image)[0]),
         "held_out": bool(judge.exact(scene, image)[0]),
-        "rss": int(shapes.residual(scene, image)[0]),
+        "rss": int(counter.residual(scene, image)[0]),
     }
 
 

@@ -18,7 +18,7 @@ from flowscale_lite import RBF, SVDD, BestOfEnough, FirstImprovement, experiment
 from flowscale_lite.experiments import paper
 from flowscale_lite.flux import FlowModel
 from flowscale_lite.search import Method, search
-from flowscale_lite.tiny import shapes
+from flowscale_lite.tiny import counter, shapes
 from flowscale_lite.tiny.data import locate
 
 from .parts import parts
@@ -64,13 +64,13 @@ def run(task: experiments.Task) -> experiments.Row:
     pipe, judge = parts("schnell")
     scene, prompt = shapes.parse(task["prompt"]), FlowModel.encode(pipe, task["prompt"], guidance=2.0)
     sampler = paper.SAMPLERS["VP-SDE"]
-    problem = sampler.of(prompt.problem(shapes.CountReward(scene), sampler.kernel))
+    problem = sampler.of(prompt.problem(counter.CountReward(scene), sampler.kernel))
     method = (METHODS | DEFAULTS)[task["method"]](task["budget"])
     found = search(problem, method, max_nfe=task["budget"], generator=torch.Generator().manual_seed(task["seed"]))
     picture = prompt.decode(found.best[None])
     return {
         "given": round(found.reward, 5),
-        "exact": bool(shapes.exact(scene, picture)[0]),
+        "exact": bool(counter.exact(scene, picture)[0]),
         "held_out": bool(judge.exact(scene, picture)[0]),
         "nfe": found.nfe,
     }

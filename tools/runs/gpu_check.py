@@ -35,7 +35,7 @@ from torch import Generator, Tensor, nn  # noqa: E402
 
 from flowscale_lite import RBF, SMC, SVDD, BestOfN, kernels, schedules, search  # noqa: E402
 from flowscale_lite.flux import FlowModel, cost, families, hub, load, memory  # noqa: E402
-from flowscale_lite.tiny import shapes  # noqa: E402
+from flowscale_lite.tiny import counter, shapes  # noqa: E402
 from flowscale_lite.tiny.data import locate  # noqa: E402
 
 Row: TypeAlias = dict[str, Any]
@@ -212,7 +212,7 @@ def parity(machine: Machine) -> Iterator[Row]:
     for method in (BestOfN(), RBF.few_step(50), SVDD(), SMC()):
         found = []
         for prompt in prompts:
-            problem = prompt.problem(shapes.CountReward(shapes.parse(text)), kernel, times=times)
+            problem = prompt.problem(counter.CountReward(shapes.parse(text)), kernel, times=times)
             found.append(search(problem, method, max_nfe=50, generator=Generator().manual_seed(0)))
         one, other = ({"nfe": f.nfe, "reward_calls": f.reward_calls, "reward": f.reward} for f in found)
         gap = float((found[0].best - found[1].best.cpu()).abs().max())

@@ -1,7 +1,7 @@
 """`python -m tools.runs.gradients`: guidance by gradients on tiny-flux dev; rows go to data/results/gradients.jsonl.
 
-Two differentiable rewards, neither of which says all that is wanted: `shapes.ink_as_asked`, as much ink of each colour
-as the objects asked for hold, and `shapes.colourful`, the more colour the better. First guided samples over strength,
+Two differentiable rewards, neither of which says all that is wanted: `counter.ink_as_asked`, as much ink of each colour
+as the objects asked for hold, and `counter.colourful`, the more colour the better. First guided samples over strength,
 kernel and the time from which they are guided, and in 40 steps in place of ten; then methods with and without guidance
 at the same budget. Every picture is judged by the counter and by the held-out judge. For notebook 09. Resumable; half
 an hour of CPU time.
@@ -22,7 +22,7 @@ from flowscale_lite.kernels import ddim, ode
 from flowscale_lite.methods import SVDD, Beam, BestOfN, Guide
 from flowscale_lite.schedules import logit_normal
 from flowscale_lite.search import Method, search
-from flowscale_lite.tiny import shapes
+from flowscale_lite.tiny import counter, shapes
 from flowscale_lite.tiny.data import locate
 from flowscale_lite.tiny.judge import HeldOutJudge
 
@@ -45,7 +45,7 @@ PROMPTS = (
     "seven green squares and two blue triangles",
 )  # five to seven objects, then eight or nine
 STRENGTHS, SAMPLES, BUDGET, SEEDS = (0.05, 0.1, 0.2, 0.4, 0.8), 8, 250, 3
-REWARDS = {"ink as asked": shapes.ink_as_asked, "colourful": lambda scene: shapes.colourful}
+REWARDS = {"ink as asked": counter.ink_as_asked, "colourful": lambda scene: counter.colourful}
 
 
 def method_of(task: experiments.Task) -> Method:
@@ -81,7 +81,7 @@ def run(task: experiments.Task) -> experiments.Row:
     picture = prompt.decode(latents)
     return {
         "given": [round(value, 5) for value in problem.reward(latents).tolist()],
-        "exact": shapes.exact(scene, picture).tolist(),
+        "exact": counter.exact(scene, picture).tolist(),
         "held_out": judge.exact(scene, picture).tolist(),
         "nfe": found.nfe,
         "gradients": found.gradients,

@@ -23,7 +23,7 @@ from flowscale_lite.flux import FlowModel, load
 from flowscale_lite.interpolants import LINEAR, VP, Interpolant, Velocity, convert
 from flowscale_lite.kernels import Kernel
 from flowscale_lite.schedules import Times
-from flowscale_lite.tiny import shapes
+from flowscale_lite.tiny import counter, shapes
 from flowscale_lite.tiny.data import locate
 
 from .tables import markdown
@@ -92,18 +92,18 @@ def variety(task: Task) -> Row:
     """Two noises of a prompt, four children each; three more from the first child's states on the way."""
     sampler = SAMPLERS[task["sampler"]]
     prompt = FlowModel.encode(pipeline(task["model"]), task["prompt"], guidance=2.0, chunk=64)
-    reward, velocity = shapes.CountReward(shapes.parse(task["prompt"])), convert(prompt, LINEAR, sampler.path)
+    reward, velocity = counter.CountReward(shapes.parse(task["prompt"])), convert(prompt, LINEAR, sampler.path)
     generator = Generator().manual_seed(texts(20).index(task["prompt"]))
     noise = sampler.path.at(sampler.times[0])[1] * torch.randn(2, *prompt.shape, generator=generator)
     states, guesses = onwards(velocity, sampler, noise.repeat_interleave(4, 0), 0, generator)
     ends = prompt.decode(states[-1])
     row = {"look-ahead": reward(prompt.decode(guesses[5])).mean(), "finished": reward(ends).mean()}
-    row["strangers"] = shapes.apart(ends[:4], ends[4:])
-    row["part at 0"] = (shapes.apart(ends[:4]) + shapes.apart(ends[4:])) / 2
+    row["strangers"] = counter.apart(ends[:4], ends[4:])
+    row["part at 0"] = (counter.apart(ends[:4]) + counter.apart(ends[4:])) / 2
     for k in PARTED:
         again = states[k, ::4].repeat_interleave(3, 0)
         kin = prompt.decode(onwards(velocity, sampler, again, k, generator)[0][-1])
-        row[f"part at {k}"] = (shapes.apart(kin[:3]) + shapes.apart(kin[3:])) / 2
+        row[f"part at {k}"] = (counter.apart(kin[:3]) + counter.apart(kin[3:])) / 2
     return {name: round(float(value), 4) for name, value in row.items()}
 
 
@@ -114,10 +114,10 @@ def searched(task: Task) -> Row:
         FlowModel.encode(pipeline(task["model"]), task["prompt"], guidance=2.0),
         shapes.parse(task["prompt"]),
     )
-    problem = prompt.problem(shapes.CountReward(scene), kernel, times=times)
+    problem = prompt.problem(counter.CountReward(scene), kernel, times=times)
     problem = replace(problem, velocity=convert(prompt, LINEAR, path), path=path)
     found = search(problem, RBF.few_step(NFE), max_nfe=NFE, generator=Generator().manual_seed(11))
-    return {"reward": round(found.reward, 4), "exact": int(shapes.exact(scene, prompt.decode(found.best[None]))[0])}
+    return {"reward": round(found.reward, 4), "exact": int(counter.exact(scene, prompt.decode(found.best[None]))[0])}
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ import torch
 
 from flowscale_lite import BestOfN, experiments, kernels, plots, search
 from flowscale_lite.flux import FlowModel
-from flowscale_lite.tiny import shapes
+from flowscale_lite.tiny import counter, shapes
 from flowscale_lite.tiny.data import locate
 
 from .parts import parts
@@ -41,13 +41,13 @@ def samples() -> Iterator[Seen]:
         for model in ("schnell", "dev"):
             pipe, judge = parts(model)
             scene, prompt = shapes.parse(text), FlowModel.encode(pipe, text, guidance=2.0)
-            problem = prompt.problem(shapes.CountReward(scene), kernels.ode)
+            problem = prompt.problem(counter.CountReward(scene), kernels.ode)
             generator = torch.Generator().manual_seed(1000 + number)
             found = search(problem, BestOfN(SAMPLES), max_nfe=10 * SAMPLES, generator=generator)
             pictures = prompt.decode(found.particles.x)
-            verdicts: Any = zip(shapes.exact(scene, pictures), judge.exact(scene, pictures), strict=True)
+            verdicts: Any = zip(counter.exact(scene, pictures), judge.exact(scene, pictures), strict=True)
             for picture, (right, held_out), off in zip(
-                pictures, verdicts, shapes.residual(scene, pictures), strict=True
+                pictures, verdicts, counter.residual(scene, pictures), strict=True
             ):
                 if off <= 2:
                     row = {"model": model, "prompt": text, "counter": bool(right), "held_out": bool(held_out)}

@@ -20,7 +20,7 @@ from torch import Tensor
 from flowscale_lite import LINEAR, experiments, kernels
 from flowscale_lite.experiments import Row, Task
 from flowscale_lite.flux import FlowModel
-from flowscale_lite.tiny import shapes
+from flowscale_lite.tiny import counter, shapes
 from flowscale_lite.tiny.data import locate
 
 from .parts import parts
@@ -66,7 +66,7 @@ def run(task: Task) -> Row:
     pipe, judge = parts(task["model"])
     prompt, scene = FlowModel.encode(pipe, task["prompt"], guidance=task["guidance"]), shapes.parse(task["prompt"])
     pictures = prompt.decode(samples(prompt, task["steps"], task["number"]))
-    return {"exact": shapes.exact(scene, pictures).tolist(), "held_out": judge.exact(scene, pictures).tolist()}
+    return {"exact": counter.exact(scene, pictures).tolist(), "held_out": judge.exact(scene, pictures).tolist()}
 
 
 def table(rows: list[Row], judged: str) -> pd.DataFrame:

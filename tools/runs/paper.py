@@ -20,7 +20,7 @@ from flowscale_lite import RBF, experiments
 from flowscale_lite.experiments import paper
 from flowscale_lite.flux import FlowModel
 from flowscale_lite.search import Method, search
-from flowscale_lite.tiny import shapes
+from flowscale_lite.tiny import counter, shapes
 from flowscale_lite.tiny.data import locate
 
 from .parts import parts
@@ -60,7 +60,7 @@ def run(task: experiments.Task) -> experiments.Row:
     """One search and its verdicts; seconds are CPU time of one thread; `drawn` are the particles drawn at each step."""
     pipe, judge = parts("schnell")
     scene, prompt = shapes.parse(task["prompt"]), FlowModel.encode(pipe, task["prompt"], guidance=2.0)
-    reward: Any = shapes.CountReward(scene) if task["reward"] == "count" else shapes.ink_as_asked(scene)
+    reward: Any = counter.CountReward(scene) if task["reward"] == "count" else counter.ink_as_asked(scene)
     sampler = paper.SAMPLERS[task["sampler"]]
     problem = sampler.of(prompt.problem(reward, sampler.kernel))
     generator, start = torch.Generator().manual_seed(task["seed"]), time.process_time()
@@ -69,8 +69,8 @@ def run(task: experiments.Task) -> experiments.Row:
     picture = prompt.decode(found.best[None])
     return {
         "given": round(found.reward, 5),
-        "exact": bool(shapes.exact(scene, picture)[0]),
-        "rss": int(shapes.residual(scene, picture)[0]),
+        "exact": bool(counter.exact(scene, picture)[0]),
+        "rss": int(counter.residual(scene, picture)[0]),
         "held_out": bool(judge.exact(scene, picture)[0]),
         "nfe": found.nfe,
         "reward_calls": found.reward_calls,

@@ -17,7 +17,7 @@ from flowscale_lite import experiments
 from flowscale_lite.experiments import bench, paper
 from flowscale_lite.methods import SMC, BestOfN
 from flowscale_lite.search import search
-from flowscale_lite.tiny import shapes
+from flowscale_lite.tiny import counter, shapes
 from flowscale_lite.tiny.data import locate
 
 from .parts import parts
@@ -46,9 +46,9 @@ def run(task: experiments.Task) -> experiments.Row:
     ]
     pictures = model.decode(torch.stack([one.best for one in found]))
     return {
-        "distance": round(float(shapes.apart(pictures)), 5),
+        "distance": round(float(counter.apart(pictures)), 5),
         "reward": [round(one.reward, 4) for one in found],
-        "exact": shapes.exact(scene, pictures).tolist(),
+        "exact": counter.exact(scene, pictures).tolist(),
         "held_out": judge.exact(scene, pictures).tolist(),
         "accepted": [[None if isnan(s.accepted) else round(s.accepted, 4) for s in one.trace] for one in found],
     }

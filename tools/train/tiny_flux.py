@@ -32,7 +32,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config,
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from flowscale_lite import schedules
-from flowscale_lite.tiny import shapes
+from flowscale_lite.tiny import counter, shapes
 
 Loss = Callable[[Generator, int], Tensor]  # draws so many rows with the generator; their mean loss
 LATENT_CHANNELS = 8
@@ -349,7 +349,7 @@ class Measure:
     def __call__(self, model: Denoiser) -> dict[str, float]:
         text = model.encode(*model.tokenize([scene.caption() for scene in self.scenes]))
         x = euler(model, self.noise, text, self.times, self.guidance)
-        counts = shapes.count(decode(self.vae, x))
+        counts = counter.count(decode(self.vae, x))
         right = (counts == np.stack([scene.target for scene in self.scenes])).all(1)
         few = np.array([scene.total <= 3 for scene in self.scenes])
         return {"exact": float(right.mean()), "exact_1_to_3": float(right[few].mean())}
