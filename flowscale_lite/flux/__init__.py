@@ -3,5 +3,5 @@
 from diffusers import SchedulerMixin  # where a pipeline saved with our scheduler looks for it
 
 from .hub import load
-from .prompt import FlowModel
+from .model import FlowModel
 from .scheduler import FlowSDEScheduler

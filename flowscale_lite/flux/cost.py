@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from . import families
-from .prompt import FlowModel
+from .model import FlowModel
 
 GIB = 2**30
 FLUX1 = Path(__file__).with_name("flux1")

@@ -30,7 +30,7 @@ from torch import nn
 
 from . import families, hub
 from .cost import GIB, blank_prompt, count_operations
-from .prompt import KNOWN, encode_text
+from .model import KNOWN, encode_text
 
 CHOICES: Mapping[str, tuple[Any, ...]] = {
     "dtype": ("bfloat16", "float16", "float32"),
