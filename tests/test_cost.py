@@ -138,7 +138,7 @@ def test_where_the_whole_quota_is_drawn_batches_change_nothing():
 CODE = """
 import json, resource, sys, torch
 from flowscale_lite import RBF, ddim, flux, search
-from flowscale_lite.tiny import shapes
+from flowscale_lite.tiny import counter, shapes
 from flowscale_lite.tiny.data import locate
 torch.set_num_threads(1)
 text = "four red circles and five blue squares"
