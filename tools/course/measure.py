@@ -3,7 +3,7 @@
     python -m tools.course.measure [00 05 ...]
 
 The core is what stands before the recap. Minutes: 200 words a minute, 20 seconds a line of code that is seen, and what
-the exercises say.
+the exercises say. In the rest, where the proofs stand, each displayed formula takes two minutes more.
 """
 
 import argparse
@@ -42,6 +42,7 @@ def measure(source: Path) -> Row:
     lines = [line for cell in seen for line in cell.source.splitlines()]
     code = sum(len(cell.source.splitlines()) for cell in seen if cell in core)
     rest = [cell for cell in cells if cell not in core and "### Exercise" not in cell.source]
+    formulas = sum(cell.source.count("$$") // 2 for cell in rest if cell.cell_type == "markdown")
     marked = re.findall(r"^### Exercise .*, (\d+) minutes\)$", "\n".join(cell.source for cell in cells), re.M)
     return {
         "words": rules.prose(core),
@@ -54,7 +55,7 @@ def measure(source: Path) -> Row:
         "answered": f"{sum(asked)}/{len(asked)}",
         "core": minutes(rules.prose(core), code),
         "exercises": sum(map(int, marked)),
-        "deeper": minutes(rules.prose(rest), len(lines) - code),
+        "deeper": minutes(rules.prose(rest), len(lines) - code) + 2 * formulas,
     }
 
 
