@@ -25,7 +25,7 @@
 #
 # **Prerequisites.** Python and a little PyTorch. No GPU, nothing to download.
 #
-# **Time.** Core: about 60 minutes. Exercises: about 25. Deeper: about 5.
+# **Time.** Core: about 65 minutes. Exercises: about 25. Deeper: about 5.
 #
 # <!-- measured -->
 

@@ -26,7 +26,7 @@
 #
 # **Prerequisites.** [Notebook 01](01_flow_matching.ipynb) (posterior mean), [notebook 02](02_tiny_flux.ipynb) (tiny-flux), basic probability.
 #
-# **Time.** Core: about 55 minutes. Exercises: about 50. Deeper: about 15.
+# **Time.** Core: about 65 minutes. Exercises: about 50. Deeper: about 25.
 #
 # <!-- measured -->
 
