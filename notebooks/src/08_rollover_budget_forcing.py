@@ -26,7 +26,7 @@
 #
 # **Prerequisites.** Notebooks 03 (look-ahead reward, NFE), 05 (VP-SDE) and 07 (SVDD).
 #
-# **Time.** Core: about 75 minutes. Exercises: about 50. Deeper: about 10.
+# **Time.** Core: about 75 minutes. Exercises: about 50. Deeper: about 15.
 #
 # <!-- measured -->
 
@@ -394,9 +394,9 @@ assert right == (True, False), "the text says so"
 # %% [markdown]
 # The first picture is what the chain's best first noise promises. Below are the draws of each step. A short bar is a quick success; what it saves, a later step may spend.
 #
-# Look at the ring in the last picture. This square has mixed colours. No single colour fills enough of it, so the counter does not count this square at all, and finds the picture right. The held-out judge counts it, and finds the picture wrong. A search finds such gaps in its judge; [notebook 10](10_scaling.ipynb) counts how often.
+# Look at the ring in the last picture. This square has mixed colours. No single colour fills enough of it, so the counter does not see it, and finds the picture right. The held-out judge sees it, and finds the picture wrong. A search finds such gaps in its judge; [notebook 10](10_scaling.ipynb) counts how often.
 #
-# **Guess: twice the reward falls. How can that be, when only an improvement is accepted?** The bars tell.
+# **Guess: twice the reward falls. How can that be, when only an improvement is accepted?**
 #
 # <details><summary>Answer</summary>
 #
@@ -496,7 +496,7 @@ assert both["few-step: RBF"] == missed["as published"]
 #
 # ## The paper's table on tiny-flux
 #
-# Now the whole comparison (`python -m tools.runs.paper`): 500 NFE, ten steps, three seeds for each of the fifty *test prompts*, on which nothing was tuned. *The counter* is what the search optimised; *the held-out judge* is a network that no search has seen. Bars and brackets are 95 % intervals over prompts. The sampler stands behind the name; *on VP* is the paper's step on the VP path itself. *SVDD with RBF's start* has RBF's 25 first noises a chain, plain SVDD has one.
+# Now the whole comparison (`python -m tools.runs.paper`): 500 NFE, ten steps, three seeds for each of the fifty *test prompts*, on which nothing was tuned. *The counter* is what the search optimised; *the held-out judge* is a network that no search has seen. Bars and brackets are 95 % intervals over prompts. The sampler stands behind the name (*on VP*: steps on the VP path itself). *SVDD with RBF's start* has RBF's 25 first noises a chain, plain SVDD has one.
 
 # %% tags=["plot"] alt="Share of right pictures with intervals, by counter and by held-out judge, for RBF on VP, six methods with the VP-SDE and two with the ODE. RBF, both kinds of SVDD and SMC lie close together, far to the right of the others; CoDe lies between; best-of-N with the VP-SDE is last."
 METHODS = {"rbf": "RBF", "svdd, 25 first noises": "SVDD with RBF's start"}
@@ -605,9 +605,9 @@ for sampler in ("VP-SDE", "linear SDE"):
 assert set(rows["seed"]) == {0, 1, 2} and rows["prompt"].nunique() == 50
 
 # %% [markdown]
-# It depends on the sampler. On VP, the first line of the figure, RBF is ahead. With the same SDE stepped on the linear path it is open. With the linear SDE RBF is *behind*. We have not found out why. But compare the sizes: the rule changes about 0.1, the VP-SDE gives RBF 0.2. So choose the sampler first, and test the rule with it. [Notebook 10](10_scaling.ipynb) puts the paper's own numbers beside ours.
+# It depends on the sampler. On VP, RBF is ahead. With the same SDE stepped on the linear path it is open. With the linear SDE RBF is *behind*. We do not know why. Compare the sizes: the rule changes about 0.1, the VP-SDE gives RBF 0.2. So choose the sampler first, and test the rule with it. [Notebook 10](10_scaling.ipynb) puts the paper's own numbers beside ours.
 #
-# *Two notes.* SMC's temperature is our choice. The authors' SVDD and CoDe pay for 25 identical first states; ours draw one a chain, so both spend 2 + 450 of the 500 NFE.
+# SMC's temperature is our choice. The authors' SVDD and CoDe pay for 25 identical first states; ours draw one a chain, so both spend 2 + 450 of the 500 NFE.
 
 # %% [markdown]
 # ## Recap
