@@ -13,6 +13,7 @@ PY := $(VENV)/bin/python
 # What an extra of pyproject.toml names, without the package itself.
 extra = $$($(PY) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["$(1)"])')
 PIP := $(PY) -m pip --disable-pip-version-check -qq
+# --no-compile below: a module is compiled when it is first imported, and most never are. That installs a minute sooner.
 # Notebooks and tests run JOBS at a time, each on one thread: fastest on two cores, and repeatable.
 export OMP_NUM_THREADS ?= 1
 export MKL_NUM_THREADS ?= 1
@@ -99,13 +100,13 @@ $(PY):
 # where it can be imported it warns on every import of diffusers, and notebooks must be free of warnings.
 $(VENV)/.notebooks: pyproject.toml constraints.txt | $(PY)
 	@echo "Installing flowscale-lite and what the notebooks need (minutes, once)"
-	@$(PIP) install -c constraints.txt -e ".[notebooks]"
+	@$(PIP) install --no-compile -c constraints.txt -e ".[notebooks]"
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(PY)
 	@echo "Installing flowscale-lite and what the tests need (minutes, once)"
-	@$(PIP) install -c constraints.txt -e ".[notebooks,dev]"
-	@$(PIP) install -c constraints.txt --no-deps --upgrade --target $(VENV)/torchao torchao
+	@$(PIP) install --no-compile -c constraints.txt -e ".[notebooks,dev]"
+	@$(PIP) install --no-compile -c constraints.txt --no-deps --upgrade --target $(VENV)/torchao torchao
 	@touch $@ $(VENV)/.notebooks
 
 # nbgrader brings a database and a server of its own, so it stands apart; it runs submissions with the kernel of $(VENV).
@@ -125,5 +126,5 @@ $(BOOK)/.stamp: pyproject.toml constraints.txt book/package-lock.json | $(PY)
 	@touch $@
 
 $(BROWSER)/.stamp: pyproject.toml constraints.txt | $(PY)
-	@$(PIP) install -c constraints.txt --upgrade --target $(BROWSER) $(call extra,browser)
+	@$(PIP) install --no-compile -c constraints.txt --upgrade --target $(BROWSER) $(call extra,browser)
 	@touch $@

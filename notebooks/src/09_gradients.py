@@ -26,7 +26,7 @@
 #
 # **Prerequisites.** Notebooks 03 (look-ahead reward, NFE), 04 (score, noise), 07 and 08 (SVDD, RBF).
 #
-# **Time.** Core: about 60 minutes. Exercises: about 40. Deeper: about 35.
+# **Time.** Core: about 65 minutes. Exercises: about 40. Deeper: about 45.
 #
 # <!-- measured -->
 
@@ -274,6 +274,8 @@ _goal, _ = ring.tilted(peak, tau=1 / 30)
 _a, _b = (LINEAR.score(_x, m.velocity(LINEAR)(_x, _t), _t) for m in (_goal, ring))
 assert through(ring.velocity(LINEAR), peak, _x, 0.9)[0, 0] * 30 > 50 * (_a - _b)[0, 0]
 assert abs(float(torch.dist(torch.tensor(peak.centre), ring.means[0].float())) - 2 * 0.2) < 1e-6, "on the circle"
+
+# %% tags=["check"]
 # Exercise 4: peak at strength 10, and its multiples, which are other strengths.
 _ends = {}
 for _k in (10.0, 2.6, 2.5, 2.4, 2.3, 2.2, 2.0):
@@ -321,8 +323,7 @@ class SteeredSVDD:
         if run.problem.evaluations_ahead(p.t) == 0:  # only the free step is left
             return run.propose(p)
         p = self.guide(p, run)  # <-- the one new line
-        children = run.propose(p, copies=5)
-        return run.score(children).best()
+        return run.score(run.propose(p, copies=5)).best()  # the best of five children
 
 
 # %%
@@ -350,15 +351,11 @@ assert sum(parts.values()) == hand.nfe == 233 and hand.gradients == 29
 # | controls | none | best-of-N, SVDD |
 # | runs | | 50 test prompts, three seeds |
 #
-# *Controls* are searches *without* a gradient. Their marks are hollow. Plain RBF was not run, so RBF + DPS has no control of its own.
+# *Controls* are searches *without* a gradient. Hollow marks: no gradient. Plain RBF was not run with this reward, so RBF + DPS has no control of its own.
 #
 # Each of our searches has 50 first noises. Best-of-N finishes all 50. The others keep two chains, each from the best of 25.
 
-# %%
-import pandas as pd
-
-from flowscale_lite import experiments
-
+# %% tags=["plot"]
 PAPER = {  # arXiv 2503.19385: aesthetic score, ImageReward
     "plain": (5.795, 0.991),
     "DPS": (6.438, 0.605),
@@ -375,6 +372,10 @@ NAMES = {  # our methods: name in the file, name in the figure
 }
 
 # %%
+import pandas as pd
+
+from flowscale_lite import experiments
+
 rows = pd.read_json(locate("results/paper.jsonl"), lines=True)
 rows = rows[(rows["reward"] == "ink") & rows["method"].isin(NAMES)]
 rows["method"] = rows["method"].replace(NAMES)
@@ -871,14 +872,14 @@ def _mean_in(number):
 
 _x0, _eps, _push = torch.randn(3, 5, generator=seeded(2)).double()
 for _t, _s in ((0.8, 0.5), (0.5, 0.49), (0.3, 0.1)):
-    _plain, _state = (1 - _s) * _x0 + _s * _eps, (1 - _t) * _x0 + _t * _eps
-    _new = (_state - (1 - _t) * (_x0 + _push)) / _t  # eps by (9.4)
-    _colleague, _right = ((1 - _s) * (_x0 + _push) + _s * e - _plain for e in (_eps, _new))
+    _plain = (1 - _s) * _x0 + _s * _eps
+    _new = _eps - (1 - _t) / _t * _push  # (9.4)
+    _colleague = (1 - _s) * (_x0 + _push) + _s * _eps - _plain
+    _right = (1 - _s) * (_x0 + _push) + _s * _new - _plain
     _got = moves(_t, _s)
     assert _got is not None and len(_got) == 2, "return two numbers"
-    _step = f"the step from {_t} to {_s}"
-    assert torch.allclose(_got[0] * _push, _colleague), f"{_step} of the code"
-    assert torch.allclose(_got[1] * _push, _right), f"{_step} by (9.4)"
+    assert torch.allclose(_got[0] * _push, _colleague), f"t {_t}, s {_s}: the code"
+    assert torch.allclose(_got[1] * _push, _right), f"t {_t}, s {_s}: by (9.4)"
 print(f"Well done. 100 steps: mean {_mean_in(100):.1f}; 200: {_mean_in(200):.1f}.")
 
 
@@ -1074,8 +1075,7 @@ for name, method in ways.items():
     shares[name] = []
     for k in range(10):
         p = search(tilting, method, max_nfe=10**6, generator=seeded(k)).particles
-        right = (p.x[:, 0] > 0).float()
-        shares[name].append(float(p.logw.softmax(0) @ right))  # weighted
+        shares[name].append(float(p.logw.softmax(0) @ (p.x[:, 0] > 0).float()))
 table = pd.DataFrame(shares).agg(["mean", "std"]).T
 print(f"exact share: {goal.weights[1]:.2f}")
 table.round(2)
