@@ -26,7 +26,7 @@
 #
 # **Prerequisites.** Notebooks 03 to 08.
 #
-# **Time.** Core: about 60 minutes. Exercises: about 40. Deeper: about 10.
+# **Time.** Core: about 65 minutes. Exercises: about 40. Deeper: about 10.
 #
 # <!-- measured -->
 
@@ -243,7 +243,7 @@ plt.show()
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# In ten steps about 1,000 or more. In *four* steps some 500 to 1,000. The table has the pairs.
+# In ten steps about 1,000 or more. In *four* steps some 500 to 1,000.
 #
 # </details>
 
@@ -295,7 +295,7 @@ for judged in both_judges:
 # %% [markdown]
 # RBF, SVDD and SMC stay ahead. CoDe's lead is gone, and search over paths is behind. A weak baseline makes every method look good.
 #
-# Next the *multi-step* model, tiny-flux dev, which needs its ten steps. There RBF's rule, the first improvement, works badly ([notebook 08](08_rollover_budget_forcing.ipynb)), so we use a *beam search*. A beam keeps several states, draws children from all of them, and goes on from the best children. So for each model we take a search that suits it, and ask how much it gains.
+# Next the *multi-step* model, tiny-flux dev, which needs its ten steps. There RBF's rule, the first improvement, works badly ([notebook 08](08_rollover_budget_forcing.ipynb)), so we use a *beam search*. A beam keeps several states, draws children from all of them, and goes on from the best children.
 #
 # **Guess: on the multi-step model, will the search gain more, or less?** Think of what a look-ahead shows near $t = 1$.
 
@@ -361,12 +361,12 @@ second = judge.HeldOutJudge.load(locate("judge/held_out.safetensors"))
 def again(row):
     """A stored run once more: the result, its picture, the held-out judge's counts."""
     scene, sampler = shapes.parse(row["prompt"]), paper.SAMPLERS[row["sampler"]]
-    prompt = FlowModel.encode(schnell, row["prompt"], guidance=2.0)
-    problem = sampler.of(prompt.problem(counter.CountReward(scene), sampler.kernel))
+    model = FlowModel.encode(schnell, row["prompt"], guidance=2.0)
+    problem = sampler.of(model.problem(counter.CountReward(scene), sampler.kernel))
     method = (paper.METHODS | paper.CONTROLS)[row["method"]]
     generator = torch.Generator().manual_seed(row["seed"])
     found = search(problem, method, max_nfe=paper.NFE, generator=generator)
-    image = prompt.decode(found.best[None])
+    image = model.decode(found.best[None])
     return found, image[0], second.counts(image)[0] - scene.target
 
 
@@ -402,14 +402,44 @@ assert sum(close) >= len(close) - 1, "another processor may tip one close decisi
 #
 # $$x_s = \alpha_s\, x_{0|t} + \sigma_s\, \varepsilon'. \tag{10.3}$$
 #
-# It looks ahead from there, and keeps the new picture if it is better. One try costs one evaluation, since on a few-step model the look-ahead *is* the picture. Here is a search with a hundred evaluations, and six of the pictures that were the best so far. Thin lines are the regions; orange frames mark what changed since the picture before. (Between two pictures lie several tries.)
+# It looks ahead from there, and keeps the new picture if it is better. One try costs one evaluation, since on a few-step model the look-ahead *is* the picture. As code:
 
 # %%
 text = "two red circles right of eight green circles"
-prompt, best = FlowModel.encode(schnell, text, guidance=2.0), []
-reward = counter.CountReward(shapes.parse(text))
-problem = prompt.problem(reward, kernels.ode, times=schedules.levels(10))
+model = FlowModel.encode(schnell, text, guidance=2.0)
+side = model.shape[1] // 4  # of a region, in latents
 generator = torch.Generator().manual_seed(0)
+
+
+def one_try(x0, noise, s):
+    """(10.3), with six of 4 x 4 regions: the new look-ahead, and its noise."""
+    chosen = torch.randperm(16, generator=generator) < 6
+    where = chosen.view(4, 4).repeat_interleave(side, 0).repeat_interleave(side, 1)
+    fresh = torch.randn(noise.shape, generator=generator)
+    x = (1 - s) * x0 + s * torch.where(where, fresh, noise)
+    x0 = x - s * model(x, x.new_full((1,), s))
+    return x0, (x - (1 - s) * x0) / s
+
+
+# %%
+reward = counter.CountReward(shapes.parse(text))
+noise = torch.randn(1, *model.shape, generator=generator)
+x0 = noise - model(noise, noise.new_ones(1))  # the first look, at t = 1
+rewards = [float(reward(model.decode(x0)))]
+for _ in range(30):
+    tried = one_try(x0, noise, s=0.7)
+    value = float(reward(model.decode(tried[0])))
+    if value > max(rewards):
+        x0, noise = tried
+    rewards.append(value)
+print(f"reward of the first look {rewards[0]:.1f}, after 30 tries {max(rewards):.1f}")
+
+# %% [markdown]
+# `Refine` makes five tries at a time, and lowers $s$ in ten levels. Here is a search with a hundred evaluations, and six of the pictures that were the best so far. Thin lines are the regions; orange frames mark what changed since the picture before. (Between two pictures lie several tries.)
+
+# %%
+problem = model.problem(reward, kernels.ode, times=schedules.levels(10))
+generator, best = torch.Generator().manual_seed(0), []
 run = steps(problem, Refine.few_step(100), max_nfe=100, generator=generator)
 for step in run:
     if not best or step.accepted > best[-1][1]:
@@ -423,7 +453,7 @@ for ax in axes.flat:
     ax.axis("off")
 for ax, (nfe, value, x0) in zip(axes.flat, shown, strict=False):
     ax.axis("on")
-    image = prompt.decode(x0)[0]
+    image = model.decode(x0)[0]
     plots.picture(ax, image, f"{nfe} NFE: {value:.2f}")
     for line in (15.5, 31.5, 47.5):
         ax.axhline(line, color="0.75", linewidth=0.6, linestyle="-")
@@ -539,7 +569,15 @@ for judged in ("exact", "held_out"):
 #
 # ### Exercise 1: five claims (difficulty 2 of 5, 10 minutes)
 #
-# Five claims from imaginary papers. Which rule does each break? One breaks none.
+# Five claims from imaginary papers. Which rule of this notebook does each break? One breaks none. The rules:
+#
+# | answer | the rule that is broken |
+# |---|---|
+# | `"unequal cost"` | methods are compared at the same NFE |
+# | `"tuned on the test"` | settings are chosen on other prompts than those reported |
+# | `"one judge"` | a judge that the search did not see has to confirm the gain |
+# | `"not paired"` | two methods are compared by the interval of their paired difference |
+# | `"none"` | |
 #
 # - **A.** "Our method reaches 0.82, the baseline 0.70. So it is better." The intervals are [0.70, 0.92] and [0.56, 0.83].
 # - **B.** "At 500 NFE we beat best-of-N at 250 NFE."
@@ -547,7 +585,7 @@ for judged in ("exact", "held_out"):
 # - **D.** "By a judge that the search did not see, our method minus the baseline is 0.09 [0.03, 0.15], at equal NFE, on new prompts. So it is better."
 # - **E.** "The reward that we optimise rises from 0.7 to 0.9. So the pictures are better."
 #
-# Return a dictionary, `{"A": ...}`, with `"unequal cost"`, `"tuned on the test"`, `"one judge"`, `"not paired"` or `"none"`.
+# Return a dictionary with one answer for each letter: `{"A": ..., "B": ..., ...}`.
 #
 # <details><summary>Hint</summary>
 #
@@ -648,7 +686,7 @@ def prompts_needed(wins, losses):
 # %% [markdown]
 # ### Exercise 3: prompts on which RBF gains nothing (difficulty 3 of 5, 15 minutes)
 #
-# Best-of-N is behind on average. On which prompts is it not? Write a function that gets the rows of two methods. It returns, sorted, the prompts on which the second method is right at least once *and* at least as often as the first. The test then runs it on RBF and best-of-N. What do the prompts that it prints have in common?
+# Best-of-N is behind on average. On which prompts is it not? Write a function that gets the rows of two methods. Rows are a table with the columns `prompt`, `seed` and `exact` (True if the picture is right), in any order. Your function returns a sorted list of the prompts on which the second method is right at least once *and* at least as often as the first. The test then runs it on RBF and best-of-N. What do the prompts that it prints have in common?
 #
 # <details><summary>Hint</summary>
 #
@@ -661,8 +699,8 @@ def prompts_needed(wins, losses):
 def not_behind(first, second):
     """Prompts, sorted: `second` is right at least as often as `first`, not never."""
     ### BEGIN SOLUTION
-    ours, theirs = (side.groupby("prompt")["exact"].mean() for side in (first, second))
-    return sorted(theirs[(theirs >= ours.reindex(theirs.index)) & (theirs > 0)].index)
+    one, two = (side.groupby("prompt")["exact"].mean() for side in (first, second))
+    return sorted(two[(two >= one.reindex(two.index)) & (two > 0)].index)
     ### END SOLUTION
 
 
@@ -682,14 +720,14 @@ print(len(ties), "of", runs["RBF"]["prompt"].nunique(), "prompts:", "; ".join(ti
 # %% tags=["wrong-answers"]
 ### WRONG: counts prompts on which both always fail
 def not_behind(first, second):
-    ours, theirs = (side.groupby("prompt")["exact"].mean() for side in (first, second))
-    return sorted(theirs[theirs >= ours].index)
+    one, two = (side.groupby("prompt")["exact"].mean() for side in (first, second))
+    return sorted(two[two >= one].index)
 
 
 ### WRONG: leaves out the ties
 def not_behind(first, second):
-    ours, theirs = (side.groupby("prompt")["exact"].mean() for side in (first, second))
-    return sorted(theirs[theirs > ours].index)
+    one, two = (side.groupby("prompt")["exact"].mean() for side in (first, second))
+    return sorted(two[two > one].index)
 
 
 ### WRONG: compares row by row
