@@ -113,7 +113,17 @@ ax.axis("off")
 plt.show()
 
 # %% [markdown]
-# This is FLUX (M: million weights, B: billion). Two encoders read the prompt once, before the first step. The model draws *latents*, small pictures with many channels. It starts with noise of their shape, cut into small patches, the *tokens*. At every step the transformer looks at tokens, prompt and time, and gives the velocity. At the end the autoencoder turns the latents into a picture.
+# This is FLUX (M: million weights, B: billion).
+#
+# **Guess: which boxes work at every step, and which only once a picture?**
+#
+# <details><summary>Answer</summary>
+#
+# Only the transformer works at every step. The two text encoders read the prompt once, before the first step. The autoencoder makes the picture once, after the last.
+#
+# </details>
+#
+# The model draws *latents*, small pictures with many channels. It starts with noise of the same shape. The latents are cut into small patches, the *tokens*. At every step the transformer reads tokens, prompt and time, and gives the velocity.
 #
 # A transformer is a chain of *blocks*. FLUX has two kinds. A double-stream block has one set of weights for the words and another for the picture's tokens. A single-stream block has one set for both. "1 + 5 blocks" means one double and five single.
 #
@@ -121,7 +131,9 @@ plt.show()
 #
 # Why does a course on search need two models? A search saves time if it can judge a picture before it is finished. With one of the two models this works from the first step on, with the other it does not. You will see which, and why.
 #
-# Before we take them apart, let them draw. One prompt, five noises, ten steps:
+# Before we take them apart, let them draw: one prompt, five noises, ten steps.
+#
+# **Guess: does the same noise become the same picture in both models?**
 
 # %% alt="Two rows of five pictures of yellow circles and blue triangles, dev above, schnell below. Pictures one above the other have nearly the same layout. Two of dev's are right, none of schnell's."
 TEXT = "three yellow circles and two blue triangles"
@@ -138,9 +150,17 @@ fig.suptitle(TEXT)
 plt.show()
 
 # %% [markdown]
-# The same noise leads both models to nearly the same layout. (schnell learnt from dev; below you see how.) Two of dev's five pictures are right, and none of schnell's. Keep the miscounts in mind: the last part of this notebook comes back to them.
+# <details><summary>Answer</summary>
 #
-# To see what happens inside we need the velocity itself. Two functions translate between our tensors and the arguments of diffusers. The first, folded, gives the vectors of the prompts: `encode(pipe, captions)`. The second, `velocity(pipe, x, t, text)`, gives $u_t(x)$ for these vectors: it cuts the latents into tokens, calls the transformer once, and puts the tokens together again. (What `guidance` does comes later.)
+# Nearly. The weights differ, and still the layout of the shapes is almost the same. schnell learnt from dev; below you see how.
+#
+# </details>
+#
+# Two of dev's five pictures are right, and none of schnell's. Keep the miscounts in mind: the last part of this notebook comes back to them.
+#
+# To see what happens inside we need the velocity itself. We write two functions. The first, folded, turns prompts into vectors: `encode(pipe, captions)`. The second takes these vectors and gives $u_t(x)$: `velocity(pipe, x, t, text)`. It cuts the latents into tokens, calls the transformer once, and puts the tokens together again.
+#
+# Three names are those of diffusers: `pooled_projections` is CLIP's vector, `img_ids` says in which row and column each token stands, and `txt_ids` does the same for the words, all at place 0. (What `guidance` does comes later.)
 
 
 # %% tags=["plot"]
@@ -158,11 +178,11 @@ def encode(pipe, captions):
 def velocity(pipe, x, t, text, guidance=2.0):
     """Velocity at latents x (K, 8, 8, 8), all at time t, for one text or K."""
     k, (clip, t5) = len(x), text
-    guided = pipe.transformer.config.guidance_embeds
+    takes_scale = pipe.transformer.config.guidance_embeds
     out = pipe.transformer(
         hidden_states=pipe._pack_latents(x, *x.shape),  # tokens (K, 16, 32)
         timestep=torch.full((k,), t),
-        guidance=torch.full((k,), guidance) if guided else None,
+        guidance=torch.full((k,), guidance) if takes_scale else None,
         pooled_projections=clip.expand(k, -1),
         encoder_hidden_states=t5.expand(k, -1, -1),
         txt_ids=torch.zeros(16, 3),
@@ -220,7 +240,7 @@ plt.show()
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# dev draws a smear: faint shapes in most cells. One step goes to the posterior mean, which at $t = 1$ is the average over all pictures of the prompt. It is an average of *latents*, and the autoencoder makes some shape in some colour of whatever it gets, so do not read the colours ([notebook 01](01_flow_matching.ipynb), "one step"). schnell draws a picture.
+# dev draws a smear: faint shapes in most cells. One step goes to the posterior mean ([notebook 01](01_flow_matching.ipynb), "one step"). At $t = 1$ this is the average over all pictures of the prompt. It is an average of *latents*. The autoencoder makes some shape in some colour of any latents, so do not read the colours. schnell draws a picture.
 #
 # </details>
 #
@@ -286,7 +306,7 @@ assert (abs(np.array([right["dev", 10].sum(), *_again]) - _said) <= 2).all(), _a
 # %% [markdown]
 # In one step dev gets no picture right. schnell gets a fifth of the pictures right in one step and two fifths in four. At ten steps 48 prompts are too few to say which model is better. On the 300 prompts of the model card (`data/tiny-flux/README.md`) dev is ahead, .65 against .56.
 #
-# The card's shares are higher than ours. First, our prompts are harder: they ask for 6.5 objects on average, the card's for 5.6. (Some of the card's also ask for a relation such as "below", which makes up for a part.) Second, at ten steps dev is unlucky with our noises: 24 of 48 are right here, and with three other sets of noises 27, 33 and 29. So compare the two models within one figure, and take the level from the card.
+# The card's shares are higher than ours, for two reasons. First, our prompts ask for more objects, 6.5 on average against 5.6. (But some of the card's prompts also ask for a relation such as "below".) Second, dev is unlucky with our noises. At ten steps 24 of its 48 pictures are right. Three other sets of noises give 27, 33 and 29. So use the figure to compare the two models, and the card for the level.
 #
 # ## Which model sees the end from the start?
 #
@@ -336,9 +356,9 @@ assert linked["dev"] < 0 < 0.25 < linked["schnell"] < 0.5  # 0.25: two standard 
 #
 # For schnell. Its first guesses vary nearly as much as finished pictures, and each is near to what its noise will become, if not yet right in every count.
 #
-# For dev it is worth little. The pictures of the upper row mislead, because the autoencoder draws a shape or leaves it out: small differences of the latents look large. The printed numbers are of the latents themselves. There dev's guesses vary about a fifth as much as finished pictures: all are nearly the same average. (An exact model would give the same average for every noise. dev is not exact, so a weak hint of the layout remains.)
+# For dev it is worth little. The upper row looks varied, but it misleads. The autoencoder draws a shape or leaves it out, so a small difference of latents looks large. The printed numbers are about the latents. dev's first guesses vary only about a fifth as much as its finished latents: all are nearly the same average. (An exact model would give the same average for every noise. dev is not exact, so a weak hint of the layout remains.)
 #
-# Can a judge that counts shapes in the first guess tell which picture will be good? The last printed numbers compare the error of the guess (the sum of squared miscounts) with that of the finished picture. For schnell the two go together. For dev they do not: a guess with fewer errors does not become a better picture.
+# Now let a judge count the shapes. Its error is the sum of squared miscounts. Does a small error of the first guess mean a small error of the finished picture? The printed correlations answer. For schnell the two errors go together. For dev they do not: a guess with fewer errors does not become a better picture.
 #
 # </details>
 #
@@ -352,7 +372,7 @@ assert linked["dev"] < 0 < 0.25 < linked["schnell"] < 0.5  # 0.25: two standard 
 #
 # $$\big(\Phi(\varepsilon),\, \varepsilon\big) \quad\text{instead of}\quad (x_0,\, \varepsilon). \tag{2.1}$$
 #
-# Now each noise has one partner. Here is the same on the moons of [notebook 01](01_flow_matching.ipynb):
+# Now each noise has one partner. Here is the same on the moons of [notebook 01](01_flow_matching.ipynb). **Guess: do the new lines still cross?**
 
 # %%
 angle = torch.linspace(0, torch.pi, 24)
@@ -382,15 +402,21 @@ axes[0].legend(loc="lower left", fontsize=9)
 plt.show()
 
 # %% [markdown]
-# Left: random pairs, as those from which dev learnt. Middle: the flow. Right: the flow's own pairs, as those from which schnell learnt. There the lines hardly cross, so there is hardly anything to average. The velocity at a place is that of the one line through it, the same all along the line. So one large step comes near the end, and so does the first guess. (Not quite: in the curves above one step gets fewer pictures right than ten.)
+# <details><summary>Answer</summary>
+#
+# Hardly. Trajectories of a flow never meet at the same place and time, so each noise goes to the data on its own side. The new lines join these ends.
+#
+# </details>
+#
+# Left: random pairs, as those from which dev learnt. Middle: the flow. Right: the flow's own pairs, as those from which schnell learnt. There hardly any lines cross, so there is hardly anything to average. The velocity at a place is that of the one line through it. It stays the same all along the line. So one large step ends near the end of the line, and the first guess *is* this step. (Near, not at: in the curves above one step gets fewer pictures right than ten.)
 #
 # The *distribution* of the pictures stays the same, up to errors of training ([Deeper](#Deeper:-what-reflow-does-to-pairs) says why). But the new model also learns the old one's mistakes. So schnell is better in few steps, but not in ten.
 #
-# The large models differ from ours here. FLUX.1-schnell was not made by reflow, but by *latent adversarial diffusion distillation*, as its model card says; it needs one to four steps. And ten steps is the number of our small dev: [notebook 11](11_flux.ipynb) gives FLUX.1-dev 28.
+# The large models differ from ours here. FLUX.1-schnell was not made by reflow. Its model card names *latent adversarial diffusion distillation*, and one to four steps. And only our small dev takes ten steps: [notebook 11](11_flux.ipynb) gives FLUX.1-dev 28.
 #
 # ## Guidance
 #
-# One box of the diagram is left: dev has one more input, the *guidance scale* $w$. Guidance exaggerates what the prompt says. Take the velocity without any prompt, $u_\varnothing$, and go from it towards the velocity with the prompt, but $w$ times as far:
+# One box of the diagram is left: dev has one more input, the *guidance scale* $w$. Guidance exaggerates what the prompt says. Start at the velocity without any prompt, $u_\varnothing$. Go towards the velocity with the prompt, but $w$ times as far:
 #
 # $$u^w = u_\varnothing + w\,(u_{\text{prompt}} - u_\varnothing). \tag{2.2}$$
 #
@@ -431,11 +457,13 @@ plt.show()
 #
 # </details>
 #
-# One warning for later: a guided velocity is no longer an average over pairs of noise and data, so the posterior mean read off it is only approximate. From here on $w = 2$.
+# One warning for later. A guided velocity is no longer an average over pairs of noise and data. So the posterior mean that we compute from it is only approximate. From here on $w = 2$.
 #
 # ## What goes wrong: counting
 #
-# First look. Two prompts that differ in one word, the same five noises, dev:
+# Two prompts differ in one word, "triangles" or "squares". dev learnt from pictures of both. We give it the same five noises.
+#
+# **Guess: does the one word change how many pictures are right?**
 
 # %% tags=["plot"] alt="Two rows of five pictures by dev. Above, red circles with blue triangles, three of five right. Below, the prompt asks for blue squares: red squares and blue circles appear too, and none is right."
 ASKED = "three red circles and three blue "
@@ -443,14 +471,20 @@ ALIKE = (ASKED + "triangles", ASKED + "squares")
 fig, axes = plt.subplots(2, 5, figsize=(9, 4))
 for row, caption in zip(axes, ALIKE, strict=True):
     latents = sample(dev, noise[:5], 10, encode(dev, [caption]))[0]
-    target = [shapes.parse(caption)] * 5
-    titles = ["right" if ok else "wrong" for ok in is_exact(target, latents)]
+    asked = [shapes.parse(caption)] * 5
+    titles = ["right" if ok else "wrong" for ok in is_exact(asked, latents)]
     label = caption.replace(" and ", "\nand ")
     plots.strip(row, prompt.decode(latents), titles, label=label)
 plt.show()
 
 # %% [markdown]
-# With triangles three of five are right, with squares none. Look at the lower row: it has red *squares* and blue *circles*. Nobody asked for them. The model has mixed up which colour goes with which shape.
+# <details><summary>Answer</summary>
+#
+# Yes. With triangles three of five are right, with squares none.
+#
+# </details>
+#
+# Look at the lower row: it has red *squares* and blue *circles*. Nobody asked for them. The model has mixed up which colour goes with which shape.
 #
 # Now measure it for both models, with ten steps and one picture a prompt. First 32 new prompts for each number of objects:
 
@@ -473,8 +507,8 @@ def both_models(scenes, noise):
 
 # %%
 SIZES = ((1, 2), (3, 4), (5, 6), (7, 8), (9, 10))
-for size in SIZES:
-    rules = {"objects": size, "relation": False}
+for objects in SIZES:
+    rules = {"objects": objects, "relation": False}
     both_models([shapes.random_scene(draws, **rules) for _ in range(32)], noise[32:])
 
 # %% [markdown]
@@ -499,6 +533,10 @@ for name in MODELS:
         totals, exacts = total_share[name][k].sum(), exact_share[name][k].sum()
         print(f"{name}, {label}: of 32 pictures", end=" ")
         print(f"{totals} have the right total and {exacts} are exact")
+dev_right, schnell_right = (exact_share[name][4] for name in MODELS)
+only_dev, only_schnell = dev_right & ~schnell_right, schnell_right & ~dev_right
+print("nine or ten objects, prompt by prompt: exact with", end=" ")
+print(f"dev only {only_dev.sum()}, with schnell only {only_schnell.sum()}")
 
 # %% tags=["check"]
 for rights in exact_share.values():
@@ -518,6 +556,9 @@ for name, totals in total_share.items():
     assert all(more.sum() >= less.sum() for more, less in zip(totals, rights, strict=True))
     assert totals[0].sum() >= 30 and (~totals[4]).sum() > 5 and (totals[4] & ~rights[4]).sum() > 5
     assert (totals[6] & ~rights[6]).sum() > 0.7 * (~rights[6]).sum()  # most mistakes are of kind
+assert only_dev.sum() > 3 * only_schnell.sum() + 2
+for n in (1, 2, 4):  # of the recap
+    assert right["dev", n].sum() < right["schnell", n].sum() < right["schnell", 10].sum()
 for (_, low, high), (_, low_, high_) in zip(*map(shares, exact_share.values()), strict=True):
     assert low < high_ and low_ < high  # the intervals of the two models overlap
 
@@ -540,16 +581,18 @@ plt.show()
 # %% [markdown]
 # The filled markers count exact pictures. The open ones count pictures with the right *number* of objects, whatever the objects are.
 #
-# Left: exact pictures are most frequent with one or two objects. With more objects there are fewer, though the fall is not even. A likely reason is that every object can go wrong. The intervals of the two models overlap in every group. The models make both mistakes: with nine or ten objects some totals are wrong, and some pictures with the right total still have wrong kinds.
+# Left: exact pictures are most frequent with one or two objects. With more objects there are fewer, though the fall is not even. A likely reason is that every object can go wrong. With nine or ten objects both models make two mistakes. Some totals are wrong. And some pictures with the right total still have wrong kinds.
 #
-# Right: the number is not the only difficulty. The two groups of prompts differ in one word, "triangles" or "squares", and use the same noises. Both models are right with triangles many times more often than with squares. With squares the *total* is mostly right, as the open markers and the printed lines say. So on these prompts, of four to eight objects, most mistakes are about what the objects are, not about how many there are.
+# The intervals of the two models overlap in every group. But both drew the same prompts from the same noises, so we can compare prompt by prompt. The last printed line does it for nine or ten objects: it speaks for dev.
+#
+# Right: the number is not the only difficulty. The two groups of prompts differ in one word and use the same noises. Both models are right with triangles many times more often than with squares. With squares the *total* is mostly right (open markers, printed lines). So on these prompts, which have four to eight objects, most mistakes are of kind, not of number.
 #
 # Prompts of the hard kinds are in `data/prompts/hard.txt`. Among many samples of a hard prompt a few may be right, or nearly so. This is the gap that a search can close. [Notebook 03](03_rewards_and_best_of_n.ipynb) begins with it.
 
 # %% [markdown]
 # ## Recap
 # - FLUX is two text encoders, a transformer that gives the velocity of latents, and an autoencoder.
-# - Reflow trains on a model's own pairs (2.1). Their lines hardly cross, so few steps do.
+# - Reflow trains on a model's own pairs (2.1), whose lines hardly cross. So with one, two or four steps schnell gets more of our pictures right than dev, though fewer than with ten.
 # - dev's first guess is an average of many pictures, and as latents nearly the same for every noise; schnell's is nearly the final picture.
 # - Guidance (2.2) exaggerates the prompt; its scale is an input of dev.
 # - Both models often get prompts with many objects wrong, and mix up circles with squares. A search may mend this.
@@ -615,25 +658,25 @@ def best_steps(shares, budget):
 #
 # ### Exercise 2: does reflow straighten? (difficulty 3 of 5, 15 minutes)
 #
-# If the lines are straight, one long step from the noise lands where many short steps land. Write a function that measures this. From each noise at $t = 1$, follow the flow in `steps` equal steps down to $t = 0$. Then, from the same noise, go to $t = 0$ in a single step. Return the mean distance between the two ends, as one number. (The distance of two states is the length of their difference, over all their coordinates.)
+# If the lines are straight, one long step from the noise lands where many short steps land. Write a function that measures this. Its first argument is a velocity `field(x, t)`, in which model and prompt are already fixed. (It is not our `velocity(pipe, x, t, text)`: it wants one time for each row.) From each noise at $t = 1$, follow the flow in `steps` equal steps down to $t = 0$. Then, from the same noise, go to $t = 0$ in a single step. Return the mean distance between the two ends, as one number. (The distance of two states is the length of their difference, over all their coordinates.)
 #
 # The test uses your function on the moons, before and after reflow. There is no network: from the 2,000 pairs of (2.1) the test takes the average velocity of the lines that pass near a point at that time. It also tries dev and schnell. First guess: how many times smaller is the error on the moons after reflow?
 #
 # <details><summary>Hint</summary>
 #
-# The step of the sampler is that of `sample` above. Give the velocity one time for each row: `torch.full((len(x),), t)`. For the distance, `flatten(1)` makes each state one row of numbers.
+# The step of the sampler is that of `sample` above. Give `field` one time for each row: `torch.full((len(x),), t)`. For the distance, `flatten(1)` makes each state one row of numbers.
 #
 # </details>
 
 
 # %% tags=["exercise"]
-def one_step_error(velocity, noise, steps):
-    """velocity(x, t) with x (K, ...) and t (K,), and noises (K, ...) -> a number."""
+def one_step_error(field, noise, steps):
+    """field(x, t) with x (K, ...) and t (K,), and noises (K, ...) -> a number."""
     ### BEGIN SOLUTION
     x, grid = noise, torch.linspace(1, 0, steps + 1).tolist()
     for t, s in pairwise(grid):
-        x = x + (s - t) * velocity(x, torch.full((len(x),), t))
-    jump = noise - velocity(noise, torch.ones(len(noise)))
+        x = x + (s - t) * field(x, torch.full((len(x),), t))
+    jump = noise - field(noise, torch.ones(len(noise)))
     return float((jump - x).flatten(1).norm(dim=1).mean())
     ### END SOLUTION
 
@@ -664,26 +707,26 @@ print(f"tiny-flux: {_dev:.1f} for dev, {_schnell:.1f} for schnell.")
 
 # %% tags=["wrong-answers"]
 ### WRONG: signed differences cancel
-def one_step_error(velocity, noise, steps):
+def one_step_error(field, noise, steps):
     x = noise
     for t, s in pairwise(torch.linspace(1, 0, steps + 1).tolist()):
-        x = x + (s - t) * velocity(x, torch.full((len(x),), t))
-    return float((noise - velocity(noise, torch.ones(len(noise))) - x).mean())
+        x = x + (s - t) * field(x, torch.full((len(x),), t))
+    return float((noise - field(noise, torch.ones(len(noise))) - x).mean())
 
 
 ### WRONG: all steps at time 1
-def one_step_error(velocity, noise, steps):
+def one_step_error(field, noise, steps):
     x, one = noise, torch.ones(len(noise))
     for _ in range(steps):
-        x = x - velocity(x, one) / steps
-    return float((noise - velocity(noise, one) - x).flatten(1).norm(dim=1).mean())
+        x = x - field(x, one) / steps
+    return float((noise - field(noise, one) - x).flatten(1).norm(dim=1).mean())
 
 
 ### WRONG: how far the flow goes, not how far the two ends are apart
-def one_step_error(velocity, noise, steps):
+def one_step_error(field, noise, steps):
     x = noise
     for t, s in pairwise(torch.linspace(1, 0, steps + 1).tolist()):
-        x = x + (s - t) * velocity(x, torch.full((len(x),), t))
+        x = x + (s - t) * field(x, torch.full((len(x),), t))
     return float((noise - x).flatten(1).norm(dim=1).mean())
 
 
@@ -835,12 +878,12 @@ angles = torch.cat(angles, 1)
 turned = torch.polar(torch.ones(16, 16), angles)  # the vector of ones, turned
 likeness = (turned @ turned.conj().T).real / 16
 
-# %% tags=["plot"] alt="Inner products of one vector with itself at the 16 positions, seen from three tokens, with a colour bar from 0.6 to 1: largest, 1, at the token's own place, falling with distance in rows and columns."
+# %% tags=["plot"] alt="Inner products of one vector with itself at the 16 positions, seen from three tokens, with a colour bar from 0.6 to 1: largest, 1, at the token's own place, marked by a red cross, falling with distance in rows and columns."
 fig, axes = plt.subplots(1, 3, figsize=(8.6, 2.8))
 for ax, token in zip(axes, (0, 5, 14), strict=True):
     image = ax.imshow(likeness[token].view(4, 4), vmin=0.6, vmax=1)
     ax.plot(token % 4, token // 4, "r+", markersize=12)
-    ax.set(title=f"seen from token {token}", xticks=[], yticks=[])
+    ax.set(title=f"seen from token {token} (red +)", xticks=[], yticks=[])
     ax.grid(False)
 fig.colorbar(image, ax=axes, label="inner product")
 plt.show()
@@ -853,7 +896,7 @@ cos, sin = dev.transformer.pos_embed(ids)
 assert torch.allclose(angles.cos().repeat_interleave(2, 1), cos, atol=1e-6)
 
 # %% [markdown]
-# All tokens have the same vector here, and its inner product with itself is 1 without rotation. With rotation it is smaller, the farther the two tokens are apart. What to do with this, each head learns.
+# The red + marks the token from which we look. All tokens have the same vector here, and its inner product with itself is 1 without rotation. With rotation it is smaller, the farther the two tokens are apart. What to do with this, each head learns.
 
 # %% [markdown]
 # ## Deeper: how time and prompt reach every layer

@@ -57,7 +57,8 @@ def seeded(seed):
 # %%
 def look_ahead(x, t):
     """Reward of the posterior mean of states x (K, 2) at time t."""
-    return reward(x - t * velocity(x, x.new_full((len(x),), t)))
+    times = x.new_full((len(x),), t)  # the model takes one time for each row
+    return reward(x - t * velocity(x, times))
 
 
 def chains(score, copies, tau, seed, n=400, steps=50):
@@ -218,6 +219,43 @@ for _name in ("best value, 32 children", "best look-ahead, 32 children"):
 
 # %% [markdown]
 # **Search is not sampling.** If you want variety, use [notebook 06](06_smc.ipynb). If you want one good sample, read on.
+#
+# ## Three searches, as a sketch
+#
+# Three published methods take the best child. They differ in how they make the children, and in when they judge them.
+
+# %% tags=["plot"]
+KEPT, DROPPED = {"color": "#D55E00", "linewidth": 2}, {"color": "0.7", "linewidth": 1.2}
+
+
+def branch(ax, start, up, steps, ends, kept):
+    """Lines from a state (step, height): up by noise, down by steps, to the heights where they end."""
+    for k, end in enumerate(ends):
+        style = {"linestyle": "-"} | (KEPT if k == kept else DROPPED) | {"zorder": 3 if k == kept else 2}
+        turn, level = start[0] - up, start[1] + (end - start[1]) * up / 2
+        if up:
+            ax.plot([start[0], turn], [start[1], level], **style | {"linestyle": "--"})
+        path = torch.linspace(0, 1, steps + 1)
+        ax.plot(turn + steps * path, level + (end - level) * path, marker=".", markersize=4, **style)
+        ax.plot(turn + steps, end, "o", markersize=9, fillstyle="none", color=style["color"], zorder=4)
+
+
+# %% tags=["plot"] alt="Three sketches of one chain, time from noise on the left to data on the right. SVDD: three children after every step, one is kept. CoDe: three branches of two steps each, one is kept. Search over paths: one line runs three steps down; dashed lines lead one step back up from it, and from there three lines run three steps down again; one is kept."
+fig, axes = plt.subplots(1, 3, figsize=(9.5, 2.8), sharey=True)
+branch(axes[0], (0, 0.0), 0, 1, (0.9, -0.1, -0.8), 1)
+branch(axes[0], (1, -0.1), 0, 1, (0.8, 0.3, -0.6), 0)
+branch(axes[0], (2, 0.8), 0, 1, (1.3, 0.6, 0.2), 1)
+branch(axes[1], (0, 0.0), 0, 2, (1.0, -0.2, -1.0), 0)
+branch(axes[1], (2, 1.0), 0, 2, (1.4, 0.5, -0.4), 1)
+axes[2].plot([0, 1, 2, 3], [0, 0.1, 0.2, 0.3], marker=".", markersize=4, linestyle="-", **KEPT)
+branch(axes[2], (3, 0.3), 1, 3, (1.2, 0.2, -0.8), 2)
+for ax, name in zip(axes, ("SVDD: every step", "CoDe: every second step", "search over paths"), strict=True):
+    ax.set(title=name, yticks=[], xlabel="steps towards the data", xticks=range(6), ylim=(-1.5, 1.7))
+    ax.grid(False)
+plt.show()
+
+# %% [markdown]
+# Circles are judged by their look-ahead reward. Orange is kept, grey is dropped. A dashed line goes back up, by added noise. Now we build all three.
 #
 # ## SVDD: choose at every step
 #
