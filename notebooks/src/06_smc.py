@@ -26,7 +26,7 @@
 #
 # **Prerequisites.** [Notebooks 03](03_rewards_and_best_of_n.ipynb) (look-ahead reward) and [04](04_ode_to_sde.ipynb) (SDE).
 #
-# **Time.** Core: about 45 minutes. Exercises: about 55. Deeper: about 15.
+# **Time.** Core: about 45 minutes. Exercises: about 55. Deeper: about 30.
 #
 # <!-- measured -->
 
