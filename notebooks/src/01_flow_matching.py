@@ -25,7 +25,7 @@
 #
 # **Prerequisites.** Conditional expectation, and a little PyTorch. You need not know flow or diffusion models.
 #
-# **Time.** Core: about 50 minutes. Exercises: about 40. Deeper: about 25.
+# **Time.** Core: about 40 minutes. Exercises: about 40. Deeper: about 45.
 #
 # <!-- measured -->
 

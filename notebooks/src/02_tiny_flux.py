@@ -26,7 +26,7 @@
 #
 # **Prerequisites.** [Notebook 01](01_flow_matching.ipynb). No knowledge of transformers.
 #
-# **Time.** Core: about 50 minutes. Exercises: about 35. Deeper: about 55.
+# **Time.** Core: about 55 minutes. Exercises: about 35. Deeper: about 65.
 #
 # <!-- measured -->
 
