@@ -25,7 +25,7 @@
 #
 # **Prerequisites.** Notebooks 01 (paths, posterior means), 03 (reward, look-ahead, judges) and 04 (SDE).
 #
-# **Time.** Core: about 30 minutes. Exercises: about 40. Deeper: about 30.
+# **Time.** Core: about 30 minutes. Exercises: about 40. Deeper: about 35.
 #
 # <!-- measured -->
 
@@ -464,7 +464,9 @@ for row, pair in enumerate(PAIRS):
 far = found_minus("VP-SDE", "noise alone").mean
 left.annotate(f"far outside: {far:.0f}", (2, 3), (0.3, 3), arrowprops={"arrowstyle": "->"}, va="center")
 left.set_yticks(range(4), [f"{first} minus {second}" for first, second in [*PAIRS, ("VP-SDE", "noise alone")]])
-left.set(xlim=(-1.5, 2), ylim=(3.5, -0.5), xlabel="difference in reward found", title="100 evaluations")
+left.set(
+    xlim=(-1.5, 2), xticks=(-1, 0, 1, 2), ylim=(3.5, -0.5), xlabel="difference in reward found", title="100 evaluations"
+)
 for judge, marker, color in (("exact", "o", "black"), ("held_out", "s", "#0072B2")):
     for row, method in enumerate(SEARCHES.values()):
         middle, low, high = vp_minus_linear(method, judge)
@@ -474,7 +476,7 @@ for judge, marker, color in (("exact", "o", "black"), ("held_out", "s", "#0072B2
     bars.set_label({"exact": "counter", "held_out": "held-out judge"}[judge])
 right.set_yticks(range(4), SEARCHES)
 right.set(xlim=(-0.1, 0.5), ylim=(3.6, -0.5), xlabel="right pictures, VP-SDE minus linear SDE", title="500 evaluations")
-right.legend(fontsize=9, loc="lower right")
+right.legend(fontsize=9, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.22))
 for ax in (left, right):
     ax.axvline(0, color="0.5", linewidth=1)
 plt.show()
@@ -548,7 +550,7 @@ assert minus("dev", "VP-SDE, last step in three", "VP-SDE", "finished").mean > 0
 # %% [markdown]
 # ## Exercises
 #
-# Exercise 1 begins with a figure. A colleague has a model of VP and wants to sample on the *linear* path: the opposite direction. The function below runs without an error. What do its samples show?
+# Exercise 1 is about this function. A colleague has a model of VP and wants to sample on the *linear* path: the opposite direction. It runs without an error. What do its samples show?
 
 
 # %%
@@ -706,7 +708,7 @@ def moved_from_cosine(g_bar, t):
 #
 # <details><summary>Hint</summary>
 #
-# Take the first half of the steps from 1 to a little above 0.9, and divide the rest evenly. With $n = 8$, four steps must cross what is left.
+# Choose a time a little above 0.9 at which the two parts meet. Each part is divided evenly. The step that begins where they meet counts as early, too. For odd $n$, which part gets the step more? Try $n = 8$ and $n = 9$ on paper: is a step longer than 0.3?
 #
 # </details>
 
