@@ -195,7 +195,7 @@ plt.show()
 # 1. Draw many noises, look at the guess of each, and keep the best.
 # 2. Make the step *random*: add some noise to it, so that one state has many possible children.
 # 3. Draw children. Judge each by the reward of its guess.
-# 4. Take the first child that is better than every state kept so far, and go on from there. If the step's share of the budget is spent before that happens, take the best child of the step.
+# 4. Take the first child that is better than every state kept so far, and go on from there. Perhaps the step's share of the budget is spent before that happens. Then take the best child of the step.
 # 5. What a step did not spend is added to the share of the next: it *rolls over*.
 #
 # Two details of the code. It draws children in batches of eight, and pays for the whole batch. And the last step that costs anything does not stop early: it spends all that is left, and takes the best child.
@@ -257,7 +257,7 @@ ax.set_ylim(top=4)
 plt.show()
 
 # %% [markdown]
-# The numbers are the steps of the film. The vertical piece at 250 is the step to $t = 0$: it has one child and costs nothing. The lower line jumps up at step 1 and falls until step 3. Only from there does it climb, not at every step, and fastest from step 7 on.
+# The numbers are the steps of the film. The vertical piece at 250 is the step to $t = 0$: it has one child and costs nothing. The lower line jumps up at step 1 and falls until step 3. Only from there does it climb, not at every step, and fastest from step 7 to step 8.
 #
 # **Why does the reward kept fall at first?**
 #
@@ -269,7 +269,7 @@ plt.show()
 #
 # </details>
 #
-# Green and yellow objects, which the prompt does not name, come and go in the film. Random steps are not their only cause: the best try above has one at $t = 1.0$ too, in the guess from pure noise. On the flow such objects soon go. In the film they last longer, because most of its steps lie near pure noise, and because a random step may bring new ones. [Notebook 04](04_ode_to_sde.ipynb) measures how many right pictures random steps cost this model.
+# Green and yellow objects, which the prompt does not name, come and go in the film. Random steps are not their only cause: the best try above has one at $t = 1.0$ too, in the guess from pure noise. Without random steps such objects soon disappear. In the film they last longer, because most of its steps lie near pure noise, and because a random step may bring new ones. [Notebook 04](04_ode_to_sde.ipynb) measures how many right pictures random steps cost this model.
 #
 # In Jupyter you can move through the film yourself:
 
@@ -400,11 +400,11 @@ assert not (exact["best of 25"] & ~exact["RBF"]).any()
 #
 # The thin lines on the bars are 95 % intervals (Clopper and Pearson). They are wide, because there is one run for each of only twelve prompts.
 #
-# Equal NFE is not equal time. RBF decodes and judges 251 pictures, best-of-N only 25, and with so small a model that takes RBF three to four times as long. With FLUX.1 the evaluations of the model take by far most of the time ([notebook 11](11_flux.ipynb)).
+# Equal NFE is not equal time. RBF decodes and judges 251 pictures, best-of-N only 25, and with so small a model that takes longer: about three times, by the operations counted in [notebook 12](12_scaling_out.ipynb). With FLUX.1 the evaluations of the model take by far most of the time. And best-of-N has a better form on this model, in four steps. [Deeper](#Deeper:-fifty-prompts) compares with that, too; RBF stays ahead.
 #
 # ## What goes wrong: a reward that does not say what we mean
 #
-# A search gives you what you ask for. Ask only that there be nine objects in all:
+# A search gives you what you ask for. Suppose that we reward only the total, nine objects:
 
 
 # %% alt="Nine objects, as the prompt has in all, but not four red circles and five blue squares."
@@ -478,6 +478,8 @@ plt.show()
 def tries_needed(p, sure):
     """0 < p < 1 and 0 < sure < 1 -> the smallest N, an int."""
     ### BEGIN SOLUTION
+    # p = 1/128 and sure = 0.9 give 294 tries, or 2,940 NFE. (1e-9: a whole number that
+    # is off by rounding must not go up by one.)
     return int(np.ceil(np.log(1 - sure) / np.log(1 - p) - 1e-9))
     ### END SOLUTION
 
@@ -520,7 +522,7 @@ def tries_needed(p, sure):
 #
 # Work from the smooth counts, `counter.soft_count(counter.detect(pictures))`. They are a numpy array (K, 12), one row for each picture. A row holds circles, squares, triangles of the first colour, then the same of the second, and so on for four colours. Return a torch tensor (K,), as `nine_things` does above.
 #
-# **What is the simplest picture with reward 0?** Answer this before you write. After the test, go back to *Your prompt*, write `mine.problem(balanced, ...)` instead of `mine.problem(goal, ...)`, and see what comes out.
+# **What is the simplest picture with reward 0?** Answer this before you write. After the test, go back to *Your prompt*, write `mine.problem(balanced, ...)` instead of `mine.problem(goal, ...)`, and compare what comes out with your answer. (The prompt still asks for its own shapes, and the model draws them unless the reward is stronger.)
 #
 # <details><summary>Hint</summary>
 #
@@ -645,7 +647,7 @@ for name in names[:2]:
 
 # %% [markdown]
 # ## Not shown
-# Why noise may be added to a flow (04), why the path matters (05), how RBF decides (08), what other methods do with the same budget (10).
+# Later notebooks explain why noise may be added to a flow (04), why the path matters (05), how RBF decides (08), and what other methods do with the same budget (10).
 #
 # ## Further reading
 # - Kim, Yoon, Hwang and Sung, [Inference-Time Scaling for Flow Models via Stochastic Generation and Rollover Budget Forcing](https://arxiv.org/abs/2503.19385), NeurIPS 2025

@@ -244,7 +244,7 @@ pd.DataFrame(columns, index=pd.Index(PROMPTS, name="prompt")).round(2)
 # %% [markdown]
 # Means over 64 pictures: the reward, and the shares of right ones by the counter and by the held-out judge. The prompts differ widely.
 #
-# How often can a search not choose? Take pairs of pictures of one prompt. In a *tie* their rewards differ by at most 0.01. (We leave out pairs of two right pictures.)
+# How often can a reward not decide between two pictures? Take pairs of pictures of one prompt. In a *tie* their rewards differ by at most 0.01. (We leave out pairs of two right pictures.)
 
 
 # %%
@@ -325,7 +325,7 @@ assert _all_right.index(True) == 79 and 1 - (1 - p) ** 7 > 0.9 > 1 - (1 - p) ** 
 #
 # </details>
 #
-# The left panel shows three of the six prompts. Every doubling of $N$ costs twice as much. In two of the curves it brings less each time. The third is "three yellow circles above two blue triangles". There it still brings nearly as much as the one before. (The sets are random. So at $N = 1$ a curve may miss the table's mean a little.)
+# The left panel shows three of the six prompts. Every doubling of $N$ costs twice as much, and in two of the curves it brings less each time. In the third, "three yellow circles above two blue triangles", it still brings nearly as much as the one before. (The sets are random. So at $N = 1$ a curve may miss the table's mean a little.)
 #
 # **What would a method have to do to beat this curve?**
 #
@@ -577,7 +577,7 @@ assert _totals[0] < 0.95 and _totals[1] > 0.99, _totals
 #
 # </details>
 #
-# Left: each reward rises with $N$. (*Total only* stops when nearly every winner has the right total.) So each search succeeds by its own reward. Right: only a judge that was not optimised tells them apart. That is why this series gives results by two judges.
+# Left: each reward rises with $N$. (*Total only* stops when nearly every winner has the right total.) So each search succeeds by its own reward. Right: only a judge that was not optimised tells them apart. So this series gives results by two judges; no search optimises the second.
 #
 # Best-of-$N$ is still a mild case. It only chooses among pictures that the model draws anyway. A search that steers every step can find much stranger pictures ([notebook 09](09_gradients.ipynb)).
 
@@ -883,7 +883,7 @@ assert all(abs(line["by (3.5)"] - line["expected reward"]) < 0.03 for line in li
 #
 # ## Deeper: all sets at once, and how sure we are
 #
-# Drawing sets is not necessary. Sort the pool of $M$ samples, $r_{(1)} \le \dots \le r_{(M)}$. The sets of $N$ whose largest member is $r_{(i)}$ consist of it and $N - 1$ of the $i - 1$ below it, so the average over all $\binom{M}{N}$ sets is
+# Drawing sets is not necessary. Sort the pool of $M$ samples, $r_{(1)} \le \dots \le r_{(M)}$. If $r_{(i)}$ is the largest of a set, the other $N - 1$ members come from the $i - 1$ smaller rewards. So the average over all $\binom{M}{N}$ sets is
 #
 # $$\widehat{E}\big[\max\big] = \sum_{i=N}^{M} \frac{\binom{i-1}{N-1}}{\binom{M}{N}}\; r_{(i)}. \tag{3.6}$$
 #

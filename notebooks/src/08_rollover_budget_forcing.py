@@ -92,7 +92,7 @@ assert min(needs) < 10 and max(needs) == np.inf, "some steps need few draws, one
 assert sum(need > 75 for need in needs) == 2, "one step needs about 80"
 
 # %% [markdown]
-# Each bar is a step. Some steps succeed within ten draws. One needs three times an equal share, and one does not succeed in a hundred. Nobody can tell in advance which.
+# Each bar is a step. Some steps succeed within ten draws. One needs three times an equal share, and one does not succeed in a hundred. We did not know in advance which.
 #
 # ## One state and its children
 #
@@ -237,9 +237,9 @@ def quota_of(p, run, rollover):
     """The draws that one chain may spend on its next transition, (8.1)."""
     number = run.problem.evaluations_ahead()  # K, all transitions to pay for
     ahead = run.problem.evaluations_ahead(p.t)  # a, those from here on
-    share, left = int(p.carry["share"]), int(p.carry["left"])
-    have = left if rollover else share * ahead // number
-    return have - share * (ahead - 1) // number
+    total, left = int(p.carry["total"]), int(p.carry["left"])
+    have = left if rollover else total * ahead // number
+    return have - total * (ahead - 1) // number
 
 
 # %% [markdown]
@@ -276,8 +276,8 @@ def start(method, run):
     p = run.score(run.start(method.chains * method.init))
     rows = p.reward.view(method.chains, -1).argmax(1)
     p = p[rows + method.init * torch.arange(method.chains)]
-    share = torch.full((method.chains,), run.evaluations_left // method.chains)
-    return replace(p, carry={"best": p.reward, "share": share, "left": share})
+    total = torch.full((method.chains,), run.evaluations_left // method.chains)
+    return replace(p, carry={"best": p.reward, "total": total, "left": total})
 
 
 # %%
@@ -394,7 +394,7 @@ assert right == (True, False), "the text says so"
 # %% [markdown]
 # The first picture is what the chain's best first noise promises. Below are the draws of each step. A short bar is a quick success; what it saves, a later step may spend.
 #
-# Look at the ring in the last picture. This square has mixed colours. No single colour fills enough of it, so the counter does not see it, and finds the picture right. The held-out judge sees it, and finds the picture wrong. A search finds such gaps in its judge; [notebook 10](10_scaling.ipynb) counts how often.
+# Look at the ring in the last picture. This square has mixed colours. No single colour fills enough of it, so the counter does not see it, and finds the picture right. The held-out judge sees it, and finds the picture wrong. A search finds such gaps in its reward; [notebook 10](10_scaling.ipynb) counts how often.
 #
 # **Guess: twice the reward falls. How can that be, when only an improvement is accepted?**
 #
@@ -488,7 +488,7 @@ assert both["few-step: RBF"] == missed["as published"]
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# On the multi-step model the method goes wrong. Each step accepts one of its first few children, about every second one. So most of the budget arrives at the last paid transition, where the path is nearly over. On the few-step model the look-ahead predicts the end, so an improvement is a real one, and the runs of RBF and SVDD overlap widely.
+# On the multi-step model the method goes wrong. About half of all children are better than the best so far, so each step accepts one of its first. Most of the budget arrives at the last paid transition, where the path is nearly over. On the few-step model the look-ahead predicts the end, so an improvement is a real one, and the runs of RBF and SVDD overlap widely.
 #
 # </details>
 #
@@ -607,7 +607,7 @@ assert set(rows["seed"]) == {0, 1, 2} and rows["prompt"].nunique() == 50
 # %% [markdown]
 # It depends on the sampler. On VP, RBF is ahead. With the same SDE stepped on the linear path it is open. With the linear SDE RBF is *behind*. We do not know why. Compare the sizes: the rule changes about 0.1, the VP-SDE gives RBF 0.2. So choose the sampler first, and test the rule with it. [Notebook 10](10_scaling.ipynb) puts the paper's own numbers beside ours.
 #
-# SMC's temperature is our choice. The authors' SVDD and CoDe pay for 25 identical first states; ours draw one a chain, so both spend 2 + 450 of the 500 NFE.
+# SMC's temperature is our choice. Our SVDD and CoDe draw one first state a chain, so they spend 2 + 450 of the 500 NFE. (The authors' pay for 25 identical.)
 
 # %% [markdown]
 # ## Recap
@@ -960,7 +960,7 @@ for world in FLOWS:
 assert BestOfEnough().enough == 24 and BestOfQuota().most(7, 70, 3) == 7
 
 # %% [markdown]
-# On both flows less reward is missing with 16 and 24 than with equal quotas. (The large mean at 12 is one bad run of a hundred.) Why 24, if the toy would take fewer? This toy has two dimensions, which flatters late draws: near the peak, a few hundred draws come very close. On pictures fewer than 24 are not shown to be better (`python -m tools.runs.defaults`).
+# On both flows less reward is missing with 16 and 24 than with equal quotas. (The large mean at 12 is one bad run of a hundred.) Why 24, if the toy would take fewer? This toy has two dimensions, which flatters late draws: near the peak, a few hundred draws come very close. On pictures our runs do not show that fewer than 24 is better (`python -m tools.runs.defaults`).
 #
 # ## Not shown
 # Other models and rewards, and what the same NFE cost in seconds: [notebook 10](10_scaling.ipynb). Gradients inside RBF: [notebook 09](09_gradients.ipynb). RBF on FLUX.1: [notebook 11](11_flux.ipynb).

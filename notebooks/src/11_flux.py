@@ -13,7 +13,7 @@
 # %% [markdown]
 # # 11 FLUX: plan your first hour on a GPU
 #
-# **Question.** You want to rent a GPU for an hour, and to have, at its end, a picture of your own prompt that you chose yourself. What fits on the card, what will the search cost, and does it run before you pay?
+# **Question.** You want to rent a GPU for an hour, and to have, at its end, a picture of your own prompt that you chose yourself. What fits on the card, how long will it take, and does your search run before you pay?
 #
 # <!-- badge -->
 #
@@ -122,7 +122,7 @@ ax.legend(handles, shades, fontsize=9, ncols=4, loc="upper center", bbox_to_anch
 plt.show()
 
 # %% [markdown]
-# `gpu_check` measures your card. One search is a `Draft` of 280 NFE, which decodes 172 pictures. The judges' seconds are not counted, and the L4's bar is too hopeful: an L4 cannot hold the pair in 16 bits. Mistakes are not in the plan either. Make them here, where every cell runs on a CPU.
+# `gpu_check` measures your card. One search is a `Draft` of 280 NFE, which decodes 172 pictures. The judges' seconds are not counted, and the L4's bar is too hopeful: an L4 cannot hold the pair in 16 bits. Mistakes are not in the plan. Make them here, where every cell runs on a CPU.
 #
 # ## What fits, before anything loads
 #
@@ -135,6 +135,8 @@ plt.show()
 # The text encoders are the second largest part, and needed once. So do not give up precision first. Encode the prompts, drop the encoders, then load the transformer. This changes no picture, but a new prompt means loading again. `memory.plan` tries the plans that lose least quality first, and takes the first that fits.
 #
 # For drafts we want *two* transformers, schnell and dev, which share all else. `draft=` asks for a plan that holds both. We keep 8 GiB of a card free for the judges; on the small T4 we keep 1 GiB, and do without them.
+#
+# The text encoders are *resident* (on the card all the time), *offloaded* (in the computer's own memory) or *dropped*. *Turns* means that of two transformers the one not in use is offloaded, *tiles* that a picture is decoded piece by piece. A T4 has no fast bfloat16, so it computes in float16, and its autoencoder in float32: hence the tiles.
 #
 # **Guess: which of the four cards hold both transformers in 16 bits?**
 
@@ -164,7 +166,7 @@ plans = {}
 for name in ("T4", "L4", "A100-40", "A100-80"):
     gib = cost.GPUS[name].memory
     card = {"free": gib, "keep": kept(gib), "dtype": cost.GPUS[name].dtype}
-    for models, second in {"dev": None, "dev, schnell": "FLUX.1-schnell"}.items():
+    for models, second in {"dev": None, "both": "FLUX.1-schnell"}.items():
         plans[name, models] = memory.plan("FLUX.1-dev", draft=second, **card)
 pd.DataFrame({key: told(plan) for key, plan in plans.items()}).T
 
@@ -182,19 +184,19 @@ for _name, _decodes, _peak, _text in (("A100-80", 16, 55.6, "resident"), ("A100-
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# The two A100. On the one of 40 GB the transformers take turns: the one that is not in use waits in the computer's own memory. A search with drafts changes once. The T4 and the L4 hold both in nf4 only.
+# The two A100. On the one of 40 GB they take turns; a search with drafts swaps them once. The T4 and the L4 hold both in nf4 only.
 #
 # </details>
 #
-# The text encoders are *resident* (on the card all the time), *offloaded* (in the computer's own memory) or *dropped*. *Tiles* means that a picture is decoded piece by piece. A T4 has no fast bfloat16, so it computes in float16. How many rows go through at a time follows from (11.1):
+# How many rows go through at a time follows from (11.1):
 #
 # $$n = \left\lfloor \frac{\text{free} - \text{kept} - W}{a} \right\rfloor. \tag{11.2}$$
 #
-# Here *free* is what the card has, *kept* is room for judges and for what is not counted (1 GiB if you do not say otherwise), $W$ is the weights on the card at that stage, and $a$ the activations of one row. The number of decodes follows in the same way. `plan` takes as many of both as fit, but at most 16 rows, and not more decodes than rows. So dev alone takes more on the larger A100: 16 decodes at once, not 6, and the encoders stay.
+# Here *free* is what the card has, *kept* is room for judges and for what is not counted (1 GiB if you do not say otherwise), $W$ is the weights on the card at that stage, and $a$ the activations of one row. `plan` takes as many of both as fit, but at most 16 rows, and not more decodes than rows. So dev alone takes more on the larger A100: 16 decodes at once, not 6, and the encoders stay. On the smaller one 8 GiB are kept.
 #
 # ## Load
 #
-# The next two cells load a pair of models: FLUX.1's if you have a CUDA GPU, else tiny-flux's. FLUX.1's needs both licences accepted on the hub, and `HF_TOKEN`. **All outputs on this page come from a CPU and from tiny-flux.** From here on the code is the same for both pairs; where it differs, it says `if real`.
+# The next two cells load a pair of models: FLUX.1's if you have a CUDA GPU, else tiny-flux's. FLUX.1's needs both licences accepted on the hub, and `HF_TOKEN`. **All outputs on this page come from a CPU and from tiny-flux.** From here on the code is the same for both pairs, except under `if real`.
 
 # %%
 real = torch.cuda.is_available()  # set it to False to stay with tiny-flux
@@ -223,8 +225,6 @@ print(f"{type(big).__name__}, pictures of {dev.height} x {dev.width} pixels")
 # %% [markdown]
 # On a card of 16 GB no room is kept for judges: use the reward of the next section alone.
 #
-# `FlowModel` rebuilds nothing of a pipeline. It runs the pipeline's own `__call__`.
-#
 # ## The same search, your reward
 #
 # A reward is any function from pictures `(K, 3, H, W)` in $[0, 1]$ to `K` numbers. Here is one in five lines: red things to the left, blue things to the right. No model judges, so it costs a decode and no more.
@@ -250,27 +250,29 @@ def found_by(method, budget, reward, kernel, times):
     return schnell.decode(result.best[None])
 
 
+# %%
 no_noise = {"kernel": ode, "times": schnell.times(4)}  # four steps
 plain = found_by(BestOfN(1), 4, warm_left, **no_noise)
 with_noise = {"kernel": sde(vp_diffusion()), "times": paper_vp(10)}  # the paper's
+unsearched = found_by(BestOfN(1), 10, warm_left, **with_noise)
 searched = found_by(RBF.few_step(NFE), NFE, warm_left, **with_noise)
 
 # %% [markdown]
-# Prompt and seed are picked so that the plain picture is right. The paper's grid ends with one long step. schnell is made for such jumps; dev is not.
+# *plain* is drawn by the ODE, *noise alone* by the sampler of the search, without a search. Prompt and seed are picked so that the plain picture is right. The paper's grid ends with one long step. schnell is made for such jumps; dev is not.
 #
 # **Guess: the prompt asks for three red squares and two blue triangles. The reward asks for red on the left and blue on the right. What will the picture show after 100 NFE?**
 
 
-# %% tags=["plot"] alt="Two pictures, with what a counter sees below each. Left, the plain one: three red squares and two blue triangles, as the prompt asks, anywhere. Right, the search's: red to the left and blue to the right, but only two red squares, and a yellow triangle."
+# %% tags=["plot"] alt="Three pictures, with what a counter sees below each. Plain: three red squares and two blue triangles, as the prompt asks, anywhere. Noise alone: one of the triangles is yellow. Searched: red to the left and blue to the right, but only two red squares, and a yellow triangle."
 def contents(picture):
     """What the counter of this series finds on a picture of tiny-flux, a line for each kind."""
     kinds = zip(counter.count(picture)[0], shapes.CLASSES, strict=True)
     return "\n".join(f"{colour} {shape}s: {number}" for number, (colour, shape) in kinds if number)
 
 
-fig, axes = plt.subplots(1, 2, figsize=(5.6, 3.7))
-pair = {"plain": plain, "searched": searched}
-for ax, (name, picture) in zip(axes, pair.items(), strict=True):
+fig, axes = plt.subplots(1, 3, figsize=(8.2, 3.7))
+drawn = {"plain": plain, "noise alone": unsearched, "searched": searched}
+for ax, (name, picture) in zip(axes, drawn.items(), strict=True):
     plots.picture(ax, picture[0], f"{name}: reward {float(warm_left(picture)):.2f}")
     ax.set_xlabel("" if real else contents(picture))
 fig.suptitle(TEXT, fontsize=10)
@@ -282,11 +284,12 @@ if PAGE:
     assert float(warm_left(searched)) > float(warm_left(plain)) + 0.1
     assert counter.exact(scene, plain)[0] and not counter.exact(scene, searched)[0]
     assert "red squares: 2" in contents(searched) and "yellow triangles: 1" in contents(searched)
+    assert "red squares: 3" in contents(unsearched) and "yellow triangles: 1" in contents(unsearched)
 
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# Red goes to the left and blue to the right, as the reward asks. In return a red square has gone, and a yellow triangle has come. The reward says nothing about shapes and counts, so the search does not keep them. Only the model itself leans towards the prompt.
+# Red goes to the left and blue to the right. A red square has gone. And one triangle is yellow: that comes from the noise alone, and the search has not mended it. The reward says nothing about shapes and counts. Only the model knows the prompt.
 #
 # </details>
 #
@@ -312,7 +315,7 @@ parts = [(counts, weights["counts"]), (warm_left, weights["warm_left"])]
 wish = judges.weighted(parts, schnell.decode(first))
 
 # %% [markdown]
-# The weights 2 and 1 are a choice, not a tuned value: counts matter more. There is also `judges.lexicographic`, which uses the second reward only to break ties in the first.
+# The weights 2 and 1 are a choice, not a tuned value: counts matter more.
 
 # %% alt="Two pictures, searched by the position alone and by the weighted sum. With the sum the red squares still stand to the left and the blue triangles to the right, and the counts are those of the prompt."
 again = found_by(RBF.few_step(NFE), NFE, wish, **with_noise)
@@ -493,7 +496,10 @@ for name, (where, searcher, budget) in ways.items():
             line[judge] = float(reward(picture))
         lines.append(line)
 found = pd.DataFrame(lines)
-found.groupby("way", sort=False)[[*asked]].mean().map("{:z.2f}".format)
+
+# %%
+means = found.groupby("way", sort=False)[[*asked]].mean().rename_axis(None)
+means.map("{:z.2f}".format)
 
 # %% tags=["plot"] alt="Three panels, a mark for each of four seeds and a bar for the mean, for plain, best-of-N and Draft: by counts, by the position of the colours, and by the held-out judge. In counts both searches are above the plain pictures; in the position Draft is highest."
 fig, axes = plt.subplots(1, 3, figsize=(7.5, 3.0))
@@ -520,7 +526,7 @@ if PAGE:
     assert means.loc["Draft", "warm_left"] > means.loc["best-of-N", "warm_left"]
 
 # %% [markdown]
-# Compare the first and the last panel. No search asked the held-out judge, and it agrees with the counter on all twelve pictures. So the better counts are no trick of the counter. About `warm_left` it says nothing. Draft's warmest picture, seed 1, has a count wrong. Between best-of-N and Draft four seeds of one prompt decide nothing. For right pictures the fifty prompts above do; for `warm_left` nothing here does.
+# Compare the first and the last panel. No search asked the held-out judge, and it agrees with the counter on all twelve pictures. So the better counts are no trick of the counter. About `warm_left` it says nothing. Draft's warmest picture, seed 1, has a count wrong. Between best-of-N and Draft four seeds of one prompt decide nothing. For right pictures the fifty prompts above decide. Nothing here compares the two on `warm_left`.
 #
 # ## The bill
 #
@@ -548,9 +554,9 @@ if PAGE:
     assert on_flux["Draft"][1] == 280 - 4 * 28 + 4  # drafts, and four finished pictures
 
 # %% [markdown]
-# Draft decodes and judges more pictures than best-of-N. For a small model that takes longer than the evaluations. On FLUX.1 a decode has about a seventh of an evaluation's operations, so Draft should be little slower.
+# Draft decodes and judges more pictures than best-of-N. For a small model that takes longer than the evaluations. On FLUX.1 a decode has about a seventh of an evaluation's operations, so before judging Draft should be little slower. The judge's time comes on top: 172 calls, not 10.
 #
-# In quantised weights or tiles a card should be slower than this plan of 16 bits. How much, only a card can tell. `python -m tools.runs.gpu_check` runs on yours in eight minutes, downloads nothing, and leaves a record in `data/results/gpu`. Here are all records that there are:
+# In quantised weights or tiles a card should be slower than this plan of 16 bits. `python -m tools.runs.gpu_check` runs on yours in eight minutes, downloads nothing, and leaves a record in `data/results/gpu`. Here are all records that there are:
 
 # %% tags=["nbval-ignore-output"]
 COLUMNS = ["card", "check", "what", "weights", "size", "batch"]
@@ -663,7 +669,7 @@ def peak(parts, dropped):
 # %% [markdown]
 # ### Exercise 2: a reward that an empty page does not win (difficulty 3 of 5, 12 minutes)
 #
-# Design a reward for *things in the middle*: the share of a picture's ink that lies in its middle half, from a quarter to three quarters of height and of width. Ink is how much darker a pixel is than 0.9: `(0.9 - pictures.mean(1)).clamp(min=0)`. (tiny-flux's paper is at 0.97, not quite white, so that it has no ink.) An empty page must not win. The amount of ink must not matter: a pale thing in the middle and a dark one have the same share. The test then searches with your reward: look at its picture.
+# Design a reward for *things in the middle*: the share of a picture's ink that lies in its middle half, from a quarter to three quarters of height and of width. Ink is how much darker a pixel is than 0.9: `(0.9 - pictures.mean(1)).clamp(min=0)`. (tiny-flux's background is at 0.97, not quite white, so it has no ink.) An empty page must not win. The amount of ink must not matter: a pale thing in the middle and a dark one have the same share. The test then searches with your reward: look at its picture.
 #
 # <details><summary>Hint</summary>
 #

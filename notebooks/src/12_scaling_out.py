@@ -116,7 +116,7 @@ assert [round(d) for d in sorted(dollars.values())[1:]] == [309, 330, 355, 378]
 #
 # </details>
 #
-# **The bill depends mostly on the operations: between these cards it differs by a factor of two. Time follows the number of machines.** The rest of this page is about both: where the operations are, and how to share them out.
+# **Under these assumptions the bill depends mostly on the operations: between the cards it differs by a factor of two. The time depends on the card, and on how many work at once.** The rest of this page is about both: where the operations are, and how to share them out.
 #
 # ## Where the seconds go
 #
@@ -317,7 +317,7 @@ ways = {  # a way, and the lists that it is tried on
     "queue, longest first": (queue, [sorted(lengths, reverse=True)]),
     "queue, shortest first": (queue, [lengths]),
     "pieces, shuffled": (pieces, [rng.permutation(lengths) for _ in range(20)]),
-    "pieces, shortest first": (pieces, [lengths]),
+    "pieces, in order": (pieces, [lengths]),
 }
 faster = {}
 for name, (way, lists) in ways.items():
@@ -343,7 +343,7 @@ for name in list(ways)[:2]:
     most = total / gpus + (1 - 1 / gpus) * max(lengths)
     assert (total / faster[name] <= most + 1e-6).all(), "(12.2) is violated"
     assert (faster[name] <= fastest + 1e-6).all() and (faster[name] >= slowest - 1e-6).all()
-_ordered, _shuffled = (faster[f"pieces, {way}"] for way in ("shortest first", "shuffled"))
+_ordered, _shuffled = (faster[f"pieces, {way}"] for way in ("in order", "shuffled"))
 assert (round(float(_ordered[46])), round(float(_shuffled[46]))) == (34, 24) and round(total / longest) == 68
 assert _ordered[45] < _shuffled[45] and (_ordered[46:59] > _shuffled[46:59]).all()
 
@@ -548,13 +548,13 @@ assert judge.flops == 11.2e12
 #
 # </details>
 #
-# A study that cannot answer its question is the dearest of all. You know it now before you pay.
+# A study that cannot answer its question is the most expensive of all. You know it now before you pay.
 
 # %% [markdown]
 # ## Recap
 # - Operations can be counted before a weight is loaded. Seconds are operations over utilisation times peak.
 # - On FLUX.1 the evaluations are most of the bill; on a small model decodes are, as soon as every evaluation is judged.
-# - Money follows the operations, where prices grow with peaks. Time follows the number of GPUs.
+# - Money follows the operations, where prices grow with peaks. Time falls with the number of GPUs, down to the longest single run.
 # - Runs go into a queue, the longest first, one durable line each. Then a kill costs what was running, and no more.
 # - A budget says how small a difference a study can show: four times the money, half the difference.
 
@@ -690,7 +690,7 @@ def todo(tasks, rows):
 #
 # You need `pictures` pictures within `deadline` seconds. A picture takes `each` seconds on one GPU and does not split. Every GPU needs `startup` seconds before its first picture. You rent all GPUs at the same moment and give all back when the last picture is done, so you pay for the number of GPUs times the seconds until then.
 #
-# Is the smallest fleet that meets the deadline also the cheapest? Try ten pictures of 900 seconds, a start of 120 seconds and an hour and a quarter, with three GPUs and with five, and say in one sentence why. Then write `cheapest_fleet`: the number of GPUs that costs least and meets the deadline. If two fleets cost the same, return the smaller one; if none meets the deadline, `None`.
+# Is the smallest fleet that meets the deadline also the cheapest? Try ten pictures of 900 seconds, a start of 120 seconds and a deadline of 4,500 seconds, with three GPUs and with five, and say in one sentence why. Then write `cheapest_fleet`: the number of GPUs that costs least and meets the deadline. If two fleets cost the same, return the smaller one; if none meets the deadline, `None`.
 #
 # <details><summary>Hint</summary>
 #
@@ -896,7 +896,7 @@ def suspects(text):
 #
 # $$F = 24\,B\,d^2 N + 4\,B\,d\,N^2 + \text{a little}. \tag{12.4}$$
 #
-# The little comes once per picture and not once per token (the modulations), or once per token and not in every block (the layers into and out of the model). Written out, it makes the count exact.
+# Some of the little comes once per picture and not once per token: the modulations. The rest comes once per token and not in every block: the layers into and out of the model. Written out, it makes the count exact.
 
 
 # %%
