@@ -218,7 +218,7 @@ plt.show()
 # %% [markdown]
 # Left the pairs, right the flow, from the same sixty noises. Most noises now end far from the data point of their pair. Sixty points are too few to show a density. But with very many, both panels would have the same density at every time: that is what the proof says.
 #
-# Where there is one arrow for each place and time, two trajectories can never meet at the same place and time. Lines of pairs do meet like this, so the flow cannot follow them all. Its trajectories bend.
+# Where there is one arrow for each place and time, and the arrows change smoothly, two trajectories can never meet at the same place and time. Lines of pairs do meet like this, so the flow cannot follow them all. Its trajectories bend.
 #
 # ## Learn the average
 #
@@ -391,7 +391,7 @@ plt.show()
 # \end{aligned} \tag{1.8}
 # $$
 #
-# The first is called the **posterior mean**: the average of the data points of all pairs that pass here. Every search in this series judges it, long before the sample is finished. So it pays to see what it is, and what it is not.
+# The first is called the **posterior mean**: the average of the data points of all pairs that pass here. Most searches of this series judge it, long before the sample is finished. So it pays to see what it is, and what it is not.
 
 
 # %%
@@ -500,7 +500,7 @@ def mix_any(x0, eps, t):
 #
 # <details><summary>What the three sketches should show</summary>
 #
-# At $t = 0.9$ nearly a straight line through 0, with a slope of about 1: the state still says little about the data point. At $t = 0.5$ the curve *falls* through 0, and crosses zero again near $\pm 0.96$: on the way to the data, which runs against $u$, points move away from the middle. At $t = 0.1$ two steep lines, zero at $-1$ and at $+1$. Between them, at $x = 0$, the velocity falls from about $+10$ to about $-10$.
+# At $t = 0.9$ nearly a straight line through 0, with a slope of about 1: the state still says little about the data point. At $t = 0.5$ the curve *falls* through 0, and crosses zero again near $\pm 0.96$. The sampler moves against $u$. So its points leave the middle. At $t = 0.1$ two steep lines, zero at $-1$ and at $+1$. Between them, at $x = 0$, the velocity falls from about $+10$ to about $-10$.
 #
 # </details>
 
@@ -580,7 +580,7 @@ assert _at([-0.05], 0.1) > 9 and _at([0.05], 0.1) < -9
 # %% [markdown]
 # ### Exercise 3: a better step (difficulty 3 of 5, 15 minutes)
 #
-# In theory Euler's error falls like one over the number of steps, Heun's like one over its square. Heun's method first tries an Euler step from $x_t$. It evaluates the velocity at the trial point too. Then it makes the step again from $x_t$, with the *mean* of the two velocities. So a step costs two evaluations (NFE). First guess: with the same NFE, does Euler or Heun win at 4 NFE? And at 64? Then write it. The test takes the flow to a single Gaussian, for which the true end of each trajectory is known, and prints the errors of both.
+# In theory, with $n$ steps Euler's error falls like $1/n$ and Heun's like $1/n^2$. Heun's method first tries an Euler step from $x_t$. It evaluates the velocity at the trial point too. Then it makes the step again from $x_t$, with the *mean* of the two velocities. So a step costs two evaluations (NFE). First guess: with the same NFE, does Euler or Heun win at 4 NFE? And at 64? Then write it. The test takes the flow to a single Gaussian, for which the true end of each trajectory is known, and prints the errors of both.
 #
 # <details><summary>Hint</summary>
 #
@@ -842,7 +842,7 @@ assert torch.allclose(exact_velocity(places, clocks), u(places, clocks))
 # %% [markdown]
 # This is `GaussianMixture.velocity`. On such toys the series can compare every sampler with the truth.
 #
-# The **score**, the slope of the log density, is one more reading of the same pair. Given $x_0$ the state is Gaussian, and
+# The **score**, the slope of the log density, also follows from these two averages. Given $x_0$ the state is Gaussian, and
 #
 # $$
 # \begin{aligned}
@@ -882,7 +882,7 @@ assert nearest.max() < 5e-4
 # %% [markdown]
 # ## Deeper: the symbols of the series
 #
-# All notebooks use these. `book/symbols.md` lists them with the main formulas. One that needs a letter for something else says so there. In code a few names have two uses: `s` is a sampler's next time, or $\sigma_t$ where it stands beside `a`; `x0` and `eps` are a pair, or the posterior means.
+# All notebooks use these. `book/symbols.md` lists them with the main formulas. If a notebook uses a letter for something else, it says so. In code a few names have two uses: `s` is a sampler's next time, or $\sigma_t$ where it stands beside `a`; `x0` and `eps` are a pair, or the posterior means.
 #
 # | symbol | in code | meaning |
 # |---|---|---|
@@ -909,7 +909,7 @@ assert nearest.max() < 5e-4
 
 # %% [markdown]
 # ## Not shown
-# Text conditions, latents and guidance (02). Sampling with noise (04). Why paths can be exchanged after training (05). Likelihoods, and noise and data that are not drawn independently.
+# Text conditions, latents and guidance (02). Sampling with noise (04). Why paths can be exchanged after training (05). Noise and data that are not drawn independently (02). Likelihoods.
 #
 # ## Further reading
 # - Lipman, Chen, Ben-Hamu, Nickel and Le, [Flow Matching for Generative Modeling](https://arxiv.org/abs/2210.02747), 2023: the regression argument

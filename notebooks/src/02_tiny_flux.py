@@ -24,7 +24,7 @@
 # - use guidance
 # - know what the two models cannot count
 #
-# **Prerequisites.** [Notebook 01](01_flow_matching.ipynb). No knowledge of transformers.
+# **Prerequisites.** [Notebook 01](01_flow_matching.ipynb). You need not know transformers.
 #
 # **Time.** Core: about 55 minutes. Exercises: about 35. Deeper: about 65.
 #
@@ -222,7 +222,7 @@ for pipe, theirs in ((dev, prompt), (schnell, FlowModel.encode(schnell, TEXT))):
     assert torch.allclose(ours, theirs(noise[:4], at), atol=1e-5)
 
 # %% [markdown]
-# The assertion says that our velocity is that of the package's `FlowModel`. Ours can also take a different prompt for each row.
+# The assertion says that our velocity is that of the package's `FlowModel`.
 #
 # ## One noise, 10, 4, 2 and 1 steps
 #
@@ -354,7 +354,7 @@ assert linked["dev"] < 0 < 0.25 < linked["schnell"] < 0.5  # 0.25: two standard 
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# For schnell. Its first guesses vary nearly as much as finished pictures, and each is near to what its noise will become, if not yet right in every count.
+# For schnell. Its first guesses vary nearly as much as finished pictures, and each is near to what its noise will become (for one noise we saw both above), if not yet right in every count.
 #
 # For dev it is worth little. The upper row looks varied, but it misleads. The autoencoder draws a shape or leaves it out, so a small difference of latents looks large. The printed numbers are about the latents. dev's first guesses vary only about a fifth as much as its finished latents: all are nearly the same average. (An exact model would give the same average for every noise. dev is not exact, so a weak hint of the layout remains.)
 #
@@ -410,7 +410,7 @@ plt.show()
 #
 # Left: random pairs, as those from which dev learnt. Middle: the flow. Right: the flow's own pairs, as those from which schnell learnt. There hardly any lines cross, so there is hardly anything to average. The velocity at a place is that of the one line through it. It stays the same all along the line. So one large step ends near the end of the line, and the first guess *is* this step. (Near, not at: in the curves above one step gets fewer pictures right than ten.)
 #
-# The *distribution* of the pictures stays the same, up to errors of training ([Deeper](#Deeper:-what-reflow-does-to-pairs) says why). But the new model also learns the old one's mistakes. So schnell is better in few steps, but not in ten.
+# The *distribution* of the pictures stays the same, up to errors of training ([Deeper](#Deeper:-what-reflow-does-to-pairs) says why). But the new model also learns the old one's mistakes, and adds its own errors of training. So schnell is better in few steps, but not in ten.
 #
 # The large models differ from ours here. FLUX.1-schnell was not made by reflow. Its model card names *latent adversarial diffusion distillation*, and one to four steps. And only our small dev takes ten steps: [notebook 11](11_flux.ipynb) gives FLUX.1-dev 28.
 #
@@ -451,7 +451,7 @@ plt.show()
 #
 # <details><summary>Answer</summary>
 #
-# No. Some guidance helps. On the card's 300 prompts the share is .58 at $w = 1$, .65 at $2$ and .67 at $3.5$. Prompts and noises are the same at each scale, so we may subtract: from $1$ to $2$ the gain is .07 (95 % interval .04 to .11). From $2$ to $3.5$ it is .02 (-.02 to .06), which may be chance.
+# Probably not. Some guidance helps. On the card's 300 prompts the share is .58 at $w = 1$, .65 at $2$ and .67 at $3.5$. Prompts and noises are the same at each scale, so we may subtract: from $1$ to $2$ the gain is .07 (95 % interval .04 to .11). From $2$ to $3.5$ it is .02 (-.02 to .06), which may be chance.
 #
 # At $w = 8$, outside what dev was taught, we have only the 48 prompts of the figure. The intervals there overlap. But of the pictures that are right at $4$, eight are wrong at $8$, and only one goes the other way. This speaks for a fall, and does not prove it.
 #
@@ -581,7 +581,7 @@ plt.show()
 # %% [markdown]
 # The filled markers count exact pictures. The open ones count pictures with the right *number* of objects, whatever the objects are.
 #
-# Left: exact pictures are most frequent with one or two objects. With more objects there are fewer, though the fall is not even. A likely reason is that every object can go wrong. With nine or ten objects both models make two mistakes. Some totals are wrong. And some pictures with the right total still have wrong kinds.
+# Left: exact pictures are most frequent with one or two objects. With more objects there are fewer, though the fall is not even. A likely reason is that every object can go wrong. With nine or ten objects both models make two kinds of mistake. Some totals are wrong. And some pictures with the right total still have wrong kinds.
 #
 # The intervals of the two models overlap in every group. But both drew the same prompts from the same noises, so we can compare prompt by prompt. The last printed line does it for nine or ten objects: it speaks for dev.
 #
@@ -593,9 +593,9 @@ plt.show()
 # ## Recap
 # - FLUX is two text encoders, a transformer that gives the velocity of latents, and an autoencoder.
 # - Reflow trains on a model's own pairs (2.1), whose lines hardly cross. So with one, two or four steps schnell gets more of our pictures right than dev, though fewer than with ten.
-# - dev's first guess is an average of many pictures, and as latents nearly the same for every noise; schnell's is nearly the final picture.
+# - dev's first guess is an average of many pictures, and as latents nearly the same for every noise; schnell's is close to the final picture.
 # - Guidance (2.2) exaggerates the prompt; its scale is an input of dev.
-# - Both models often get prompts with many objects wrong, and mix up circles with squares. A search may mend this.
+# - Both models often get prompts with many objects wrong, and mix up which colour goes with which shape. A search may mend this.
 
 # %% [markdown]
 # ## Exercises
@@ -933,7 +933,7 @@ _grows = np.array([float(late / early) for early, late in _ends])
 assert _grows[0] > 2 and abs(_grows[1:] - 1).max() < 0.25
 
 # %% [markdown]
-# In the double-stream block the gate of attention (for the picture's tokens) is more than twice as large at the noisy end as at the clean end. So the same output of attention would count for more there. How large that output is, the plot does not say.
+# In the double-stream block the gate of attention (for the picture's tokens) is more than twice as large at the noisy end as at the clean end. So the same output of attention would count for more there.
 
 # %% [markdown]
 # ## Deeper: the two readers of the prompt
@@ -1040,7 +1040,7 @@ assert (random_pairs > 5 * own_pairs).all() and own_pairs.max() == own_pairs[0] 
 # %% [markdown]
 # ## Deeper: training, in the open
 #
-# The loss is (1.6) of [notebook 01](01_flow_matching.ipynb), with the prompt as one more input. Times are drawn "logit-normal": the logistic function of a Gaussian number of mean 0.7 and scale 1.1, which leans to the noise. Of a copy of dev we train the text encoders and the transformer, and leave the autoencoder as it is. We start from random weights, with the last layer at zero, so that at first it says 0 whatever it sees.
+# The loss is (1.6) of [notebook 01](01_flow_matching.ipynb), with the prompt as one more input. Times are drawn "logit-normal": the logistic function of a Gaussian number of mean 0.7 and scale 1.1, which leans to the noise. We copy dev and train the text encoders and the transformer of the copy. The autoencoder stays as it is. We start from random weights, with the last layer at zero, so that at first it says 0 whatever it sees.
 
 # %%
 from copy import deepcopy
