@@ -472,7 +472,7 @@ assert 0 <= gaps["SVDD minus best-of-N"]["counts"].low < 0.005 and sorted(rows["
 #
 # - *DPS alone* raises the given reward a little. We cannot show that more pictures have right counts. It spends 37 evaluations a picture, the searches 500.
 # - *Selection* does most of the work. Best-of-N, without a gradient, already finds nearly the ink that was asked for. The other three searches select on the way. They are right in 8 to 9 more pictures of 100. (For SVDD, without a gradient, the interval just touches 0.)
-# - *Gradients inside a search* are the first line of the table, at equal cost. SVDD spends on more children what SVDD + DPS spends on gradients. The error of the ink is 0.012 with gradients and 0.009 without. So gradients look a little *worse*, but the interval just touches 0. In right counts no gain is shown. A small gain or loss is possible.
+# - *Gradients inside a search* are the first line of the table, at equal cost. SVDD pays for no gradients, so it draws more children. The error of the ink is 0.012 with gradients and 0.009 without. So gradients look a little *worse*, but the interval just touches 0. In right counts no gain is shown. A small gain or loss is possible.
 #
 # The paper has no such control. Its two searches are far above DPS alone, but DPS alone is a single picture. The upper row does show one thing: DPS alone raised the given score and *lowered* the held-out one.
 #
@@ -633,9 +633,9 @@ assert gains["ink as asked", "noise, from t = 0.6", "held_out"][0.4].mean < -0.0
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# *Colourful* (lower row): more given reward, fewer right pictures. This is *over-optimisation*: the reward and what was meant go different ways.
+# *Colourful* (lower row): strong pushes bring more given reward and fewer right pictures. This is *over-optimisation*: the reward and what was meant go different ways.
 #
-# *Ink as asked* (upper row): a weak push raises the given reward a little. In right pictures no gain is shown. At strength 0.4 the curves part. With noise, given reward and share of right pictures both fall. With the ODE, the share stays near its plain value, and the given reward is still above its own.
+# *Ink as asked* (upper row): a weak push raises the given reward a little. In right pictures no gain is shown. At strength 0.4 the curves part. With noise, the share of right pictures falls, and the given reward gains nothing any more. With the ODE, the share stays near its plain value, and the given reward is still higher than without pushes.
 #
 # *Later pushes*, from $t = 0.6$, change less while they are weak. At strength 0.8 they cost about as many right pictures.
 #
@@ -646,7 +646,7 @@ assert gains["ink as asked", "noise, from t = 0.6", "held_out"][0.4].mean < -0.0
 # What holds over-optimisation back?
 #
 # - Before all, a better reward. Then a weak push.
-# - More steps help, too. In forty steps with noise, strength 0.4 gains by both judges on *ink as asked*. It costs four times as much ([Deeper](#Deeper:-is-it-the-step)).
+# - More steps help, too. In forty steps with noise, strength 0.4 gains by both judges on *ink as asked*. It costs four times as much, and we have not compared it with best-of-N at that price ([Deeper](#Deeper:-is-it-the-step)).
 # - Always, a second judge. In [notebook 10](10_scaling.ipynb) both judges judge all methods.
 #
 # *What do you take home?* Inside a search, gradients gained nothing here that more children did not gain, too. Best-of-N alone found nearly the ink asked for. So little was left to climb. A gradient could offer more where chance hardly ever finds a good child. We have no such case to show. Test a reward of your own as we did: at equal NFE, against the same search without gradients, with a second judge.
@@ -656,7 +656,7 @@ assert gains["ink as asked", "noise, from t = 0.6", "held_out"][0.4].mean < -0.0
 # - Climbing a reward on a finished picture can ruin it. A push on the way is turned by the model into what it knows.
 # - The gradient of the look-ahead reward runs through the model. It is filtered by what can still vary (9.1).
 # - DPS puts one future, the mean, in place of all (9.3). Pushed too hard, it leaves the data, which the exact tilted distribution does not.
-# - A gradient costs three evaluations. Inside a search it has to beat the children that these would have bought. Here it did not.
+# - A gradient costs three evaluations. Inside a search it has to gain more than three further children. Here it did not.
 # - Given and held-out reward go apart where the reward does not say what is meant. Only the second shows when to stop.
 
 # %% [markdown]
@@ -1057,7 +1057,7 @@ assert _answer(line, torch.zeros(1, 1), 0.5) > 3 and _answer(ring, torch.zeros(1
 #
 # On the ring the error is the same: near $t = 1$ DPS looks at a mean where no future is, and pushes too hard. One thing differs: how far a push moves the mean, by (9.1). Between two clouds at $t = 0.5$ it moves it much. Near $t = 1$ it moves it only a little. So here the push is too strong at one place. On the ring it is too strong and also lasts too long.
 #
-# A weak push does not mend this. To first order in $\lambda$, (9.2) is $\lambda \nabla E[r(x_0) \mid x_t]$, and DPS is $\lambda \nabla r(E[x_0 \mid x_t])$. Both shrink with $\lambda$, and their ratio stays.
+# A weaker push of DPS has the same fault. To first order in $\lambda$, (9.2) is $\lambda \nabla E[r(x_0) \mid x_t]$, and DPS is $\lambda \nabla r(E[x_0 \mid x_t])$. Both shrink with $\lambda$, and their ratio stays.
 #
 # ## Deeper: weights that correct the gradient
 #
@@ -1130,7 +1130,7 @@ assert min(max(way(30, number)[1]) for number in (30, 300)) > 2 * middle
 # %% [markdown]
 # Both DPS curves climb far above the exact line early: DPS pushes the states to where no noised sample ever was. Later the model brings them back, but not all the way.
 #
-# On pictures, pushes of a fixed length are different: a push is as long at the top of the reward as far from it, so it cannot settle. There smaller steps do help. These are stored runs at strength 0.4 with noise, in ten and in forty steps, as gains over plain samples of as many steps:
+# On pictures, pushes of a fixed length are different: every push has the same length, so near the top of the reward the state jumps back and forth. There smaller steps do help. These are stored runs at strength 0.4 with noise, in ten and in forty steps, as gains over plain samples of as many steps:
 
 # %%
 added = {}

@@ -201,7 +201,7 @@ assert nfe["svdd"] == nfe["code"] == 452 and nfe["rbf"] == nfe[control[0]] == 50
 #
 # One line is a control that the paper does not have, *SVDD with RBF's start*. RBF differs from SVDD in two things: each chain starts from the best of 25 first noises, and another rule spends the budget. The control has these first noises, too. (So it spends all 500 NFE; SVDD and CoDe spend 452.) Now only the rule differs. The rows do not show that it gains anything.
 #
-# This is one sampler. With another RBF is ahead of the control, with a third behind ([Deeper](#Deeper:-does-the-sampler-change-the-winner)). So ask of every table: is there such a control, and for which settings does the result hold?
+# This is one sampler. With the authors' own, RBF is ahead of the control; with a third behind ([Deeper](#Deeper:-does-the-sampler-change-the-winner)). Ask of every table: is there such a control?
 #
 # ## What does compute buy?
 #
@@ -313,7 +313,7 @@ for judged in both_judges:
     assert lines["CoDe"].low < 0 < lines["CoDe"].high and lines["search over paths"].high < 0
 
 # %% [markdown]
-# RBF, SVDD and SMC stay ahead. CoDe's lead is gone, and search over paths is behind. A weak baseline makes every method look good.
+# RBF, SVDD and SMC stay ahead. CoDe's lead is no longer shown, and search over paths is behind. A weak baseline makes every method look good.
 #
 # Next the *multi-step* model, tiny-flux dev, which needs its ten steps. There RBF's rule works badly ([notebook 08](08_rollover_budget_forcing.ipynb)). So we use a *beam search*. It keeps several states, draws children from all of them, and goes on from the best children. Each child costs one evaluation.
 #
@@ -349,11 +349,11 @@ for judged in both_judges:
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# At 100 NFE as much, from 250 on less. Near $t = 1$ the look-ahead of a multi-step model is an average of many pictures, so selecting by it is nearly random. For that reason the beam, `Beam.multi_step`, selects only below $t = 0.8$.
+# At 100 NFE about as much, from 250 on less. Near $t = 1$ the look-ahead of a multi-step model is an average of many pictures, so selecting by it is nearly random. For that reason the beam, `Beam.multi_step`, selects only below $t = 0.8$.
 #
 # </details>
 #
-# The table shows the gain over best-of-N in ten steps at the same budget. At 250 and 500 NFE the beam gains less than RBF, but both judges confirm its gain.
+# The table shows the gain over best-of-N in ten steps at equal budget. At 250 and 500 NFE the beam gains less than RBF, also than RBF over best-of-N in four steps. But both judges confirm its gain.
 #
 # ## What goes wrong: right by the counter, wrong by the other
 #
@@ -580,7 +580,7 @@ for judged in both_judges:
 # %% [markdown]
 # The table is Refine with 100 NFE minus another search. It is ahead of RBF with the same budget, and of best-of-N in ten steps with 500. Against the fairer baseline, *four* steps with 500, no difference is shown, with a fifth of the compute.
 #
-# Two warnings. Separate shapes on a white ground are easy to mend by regions; a face is not. And Refine needs a sharp look-ahead. On the multi-step model it is a blur at first.
+# Separate shapes on a white ground are easy to mend by regions; a face is not. Refine also needs a sharp look-ahead. On the multi-step model the look-ahead is a blur at first.
 #
 # ## Draft with a few-step sibling
 #
@@ -655,7 +655,7 @@ for judged in ("exact", "held_out"):
 # %% [markdown]
 # ## Recap
 # - Compare in pairs, on the same prompts and seeds. An interval that contains 0 is no proof of equality.
-# - In our table RBF, SVDD and SMC beat best-of-N, also in four steps. CoDe beats it only in ten. Whether RBF's rule gains over SVDD depends on the sampler.
+# - In our table RBF, SVDD and SMC beat best-of-N, also in four steps. For CoDe this is shown only in ten. Whether RBF's rule gains over SVDD depends on the sampler.
 # - Look-ahead search pays on a few-step model. On a multi-step model it can select only late, and gains less.
 # - A gain counts when a judge that no search has seen confirms it.
 # - Beyond the paper: to redraw a few regions saves compute on a few-step model. A few-step sibling makes search pay for a multi-step model.
@@ -681,7 +681,7 @@ for judged in ("exact", "held_out"):
 # - **B.** "Both methods keep the best of 50 finished pictures. Ours draws them in ten steps, the baseline in four. The paired difference is 0.10 [0.04, 0.16]. So ours is the better method."
 # - **C.** "We chose the settings that did best on the fifty test prompts. Then we drew these prompts with new seeds, and report those runs."
 # - **D.** "By a judge that the search did not see, our method minus the baseline is 0.09 [0.03, 0.15], in pairs. So it is better."
-# - **E.** "The reward that we optimise rises from 0.7 to 0.9. So the pictures are better."
+# - **E.** "The reward that we optimise rises from 0.7 to 0.9. We asked no other judge. The pictures are better."
 # - **F.** "In pairs, our method minus the older one is 0.01 [-0.06, 0.08]. So both are equally good."
 # - **G.** "Two judges are safer than one. Our search optimises the sum of two scores, and both rise. So the pictures are better."
 #
@@ -912,7 +912,7 @@ for judged in both_judges:
 assert sampler_gaps["code"]["exact"].low > 0 > sampler_gaps["code"]["held_out"].low
 
 # %% [markdown]
-# The figure: RBF's rule gains on the VP path, and loses with the linear SDE. In between the rows show neither. So "RBF is better than SVDD" is not a full statement. It needs the sampler.
+# The figure: RBF's rule gains on the VP path, and loses with the linear SDE. With the middle sampler we see no difference. So "RBF is better than SVDD" is not a full statement. It needs the sampler.
 #
 # The table is the VP-SDE minus the linear SDE, method by method. SMC, SVDD and RBF are better with the VP-SDE by both judges, CoDe by the counter only. For best-of-N the rows show no difference. That fits [notebook 05](05_interpolant_conversion.ipynb): the VP-SDE helps a method that selects among children, and best-of-N has no children.
 #
@@ -938,7 +938,7 @@ for name in ("refine, one region", "refine, 3 x 3 regions"):
     assert all(level[judged].low < 0 < level[judged].high for judged in both_judges), name
 
 # %% [markdown]
-# To redraw all regions is far worse. Between one and six of sixteen, 150 runs show no difference, and none for the other grid. By (10.2) all would be better than one; here it is the reverse.
+# To redraw all regions looks worse (the intervals of single lines overlap). Between one and six of sixteen, 150 runs show no difference, and none for the other grid. By (10.2) all would be better than one; here it looks the reverse.
 #
 # Keep in mind how much was tuned. Refine's settings were found on other prompts. About thirty-five settings were tried for Refine, about twenty for RBF, none for the other methods.
 #
