@@ -195,7 +195,7 @@ plt.show()
 # 1. Draw many noises, look at the guess of each, and keep the best.
 # 2. Make the step *random*: add some noise to it, so that one state has many possible children.
 # 3. Draw children. Judge each by the reward of its guess.
-# 4. Take the first child that is better than every state kept so far, and go on from there. Perhaps the step's share of the budget is spent before that happens. Then take the best child of the step.
+# 4. Take the first child that is better than every state kept so far, and go on from there. If the step's share of the budget is spent before that happens, take the best child of the step.
 # 5. What a step did not spend is added to the share of the next: it *rolls over*.
 #
 # Two details of the code. It draws children in batches of eight, and pays for the whole batch. And the last step that costs anything does not stop early: it spends all that is left, and takes the best child.
@@ -269,7 +269,7 @@ plt.show()
 #
 # </details>
 #
-# Green and yellow objects, which the prompt does not name, come and go in the film. Random steps are not their only cause: the best try above has one at $t = 1.0$ too, in the guess from pure noise. Without random steps such objects soon disappear. In the film they last longer, because most of its steps lie near pure noise, and because a random step may bring new ones. [Notebook 04](04_ode_to_sde.ipynb) measures how many right pictures random steps cost this model.
+# Green and yellow objects, which the prompt does not name, come and go in the film. Random steps are not their only cause: the best try above has one at $t = 1.0$ too, in the guess from pure noise. Without random steps such objects usually disappear soon. In the film they last longer, because most of its steps lie near pure noise, and because a random step may bring new ones. [Notebook 04](04_ode_to_sde.ipynb) measures how many right pictures random steps cost this model.
 #
 # In Jupyter you can move through the film yourself:
 
@@ -400,7 +400,7 @@ assert not (exact["best of 25"] & ~exact["RBF"]).any()
 #
 # The thin lines on the bars are 95 % intervals (Clopper and Pearson). They are wide, because there is one run for each of only twelve prompts.
 #
-# Equal NFE is not equal time. RBF decodes and judges 251 pictures, best-of-N only 25, and with so small a model that takes longer: about three times, by the operations counted in [notebook 12](12_scaling_out.ipynb). With FLUX.1 the evaluations of the model take by far most of the time. And best-of-N has a better form on this model, in four steps. [Deeper](#Deeper:-fifty-prompts) compares with that, too; RBF stays ahead.
+# Equal NFE is not equal time. RBF decodes and judges 251 pictures, best-of-N only 25, and with so small a model that takes longer: about three times, by the operations counted in [notebook 12](12_scaling_out.ipynb). With FLUX.1 and a large judge the evaluations of the model take about three quarters of the operations of RBF. And best-of-N has a better form on this model, in four steps. [Deeper](#Deeper:-fifty-prompts) compares with that, too; RBF stays ahead.
 #
 # ## What goes wrong: a reward that does not say what we mean
 #
@@ -465,7 +465,7 @@ plt.show()
 #
 # Each try is right with probability $p$, whatever the other tries gave. We want at least one right picture among $N$ tries, with a probability of `sure` or more. Return the smallest such $N$.
 #
-# First guess the answer for one case: $p = 1/128$ and `sure` $= 0.9$. (We did not measure this $p$. It is an example of a hard prompt. For the prompt above we know only that none of the 25 tries was right.) Then write the function. The test says what $N$ tries of ten steps cost in this case; compare it with RBF's 250 NFE.
+# First guess the answer for one case: $p = 1/128$ and `sure` $= 0.9$. (We did not measure this $p$. It is an example of a hard prompt. For the prompt above we know only that none of the 25 tries was right.) Then write the function. The test says what $N$ tries of ten steps cost in this case. (RBF's 250 NFE do not buy such a certainty either: see *Was it luck?*)
 #
 # <details><summary>Hint</summary>
 #

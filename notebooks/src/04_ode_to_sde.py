@@ -213,7 +213,7 @@ plt.show()
 #
 # ## The model gives the score
 #
-# One thing seems to be missing: nobody trained a network on the score. But a state $x_t = (1-t)\,x_0 + t\,\varepsilon$ is data with noise on it, and the density rises in the direction in which the noise gets less. The score is minus the average noise in the state, divided by its size $t$:
+# One thing seems to be missing: nobody trained a network on the score. But a state $x_t = (1-t)\,x_0 + t\,\varepsilon$ is data with noise on it, and the density rises in the direction in which the noise gets less. The score is minus the average noise in the state, divided by the noise level $t$:
 #
 # $$\nabla \log p_t(x) = -\frac{\varepsilon_{|t}}{t}, \tag{4.7}$$
 #
@@ -256,7 +256,7 @@ for t in (0.9, 0.5, 0.2):
 # \end{aligned} \tag{4.9}
 # $$
 #
-# In the last step, to $s = 0$, we leave out the noise, because no later step would remove it. The factor $\frac12$ is an argument of the function, so that we can change it later.
+# In the last step, to $s = 0$, we leave out noise and pull, because no later step would remove the noise. The factor $\frac12$ is an argument of the function, so that we can change it later.
 
 
 # %%
@@ -479,7 +479,7 @@ plt.show()
 # %% [markdown]
 # The more noise, the less the children of a state resemble it. At $g = 2$ they nearly fill the density of the data (black): where they came from matters little. A small $g$ gives children close to the parent; a large $g$ is almost a new start.
 #
-# On pictures, the *time* of the noise matters too. We take twelve states at each of five times, continue each four times with $g_t = 3t^2$, and measure how different the four siblings are (root mean squared difference of their pixels). The dotted line is the same for unrelated pictures.
+# On pictures, the *time* of the noise matters too. We take twelve states at each of five times, continue each four times with $g_t = 3t^2$, and measure how different the four siblings are (root mean squared difference of their pixels). The dotted line is this distance for unrelated pictures.
 
 # %%
 from flowscale_lite.experiments import clustered_mean
@@ -616,7 +616,7 @@ assert abs(_table["4 steps"]["schnell"].mean + 0.24) < 0.005 and abs(_table["10 
 assert _change(1, 4, 10).low > 0 and all(_change(2, *n).low < 0 < _change(2, *n).high for n in ((4, 10), (10, 30)))
 
 # %% [markdown]
-# - **dev at guidance 1** is the case of the theory: a model trained by flow matching, and its own velocity. The SDE's pictures are exact as often as the ODE's: all three intervals contain 0. So, as far as counting can tell, the answer to our first question is *yes*. (The intervals reach down to $-0.06$: a smaller loss could hide.) DDPM is even *better* than the ODE in 10 and in 30 steps. But then it draws from another distribution ([Deeper](#Deeper:-the-DDPM-transition) has two possible reasons).
+# - **dev at guidance 1** is the case of the theory: a model trained by flow matching, and its own velocity. We see no difference between the SDE and the ODE: all three intervals contain 0. As far as counting can tell, the answer to our first question is *yes*. (The intervals reach down to $-0.06$: a smaller loss could hide.) DDPM is even *better* than the ODE in 10 and in 30 steps. But then it draws from another distribution ([Deeper](#Deeper:-the-DDPM-transition) has two possible reasons).
 # - **dev at guidance 2.** A guided velocity is not the average over the pairs of any path, so (4.6) is an approximation. In 4 steps noise costs 10 right pictures in 100. In 10 and 30 steps no loss shows; DDPM in 10 is slightly better.
 # - **schnell** loses in 4 and in 10 steps. It was trained on its *own* pairs, where the noise is not independent of the picture, as (4.7) needs. But long steps may be a cause too: guided dev also loses in 4 steps, and the SDE's loss on schnell falls from 0.24 in 4 steps to 0.08 in 10. For DDPM we see no such fall. In 30 steps the intervals contain 0. We cannot separate the two causes.
 #
@@ -1050,13 +1050,13 @@ assert torch.allclose(_theirs, _mean + _std * _z, atol=1e-6), "not diffusers' st
 #
 # $$\mathrm{Var}(x_s \mid x_t) = \underbrace{\text{std}^2}_{\text{drawn}} + \underbrace{w^2\, \mathrm{Var}(x_0 \mid x_t)}_{\text{left out by (4.16)}}. \tag{4.17}$$
 #
-# So the DDPM transition gives too little variance, never too much. On the way, Euler-Maruyama with $3t^2$ errs the other way. It uses $g(t)$ for the whole step; $g$ falls on the way down, so it adds too much noise.
+# So the DDPM transition gives too little variance, never too much. On the way, Euler-Maruyama with $3t^2$ errs the other way. In a long step the pull is computed once, at the start, and takes back too little of the noise that the same step adds.
 #
 # On pictures, dev at guidance 1 was right more often with the DDPM transition than with the ODE. Two reasons are possible, and we have not measured which of them matters: its samples vary too little, and noise lets a sampler correct errors of the model and of earlier steps.
 #
 # ## Deeper: GLASS transitions
 #
-# The variance that (4.17) leaves out can be put back: *draw* $x_0$'s part, instead of replacing it by its mean. This is the idea of [GLASS flows](https://arxiv.org/abs/2509.25170): each outer step runs a short inner flow, which draws one of the data that fit $x_t$, and asks the same model. In formulas: by (4.14) the next state is $k\,x_t + w\,x_0 + \text{std}\,z$ with a known factor $k$. Start at $y_0 = \text{std}\,z$, and let an inner time $\tau$ run from 0 to 1 along $y_\tau = \tau\, w\,x_0 + \text{std}\,z$.
+# The variance that (4.17) leaves out can be put back: *draw* $x_0$'s part, instead of replacing it by its mean. This is the idea of [GLASS flows](https://arxiv.org/abs/2509.25170): each outer step runs a short inner flow, which draws one possible $x_0$ given $x_t$, by the same model. In formulas: by (4.14) the next state is $k\,x_t + w\,x_0 + \text{std}\,z$ with a known factor $k$. Start at $y_0 = \text{std}\,z$, and let an inner time $\tau$ run from 0 to 1 along $y_\tau = \tau\, w\,x_0 + \text{std}\,z$.
 # This is a small flow of its own, with velocity $w\,E[x_0 \mid x_t, y_\tau]$. The model can compute this average: $x_t$ and $y_\tau$ are two independent noisy observations of $x_0$, and together they are worth one observation with the sum of their precisions. So we ask the model at the earlier time $t^*$ with
 #
 # $$\frac{\alpha_{t^*}^2}{\sigma_{t^*}^2} = \frac{\alpha_t^2}{\sigma_t^2} + \frac{\tau^2 w^2}{\text{std}^2}. \tag{4.18}$$

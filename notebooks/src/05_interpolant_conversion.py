@@ -25,7 +25,7 @@
 #
 # **Prerequisites.** Notebooks 01 (paths, posterior means), 03 (reward, look-ahead, judges) and 04 (SDE).
 #
-# **Time.** Core: about 30 minutes. Exercises: about 40. Deeper: about 35.
+# **Time.** Core: about 30 minutes. Exercises: about 40. Deeper: about 40.
 #
 # <!-- measured -->
 
@@ -161,7 +161,7 @@ plt.show()
 assert torch.allclose(on_vp, c * on_linear), "(5.3)"
 
 # %% [markdown]
-# On the right, VP's states divided by $c_s$ (dots) lie on the straight lines. To know $\bar x_s$ is to know $x_{t_s}$: divide by $c_s$. So the mean of $x_0$ given the state is the same as well:
+# On the right, VP's states divided by $c_s$ (dots) lie on the straight lines. Dividing by $c_s$ turns one into the other, so both carry the same information. So the mean of $x_0$ given the state is the same as well:
 #
 # $$
 # \begin{gathered}
@@ -531,7 +531,7 @@ assert set(larger["seed"]) == {0, 1, 2} and larger["prompt"].nunique() == 50
 #
 # Does VP-SDE beat the linear SDE? With 100 evaluations we cannot say: that bar contains 0, too. (And RBF's settings on the left were tuned with VP-SDE, which favours it. On the right they are the paper's.) With 500 we can. By the counter, all four searches find more with VP-SDE; by the held-out judge, all but CoDe. RBF finds more with *VP-SDE, on VP*, too. The grid alone was not run with 500, so its share of the gain is open.
 #
-# The question at the top has its answer. *The path changes the grid and the noise. The grid keeps siblings different. On that grid VP's noise lets a search find more than $3t^2$ does. With both, and with enough evaluations, a search finds more than with the linear SDE.*
+# The question at the top has its answer. *The path changes the grid and the noise. The grid keeps siblings different. On that grid, in our runs of RBF, VP's noise finds more than $3t^2$. With both, and with enough evaluations, a search finds more than with the linear SDE.*
 #
 # ## What goes wrong: the paper's grid on a multi-step model
 #
@@ -577,7 +577,7 @@ assert minus("dev", "VP-SDE, last step in three", "VP-SDE", "finished").mean > 0
 # - At equal signal-to-noise ratio two paths have the same states, up to a clock $t_s$ and a scale $c_s$ (5.3). The model's posterior means are the same on both (5.4).
 # - Seen from the linear path, the conversion to VP is another grid and another $g$ (5.6), and nothing else.
 # - With the paper's grid siblings stay different for longer. VP's noise alone, on uniform steps, ruins pictures.
-# - The grid alone is not shown to help a search. With VP's noise on that grid RBF finds more. With 500 evaluations RBF, SVDD and SMC find more right pictures with VP-SDE than with the linear SDE, by both judges.
+# - The grid alone is not shown to help a search. With VP's noise on that grid RBF finds more (100 evaluations, settings tuned with it). With 500 evaluations RBF, SVDD and SMC find more right pictures with VP-SDE than with the linear SDE, by both judges.
 # - The paper's grid ends in one long step: no loss was seen on a few-step model, a blur on a multi-step one.
 
 # %% [markdown]
@@ -1085,11 +1085,11 @@ _even = minus("schnell", ON_VP, "linear SDE", "finished")
 assert _even.low < 0 < _even.high
 
 # %% [markdown]
-# With 100 evaluations, and without a search, we see no difference here. With 500 evaluations both *VP-SDE* and *VP-SDE, on VP* are clearly ahead of the linear SDE.
+# With 100 evaluations we see no difference here. Without a search *VP-SDE, on VP* is a little behind on schnell. With 500 evaluations both *VP-SDE* and *VP-SDE, on VP* are clearly ahead of the linear SDE.
 
 # %% [markdown]
 # ## Not shown
-# Paths that are no sum of scaled data and independent noise. The grid alone, and the noise alone, with 500 evaluations. Noise on the paper's grid other than the three above. Which grid is best for a search at a given budget. How the runs with 100 evaluations look under other seeds: each prompt has one.
+# Paths other than $\alpha x_0 + \sigma \varepsilon$. The grid alone, and the noise alone, with 500 evaluations. Noise on the paper's grid other than the three above. Which grid is best for a search at a given budget. How the runs with 100 evaluations look under other seeds: each prompt has one.
 #
 # ## Further reading
 # - Kim, Yoon, Hwang and Sung, [Inference-Time Scaling for Flow Models via Stochastic Generation and Rollover Budget Forcing](https://arxiv.org/abs/2503.19385), NeurIPS 2025: the conversion and the ablation

@@ -211,7 +211,7 @@ for _name in ("best value, 32 children", "best look-ahead, 32 children"):
 #
 # Shortcut (c), taking the best child. Read the figure row by row, from left to right.
 #
-# - *Few children.* Four are not enough. With 32 the rare cloud holds 0.41 of the ends; a perfect sampler has 0.51. (With one child there is no choice, and the chains end as the data do.)
+# - *Few children.* Four are not enough. With 32 the rare cloud holds 0.41 of the ends; the 400 exact draws have 0.51. (With one child there is no choice, and the chains end as the data do.)
 # - *Look-ahead for value.* The chains overshoot: too much reward, too many ends in the rare cloud ([Deeper](#Deeper:-why-the-look-ahead-overshoots) says why).
 # - *The best child.* All 400 chains end in one point. This happens even with the true value, so a better judge would not help.
 #
@@ -249,7 +249,7 @@ branch(axes[1], (0, 0.0), 0, 2, (1.0, -0.2, -1.0), 0)
 branch(axes[1], (2, 1.0), 0, 2, (1.4, 0.5, -0.4), 1)
 axes[2].plot([0, 1, 2, 3], [0, 0.1, 0.2, 0.3], marker=".", markersize=4, linestyle="-", **KEPT)
 branch(axes[2], (3, 0.3), 1, 3, (1.2, 0.2, -0.8), 2)
-for ax, name in zip(axes, ("SVDD: every step", "CoDe: every second step", "search over paths"), strict=True):
+for ax, name in zip(axes, ("SVDD: every step", "CoDe: every second step", "Search over Paths (SoP)"), strict=True):
     ax.set(title=name, yticks=[], xlabel="steps towards the data", xticks=range(6), ylim=(-1.5, 1.7))
     ax.grid(False)
 plt.show()
@@ -321,7 +321,7 @@ print(f"reward {result.reward:.4f}, {result.nfe} NFE")
 #
 # ## CoDe: choose after a block
 #
-# SVDD judges a child after one step. *CoDe* (Singh et al. 2025) waits. It lets each child run a block of steps before it judges; here a block is two. Then the branches have moved further apart, and the look-ahead is a better guess. **One change**: after `propose`, propose again. A branch now costs two evaluations. So there are as many branches a choice, but half as many choices. Does waiting pay for that? We will see on pictures.
+# SVDD judges a child after one step. *CoDe* (Singh et al. 2025) waits. It lets each child run a block of steps before it judges; here a block is two. Then the branches have moved further apart, and the look-ahead is a better guess. **One change**: after `propose`, propose again. A branch now costs two evaluations. So each choice has as many branches, but there are half as many choices. Does waiting pay for that? We will see on pictures.
 
 
 # %%

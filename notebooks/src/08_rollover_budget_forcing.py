@@ -154,7 +154,7 @@ ax.legend(fontsize=9, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
 plt.show()
 
 # %% [markdown]
-# Blue and orange are spent, hatched is passed on to the next step. The arrow, `inf` in the table, is a need of more than 100 draws: this step fails and falls back.
+# Blue and orange are spent, hatched is left over for later steps. The arrow, `inf` in the table, is a need of more than 100 draws: this step fails and falls back.
 #
 # <details><summary>Answer</summary>
 #
@@ -392,7 +392,7 @@ print("right by the counter: {}; by the held-out judge: {}".format(*right))
 assert right == (True, False), "the text says so"
 
 # %% [markdown]
-# The first picture is what the chain's best first noise promises. Below are the draws of each step. A short bar is a quick success; what it saves, a later step may spend.
+# The first picture is what the chain's best first noise promises. The bars are the draws of each step. A short bar is a quick success; what it saves, a later step may spend.
 #
 # Look at the ring in the last picture. This square has mixed colours. No single colour fills enough of it, so the counter does not see it, and finds the picture right. The held-out judge sees it, and finds the picture wrong. A search finds such gaps in its reward; [notebook 10](10_scaling.ipynb) counts how often.
 #
@@ -562,7 +562,7 @@ searching
 # %% [markdown]
 # Yes. RBF is far ahead of all three. The noise alone does not do it: in the last line best-of-N with the VP-SDE is *behind* best-of-N with the ODE. (In four steps best-of-N is better; RBF is ahead of that, too: [notebook 10](10_scaling.ipynb).)
 #
-# *Does the path pay?* ([Notebook 05](05_interpolant_conversion.ipynb) made it.)
+# *Does the VP-SDE pay?* ([Notebook 05](05_interpolant_conversion.ipynb) made it.)
 
 # %%
 path = compare(
@@ -573,7 +573,7 @@ path = compare(
 path
 
 # %% [markdown]
-# Yes, for all three, and in these runs most for RBF. *Which method is first?*
+# Yes, for all three, most for RBF. *Which method is first?*
 
 # %%
 svdd, smc = "SVDD (VP-SDE)", "SMC (VP-SDE)"
@@ -605,9 +605,9 @@ for sampler in ("VP-SDE", "linear SDE"):
 assert set(rows["seed"]) == {0, 1, 2} and rows["prompt"].nunique() == 50
 
 # %% [markdown]
-# It depends on the sampler. On VP, RBF is ahead. With the same SDE stepped on the linear path it is open. With the linear SDE RBF is *behind*. We do not know why. Compare the sizes: the rule changes about 0.1, the VP-SDE gives RBF 0.2. So choose the sampler first, and test the rule with it. [Notebook 10](10_scaling.ipynb) puts the paper's own numbers beside ours.
+# It depends on the sampler. On VP, RBF is ahead. With the same SDE stepped on the linear path it is undecided. With the linear SDE RBF is *behind*. We do not know why. Compare the sizes: the rule changes about 0.1, the VP-SDE gives RBF 0.2. So choose the sampler first, and test the rule with it. [Notebook 10](10_scaling.ipynb) puts the paper's own numbers beside ours.
 #
-# SMC's temperature is our choice. Our SVDD and CoDe draw one first state a chain, so they spend 2 + 450 of the 500 NFE. (The authors' pay for 25 identical.)
+# SMC's temperature is our choice. Our SVDD and CoDe draw one first state a chain, so they spend 2 + 450 of the 500 NFE. (The authors' code pays for 25 identical ones.)
 
 # %% [markdown]
 # ## Recap
@@ -615,7 +615,7 @@ assert set(rows["seed"]) == {0, 1, 2} and rows["prompt"].nunique() == 50
 # - RBF takes the first child that beats the best so far, and passes on the draws that are left. A step without success falls back on its best child.
 # - As published it has two chains of 25 first noises, and a last paid transition that spends all. It returns a finished sample.
 # - Where the look-ahead rises by itself, as with multi-step models, the first improvement is a poor choice.
-# - Give methods the same first noises when you compare them. Then RBF is ahead of SVDD on VP, behind it with the linear SDE, and open in between. The counter that a search optimises can be fooled.
+# - Give methods the same first noises when you compare them. Then RBF is ahead of SVDD on VP, behind it with the linear SDE, and undecided in between. The counter that a search optimises can be fooled.
 
 # %% [markdown]
 # ## Exercises

@@ -353,7 +353,7 @@ for judged in both_judges:
 #
 # </details>
 #
-# The table shows the gain over best-of-N in ten steps at equal budget. At 250 and 500 NFE the beam gains less than RBF, also than RBF over best-of-N in four steps. But both judges confirm its gain.
+# The table shows the gain over best-of-N in ten steps at equal budget. From 250 NFE on the beam gains less than RBF, even less than RBF over best-of-N in four steps. Both judges confirm its gain.
 #
 # ## What goes wrong: right by the counter, wrong by the other
 #
@@ -580,7 +580,7 @@ for judged in both_judges:
 # %% [markdown]
 # The table is Refine with 100 NFE minus another search. It is ahead of RBF with the same budget, and of best-of-N in ten steps with 500. Against the fairer baseline, *four* steps with 500, no difference is shown, with a fifth of the compute.
 #
-# Separate shapes on a white ground are easy to mend by regions; a face is not. Refine also needs a sharp look-ahead. On the multi-step model the look-ahead is a blur at first.
+# Separate shapes on a white ground are easy to mend by regions; a face is not. Refine also needs a sharp look-ahead. On the multi-step model it is a blur at first.
 #
 # ## Draft with a few-step sibling
 #

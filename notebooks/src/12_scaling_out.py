@@ -26,7 +26,7 @@
 #
 # **Prerequisites.** [Notebook 00](00_start.ipynb); what RBF and best-of-N are. No GPU and no cloud account.
 #
-# **Time.** Core: about 55 minutes. Exercises: about 40. Deeper: about 20.
+# **Time.** Core: about 60 minutes. Exercises: about 40. Deeper: about 20.
 #
 # <!-- measured -->
 
@@ -86,7 +86,7 @@ assert round(cost.GPUS["H100"].tflops / cost.GPUS["T4"].tflops) == 15
 #
 # </details>
 #
-# The bars are the cost of one table of the paper (Kim, Yoon, Hwang and Sung, 2025): fourteen searches, each with 500 NFE on each of 121 prompts, on FLUX.1-schnell at 1,024 x 1,024. The judge, of 8 billion weights, is our assumption. The days are *planned*. We build the model without loading its weights, count its operations, and assume that the GPU reaches 40 % of the peak on its data sheet. We have not measured these 40 % on a GPU. And we price each search as if it judged every evaluation. A search that judges one in ten needs 27 days on the T4, so the operations are an upper bound. Where a card cannot hold model and judge in 16 bits (T4, L4, A100-40), it would be slower still.
+# The bars are the cost of one table of the paper (Kim, Yoon, Hwang and Sung, 2025): fourteen searches, each with 500 NFE on each of 121 prompts, on FLUX.1-schnell at 1,024 x 1,024. The judge, of 8 billion weights, is our assumption. The days are *planned*. We build the model without loading its weights, count its operations, and assume that the GPU reaches 40 % of the peak on its data sheet. We have not measured these 40 % on a GPU. And we price each search as if it judged every evaluation. A search that judges one in ten needs 27 days on the T4, so we count too many operations. But where a card cannot hold model and judge in 16 bits (T4, L4, A100-40), it would be slower still.
 #
 # Prices of clouds differ and change. We assume round ones: a T4 at 0.40 dollars an hour, an H100 at 3.50.
 #
@@ -176,6 +176,7 @@ plt.show()
 
 # %% tags=["check"]
 assert 2 < ratios[0] < 3.5 and 1.2 < ratios[1] < 1.4, ratios
+assert 0.73 < operations(work, 500, 500)["velocity"] / sum(operations(work, 500, 500).values()) < 0.78, "00 says so"
 
 # %% [markdown]
 # <details><summary>Answer</summary>
@@ -352,7 +353,7 @@ assert _ordered[45] < _shuffled[45] and (_ordered[46:59] > _shuffled[46:59]).all
 #
 # Pieces of the list as it stands: 17 times. Some GPUs get nothing but runs of 500 NFE, and everybody else waits for them. Pieces of a shuffled list: 19 times (20 shuffles), for some piece still gets many long runs. The queue knows nothing of lengths and reaches 25 in the order of the list. If it starts with the long runs, it reaches 31.
 #
-# The grey band is where a queue can be: its upper edge is the fastest possible, its lower edge is (12.2). With more GPUs even the best curve climbs in steps, because a run does not split, and 68 is the end: all wait for a run of 500 NFE. From 47 to 59 GPUs pieces in order are faster than shuffled ones, 34 against 24 at 47: a piece now has three runs at most, and only pieces of two hold runs of 500 NFE. In a shuffled list some piece still has three of them.
+# The grey band is where a queue can be: its upper edge is the fastest possible, its lower edge is (12.2). With more GPUs even the best curve climbs in steps, because a run does not split, and 68 is the end: all wait for a run of 500 NFE. At some numbers of GPUs pieces in order are faster than shuffled ones, for example from 47 to 59, 34 against 24 at 47: a piece now has three runs at most, and the runs of 500 NFE all lie in pieces of two. In a shuffled list some piece still has three of them.
 #
 # </details>
 #
@@ -488,7 +489,7 @@ table = pd.DataFrame(lines, index=["pictures", "prompts", "smallest gain"]).T
 table.astype({"pictures": int, "prompts": int}).rename_axis("NFE").round(2)
 
 # %% [markdown]
-# Each line of the table is one study for 20 dollars. **Guess: how much more money shows half the gain?**
+# Each line of the table is one study for 20 dollars on an A100 with 80 GB, the cheapest card by the hour that holds model and judge. (An H100 has the smaller bill.) **Guess: to show a gain half as large, how much more money do you need?**
 
 # %% tags=["plot"] alt="The smallest gain that a study can show against its cost in dollars, both logarithmic, for searches of 100, 250 and 500 NFE. Straight lines that fall: four times the money halves the gain."
 money = np.geomspace(5, 500, 30)
