@@ -303,6 +303,7 @@ assert started > 1 and ended < 0.1  # no random step here, and on the flow they 
 assert means[3] < 0.8 * means[0] and (means[8:] > 0.4 * means[0]).all()
 assert means[1] > means[2] > means[3] and (means[4:] > means[3]).all(), "up at 1, down until 3"
 assert (np.diff(means[3:]) < 0).any() and means[9] - means[7] > means[7] - means[3], "fastest at last"
+assert np.diff(means[3:]).argmax() == 4, "fastest from step 7 to step 8"
 assert drawn[9] == 33, "the last paid step does not stop early"
 
 # %% [markdown]

@@ -1085,7 +1085,7 @@ _even = minus("schnell", ON_VP, "linear SDE", "finished")
 assert _even.low < 0 < _even.high
 
 # %% [markdown]
-# With 100 evaluations we see no difference here. Without a search *VP-SDE, on VP* is a little behind on schnell. With 500 evaluations both *VP-SDE* and *VP-SDE, on VP* are clearly ahead of the linear SDE.
+# With 100 evaluations we see no difference here. (Without a search, the pictures of schnell by *VP-SDE, on VP* are a little behind those by *VP-SDE*.) With 500 evaluations both *VP-SDE* and *VP-SDE, on VP* are clearly ahead of the linear SDE.
 
 # %% [markdown]
 # ## Not shown

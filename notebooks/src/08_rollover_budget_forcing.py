@@ -366,7 +366,9 @@ for ax in axes.flat:
 for ax, image, title, reward in zip(axes.flat, shown, titles, rewards, strict=False):
     ax.axis("on")
     plots.picture(ax, image, f"{title}: {reward:z.2f}")
-axes.flat[10].add_patch(plt.Circle((40, 41), 9, fill=False, linewidth=1.5))
+unsure = counter.detect(shown[-1:])
+for row, column in unsure.centre[~unsure.sure]:  # seen, but not counted
+    axes.flat[10].add_patch(plt.Circle((column, row), 9, fill=False, linewidth=1.5))
 wide = fig.add_subplot(axes[0, 0].get_gridspec()[2, :])
 place, draws = np.arange(1, 10), -np.diff(torch.stack(left[:-1]), axis=0)
 winning, other = f"chain {winner + 1}, the pictures above", f"chain {2 - winner}"

@@ -90,7 +90,7 @@ plt.show()
 # - *SMC* moves 50 particles, for one evaluation each a step. It copies good ones and drops bad ones.
 # - *SVDD* draws 25 children of each of two states at every step, and keeps the best. A child costs one evaluation, its look-ahead.
 # - *CoDe* is SVDD that selects only at every second step. It pays the same.
-# - *RBF* pays for children one by one, and takes the first that beats the record. What one step saves, a later one may spend.
+# - *RBF* pays for children one by one, and takes the first that beats the best so far. What one step saves, a later may spend.
 # - *Search over paths* noises copies of two states by one step, runs three steps of the ODE, and keeps the best. Each copy pays for each step.
 #
 # Both panels have ten steps and the same settings. The model, the reward and the way to write the SDE differ ([notebook 08](08_rollover_budget_forcing.ipynb)). Best-of-N and search over paths draw by the ODE, the others by the VP-SDE ([notebook 05](05_interpolant_conversion.ipynb)).
@@ -201,7 +201,7 @@ assert nfe["svdd"] == nfe["code"] == 452 and nfe["rbf"] == nfe[control[0]] == 50
 #
 # One line is a control that the paper does not have, *SVDD with RBF's start*. RBF differs from SVDD in two things: each chain starts from the best of 25 first noises, and another rule spends the budget. The control has these first noises, too. (So it spends all 500 NFE; SVDD and CoDe spend 452.) Now only the rule differs. The rows do not show that it gains anything.
 #
-# This is one sampler. With the authors' own, RBF is ahead of the control; with a third behind ([Deeper](#Deeper:-does-the-sampler-change-the-winner)). Ask of every table: is there such a control?
+# This is one sampler. With the authors' own, RBF is ahead of the control; with a third behind ([Deeper](#Deeper:-does-the-sampler-change-the-winner)). Does a table have such a control?
 #
 # ## What does compute buy?
 #
@@ -263,7 +263,7 @@ plt.show()
 #
 # In ten steps about 1,000 or more. In *four* steps some 500 to 1,000.
 #
-# But look at the left end. At 50 NFE RBF is *behind* best-of-N in four steps, in pairs by 0.08 (counter) and 0.09 (held-out judge). After twelve first noises, only about four evaluations remain for each step.
+# But at the left end, 50 NFE, RBF is *behind* best-of-N in four steps, in pairs by 0.08 (counter) and 0.09 (held-out judge). After twelve first noises, only about four evaluations remain for each step.
 #
 # </details>
 
