@@ -14,13 +14,14 @@ PY := $(VENV)/bin/python
 extra = $$($(PY) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["$(1)"])')
 PIP := $(PY) -m pip --disable-pip-version-check -qq
 # --no-compile below: a module is compiled when it is first imported, and most never are. That installs a minute sooner.
+# Python must then be free to keep what it compiles, which some containers forbid.
 # Notebooks and tests run JOBS at a time, each on one thread: fastest on two cores, and repeatable.
 export OMP_NUM_THREADS ?= 1
 export MKL_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM = false
 export PYDEVD_DISABLE_FILE_VALIDATION = 1
 export HF_HUB_OFFLINE ?= 1
-unexport PYTHONPATH
+unexport PYTHONPATH PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help tutorial test mutants gpu-check lab notebooks nbgrader nbgrader-check colab-check book slides browser-test api release clean
