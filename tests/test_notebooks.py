@@ -562,6 +562,24 @@ def test_tutorial_reports_and_fails(built, tmp_path, capsys):
     assert tutorial.recall(series / "98_good.ipynb", out) is None
 
 
+def test_a_reply_that_arrives_while_a_message_is_sent_is_not_missed(tmp_path):
+    """As with a slider: the kernel replies while the loop is busy, then something is sent before the loop looks."""
+
+    async def waited():
+        async with notebooks.kernel(nbformat.v4.new_notebook(), tmp_path) as client:
+            channel = client.kc.shell_channel
+            reply = asyncio.ensure_future(channel.get_msg(timeout=20))
+            await asyncio.sleep(0.2)  # now it waits
+            client.kc.execute("1")
+            time.sleep(2)
+            channel.send(client.kc.session.msg("comm_msg", {"comm_id": "a slider", "data": {}}))
+            start = time.monotonic()
+            assert (await reply)["msg_type"] == "execute_reply"
+            return time.monotonic() - start
+
+    assert asyncio.run(waited()) < 5
+
+
 def test_an_interrupt_ends_the_tutorial_and_its_kernels(built, tmp_path):
     series, out, marks = tmp_path / "series", tmp_path / "out", tmp_path / "marks"
     for folder in (series, marks):

@@ -29,11 +29,15 @@ from pathlib import Path
 
 import jupytext
 import nbformat
+import zmq
+from jupyter_client.asynchronous import AsyncKernelClient
+from jupyter_client.channels import AsyncZMQSocketChannel
 from jupyter_core.utils import ensure_async
 from nbclient import NotebookClient
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from PIL import Image
+from traitlets import Type
 
 ROOT = Path(__file__).resolve().parents[2]
 BADGE, MEASURED = "<!-- badge -->", "<!-- measured -->"
@@ -188,6 +192,23 @@ def assemble(source: Path, student: bool = False) -> NotebookNode:
     return nbformat.from_dict(json.loads(json.dumps(notebook)))
 
 
+class WatchfulChannel(AsyncZMQSocketChannel):
+    """A channel on which no reply is missed that arrives while a message is being sent.
+
+    Messages are sent through a blocking twin of the socket. The twin may take the signal that a reply has come. The
+    event loop then waits for that reply until the cell's time is over (github.com/jupyter/nbclient/issues/312). It
+    happens to a cell with a slider: nbclient sends while it waits. Reading the events tells the loop what is there.
+    """
+
+    def send(self, msg: dict) -> None:
+        super().send(msg)
+        self.socket.get(zmq.EVENTS)
+
+
+class Client(AsyncKernelClient):
+    shell_channel_class = Type(WatchfulChannel)
+
+
 @contextlib.asynccontextmanager
 async def kernel(notebook: NotebookNode, cwd: Path) -> AsyncIterator[NotebookClient]:
     """A client with a fresh kernel, for executing the notebook's cells one by one. The kernel ends with the context."""
@@ -202,6 +223,7 @@ async def kernel(notebook: NotebookNode, cwd: Path) -> AsyncIterator[NotebookCli
     environment = ONE_THREAD | os.environ | {"PYTHONPATH": str(ROOT)}  # this clone's package, whatever is installed
     # Not client.setup_kernel: it takes over the signals, and an interrupt would end one kernel of several.
     manager = client.create_kernel_manager()
+    manager.client_factory = Client
     try:
         await client.async_start_new_kernel(env=environment)
         await client.async_start_new_kernel_client()
