@@ -228,9 +228,9 @@ def test_paths_are_named_as_from_another_folder_and_back(monkeypatch, tmp_path, 
     for name in ("mine.py", "head.safetensors"):
         (tmp_path / name).touch()
     monkeypatch.chdir(tmp_path)
-    there = cli.seen_from(["small", option, word], Path(), Path("elsewhere"))
+    there = cli.words.seen_from(["small", option, word], Path(), Path("elsewhere"))
     assert there == ["small", option, moved]
-    assert cli.seen_from(there, Path("elsewhere"), Path()) == ["small", option, word]
+    assert cli.words.seen_from(there, Path("elsewhere"), Path()) == ["small", option, word]
 
 
 @pytest.mark.parametrize("word", ["replay", "resume"])
@@ -242,7 +242,7 @@ def test_help_for_a_word_is_of_that_word(capsys, word, option):
 
 def test_nothing_is_printed_as_minus_zero():
     entry = {"reward": -0.0004, "nfe": 4, "reward_calls": 1}
-    text = cli.table({"plain": entry, "method": {"name": "rbf"}, "found": entry, "held_out": [-0.0, -0.004]})
+    text = cli.searching.table({"plain": entry, "method": {"name": "rbf"}, "found": entry, "held_out": [-0.0, -0.004]})
     assert "-0.00" not in text and text.count("0.00") == 4
 
 
@@ -288,14 +288,14 @@ def test_a_reward_that_is_none_is_one_clear_line(capsys, monkeypatch, tmp_path, 
     assert line.startswith("flowscale: ") and message in line
 
 
-@pytest.mark.parametrize("name", cli.JUDGES)
+@pytest.mark.parametrize("name", cli.words.JUDGES)
 def test_judges_are_loaded_by_name_for_the_whole_prompt(monkeypatch, name):
     asked = []
     monkeypatch.setattr(judges.Clip, "load", lambda name, device: asked.append((name, device)) or "clip")
     monkeypatch.setattr(judges.VisionLanguage, "load", lambda device: asked.append(("vlm", device)) or "vlm")
     for score in ("clip_score", "pick_score", "vqa_score"):
         monkeypatch.setattr(judges, score, lambda model, prompt, score=score: (score, model, prompt))
-    made = cli.named_reward(name, cli.parser().parse_args(["three cats", "--reward", name, "--device", "cpu"]))
+    made = cli.job.named_reward(name, cli.parser().parse_args(["three cats", "--reward", name, "--device", "cpu"]))
     expected = {"clip": ("clip_score", "clip"), "pickscore": ("pick_score", "clip"), "vqascore": ("vqa_score", "vlm")}
     assert made == (*expected[name], "three cats")
     assert asked == [({"clip": "clip-l", "pickscore": "pickscore", "vqascore": "vlm"}[name], "cpu")]
@@ -306,25 +306,25 @@ def test_counts_and_an_aesthetic_head_by_name(monkeypatch, tmp_path):
     args = cli.parser().parse_args([PROMPT, "--device", "cpu"])
     pictures = torch.rand(2, 3, 64, 64, generator=Generator().manual_seed(0))
     expected = counter.CountReward(shapes.parse(PROMPT))(pictures)
-    assert torch.equal(cli.named_reward("counts", args)(pictures), expected)
+    assert torch.equal(cli.job.named_reward("counts", args)(pictures), expected)
     cats = cli.parser().parse_args(["three cats", "--device", "cpu"])
     with pytest.raises(ValueError, match="for other things say which: --reward 'counts:2 red apple, 3 cup'"):
-        cli.named_reward("counts", cats)
+        cli.job.named_reward("counts", cats)
 
     monkeypatch.setattr(judges.Finder, "load", lambda device: f"finder on {device}")
     monkeypatch.setattr(judges, "grounded_counts", lambda *given: given)
-    assert cli.named_reward("counts:3 cat, 1 red sofa", cats) == ("finder on cpu", {"cat": 3, "red sofa": 1})
+    assert cli.job.named_reward("counts:3 cat, 1 red sofa", cats) == ("finder on cpu", {"cat": 3, "red sofa": 1})
 
     layers = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Dropout(), torch.nn.Linear(3, 1)).eval()
     save_file({f"layers.{name}": part for name, part in layers.state_dict().items()}, tmp_path / "head.safetensors")
     monkeypatch.setattr(judges.Clip, "load", lambda name, device: name)
     monkeypatch.setattr(judges, "aesthetic_score", lambda clip, head: (clip, head))
-    clip, head = cli.named_reward(f"aesthetic:{tmp_path / 'head.safetensors'}", cats)
+    clip, head = cli.job.named_reward(f"aesthetic:{tmp_path / 'head.safetensors'}", cats)
     vectors = torch.rand(2, 4, generator=Generator().manual_seed(0))
     assert clip == "clip-l" and torch.equal(head(vectors), layers(vectors))
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="should hold weights and biases of linear layers; it holds x"):
-        cli.named_reward(f"aesthetic:{tmp_path / 'other.safetensors'}", cats)
+        cli.job.named_reward(f"aesthetic:{tmp_path / 'other.safetensors'}", cats)
 
 
 def test_the_account_is_json_by_the_letter(capsys, tmp_path):
@@ -370,12 +370,12 @@ def test_words_are_checked_before_diffusers_is_imported():
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
-@pytest.mark.parametrize("method", sorted(cli.METHODS))
+@pytest.mark.parametrize("method", sorted(cli.words.METHODS))
 @pytest.mark.parametrize("model", ["schnell", "dev"])
 def test_every_method_runs_with_what_suits_the_model(capsys, tmp_path, method, model):
     folder = str(locate(f"tiny-flux/{model}"))
     args = ["--method", method, "--model", folder, "--nfe", "64", "--steps", "6", "--out", str(tmp_path / "out.png")]
-    args += ["--draft", str(locate("tiny-flux/schnell"))] if method in cli.DRAFTED else []
+    args += ["--draft", str(locate("tiny-flux/schnell"))] if method in cli.words.DRAFTED else []
     _, err = flowscale(capsys, PROMPT, *args)
     assert ("made for few-step models" in err) == (method == "refine" and model == "dev")
     account = json.loads((tmp_path / "out.json").read_text())
@@ -387,8 +387,8 @@ def test_every_method_runs_with_what_suits_the_model(capsys, tmp_path, method, m
 def test_the_command_knows_every_method():
     """Also what a contributor adds, as the guide says."""
     public = [kind for room in (methods, beyond) for kind in vars(room).values() if isinstance(kind, type)]
-    assert set(cli.METHODS.values()) == {kind for kind in public if hasattr(kind, "advance")}
-    assert set(cli.ON_THE_ODE) | set(cli.DRAFTED) <= set(cli.METHODS)
+    assert set(cli.words.METHODS.values()) == {kind for kind in public if hasattr(kind, "advance")}
+    assert set(cli.words.ON_THE_ODE) | set(cli.words.DRAFTED) <= set(cli.words.METHODS)
 
 
 def test_more_steps_want_fewer_states():

@@ -53,7 +53,7 @@ def flowscale(monkeypatch, tmp_path, capsys):
     torch.set_num_threads(1)
 
     def run(judge, *args):
-        monkeypatch.setattr(cli, "named_reward", lambda *_: judge)
+        monkeypatch.setattr(cli.job, "named_reward", lambda *_: judge)
         try:
             cli.main([*args] or SEARCH)
             status = 0
@@ -103,7 +103,7 @@ def test_a_full_disk_stops_no_search_and_the_account_has_its_room(flowscale, mon
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    saves, save = [], cli.save_search
+    saves, save = [], cli.searching.save_search
 
     def filling(*args):
         saves.append(1)
@@ -112,7 +112,7 @@ def test_a_full_disk_stops_no_search_and_the_account_has_its_room(flowscale, mon
             monkeypatch.setattr(Path, "write_bytes", full)
         return save(*args)
 
-    monkeypatch.setattr(cli, "save_search", filling)
+    monkeypatch.setattr(cli.searching, "save_search", filling)
     status, account, _, err = flowscale(Red())
     assert status == 0 and parts(account) == parts(whole)
     (line,) = (line for line in err if "can no longer be saved" in line)
@@ -133,7 +133,7 @@ def test_an_account_that_cannot_be_written_is_printed(flowscale, monkeypatch):
     def broken(*_):
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr(cli, "fill", broken)
+    monkeypatch.setattr(cli.searching, "fill", broken)
     status, account, out, err = flowscale(Red())
     assert status == 1 and account is None and "Read-only" in err[-1] and "standard output" in err[-1]
     assert json.loads(out)["found"]["nfe"] == 60 and not list(Path().glob("*.part"))

@@ -12,7 +12,7 @@ A model (`Finder`, `VisionLanguage`, `Clip`) is loaded once, as safetensors, fro
 binds it to a prompt, and is a Reward: pictures (K, 3, H, W) in [0, 1] -> (K,), computed for `chunk` pictures at a time.
 `weighted` and `lexicographic` make one reward of several. transformers is imported when a model is loaded; torchvision
 is not needed. A judge of your own needs no place here: any such function is a Reward. One that others should find is a
-new file of this folder, and a name in `cli.named_reward` if the command shall know it.
+new file of this folder, and a name in `cli.job.named_reward` if the command shall know it.
 """
 
 from .clip import Clip, aesthetic_score, clip_score, linear_head, pick_score
