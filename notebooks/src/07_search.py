@@ -26,7 +26,7 @@
 #
 # **Prerequisites.** [Notebooks 03](03_rewards_and_best_of_n.ipynb) (look-ahead reward), 04 (one state, many futures), 05 (VP-SDE), 06 (tilted distribution).
 #
-# **Time.** Core: about 70 minutes. Exercises: about 45. Deeper: about 15.
+# **Time.** Core: about 65 minutes. Exercises: about 45. Deeper: about 15.
 #
 # <!-- measured -->
 
@@ -51,7 +51,21 @@ def seeded(seed):
 
 
 # %% [markdown]
-# Our data are again eight clouds on a circle; the one on the right is rare. The reward is highest at a point on its rim. A greedy *search* runs 400 chains. A *chain* is one sample on its way from noise to data. At every step it draws 32 *children*, candidates for its next state, and keeps the child with the highest look-ahead reward.
+# Our data are again eight clouds on a circle; the one on the right is rare. The reward is highest at a point on its rim. A greedy *search* runs 400 chains. A *chain* is one sample on its way from noise to data. At every step it draws 32 *children*, candidates for its next state, and keeps the child with the highest look-ahead reward (`choose`, folded).
+
+
+# %% tags=["plot"]
+def choose(mean, std, score, copies, tau, s, generator):
+    """One of the children of each row: the best if tau is 0, else by exp(score/tau)."""
+    z = torch.randn(len(mean), copies, 2, generator=generator)
+    children = mean[:, None] + std * z
+    scores = score(children.flatten(0, 1), s).view(len(mean), copies)
+    if tau == 0:
+        kept = scores.argmax(1)
+    else:
+        weights = (scores / tau).softmax(1)
+        kept = torch.multinomial(weights, 1, generator=generator)[:, 0]
+    return children[torch.arange(len(mean)), kept]
 
 
 # %%
@@ -73,19 +87,6 @@ def chains(score, copies, tau, seed, n=400, steps=50):
 
 
 # %%
-def choose(mean, std, score, copies, tau, s, generator):
-    """One of the children of each row: the best if tau is 0, else by exp(score/tau)."""
-    z = torch.randn(len(mean), copies, 2, generator=generator)
-    children = mean[:, None] + std * z
-    scores = score(children.flatten(0, 1), s).view(len(mean), copies)
-    if tau == 0:
-        kept = scores.argmax(1)
-    else:
-        weights = (scores / tau).softmax(1)
-        kept = torch.multinomial(weights, 1, generator=generator)[:, 0]
-    return children[torch.arange(len(mean)), kept]
-
-
 greedy = chains(look_ahead, copies=32, tau=0, seed=5)
 perfect = target.sample(400, seeded(8))  # exact draws of the tilted density
 
@@ -94,12 +95,13 @@ from flowscale_lite import plots
 
 clouds = {"the data": ring.sample(400, seeded(2))}
 clouds |= {"a perfect sampler": perfect, "a greedy search": greedy}
-fig, axes = plt.subplots(1, 3, figsize=(9, 3.3), sharey=True)
+fig, axes = plt.subplots(1, 3, figsize=(7, 2.7), sharey=True)
 for ax, (name, x) in zip(axes, clouds.items(), strict=True):
     plots.contours(ax, (ring if name == "the data" else target).log_prob, filled=False)
     ax.plot(*x.T, ".", color="black", markersize=3 if x.std() > 1 else 7)
     ax.plot(*reward.centre, "s", color="#D55E00", markersize=12, markerfacecolor="none")
-    ax.set_title(name, fontsize=11)
+    ax.set(xticks=[-2, 0, 2], yticks=[-2, 0, 2])
+    ax.set_title(name, fontsize=12)
 plt.show()
 
 # %% tags=["check"]
@@ -131,7 +133,7 @@ assert (greedy - torch.tensor(reward.centre)).norm(dim=1).median() < 0.1
 #
 # and the chains end exactly in the tilted distribution ([Deeper](#Deeper:-where-the-best-rule-comes-from)).
 #
-# Measured against this rule, shortcut (b) uses the look-ahead $v(x_t) = r(x_{0|t})$ for the value, and (c) takes the best child instead of drawing one. On a mixture the value is known: it is the log ratio of two densities, that of noised tilted data and that of noised data ([Deeper](#Deeper:-where-the-best-rule-comes-from)). So here we can take the shortcuts one at a time.
+# Measured against this rule, shortcut (b) uses the look-ahead reward $v(x_t) = r(x_{0|t})$ for the value, and (c) takes the best child instead of drawing one. On a mixture the value is known: it is the log ratio of two densities, that of noised tilted data and that of noised data ([Deeper](#Deeper:-where-the-best-rule-comes-from)). So here we can take the shortcuts one at a time.
 
 
 # %%
@@ -174,16 +176,17 @@ for seed, (name, rule) in enumerate(rules.items()):
     ends[name] = chains(*rule, seed)
 
 # %% tags=["plot"] alt="Seven clouds of 400 ends over the contours of the tilted density, which covers the three clouds on the right. No choice: all eight clouds of the ring. By value, 4 children: the three clouds, too few ends in the rare one, and some in two clouds more. 32 children: nearly the three clouds. By look-ahead: the three clouds, too many ends in the rare one. Best by value or by look-ahead: a single dot at the highest reward."
-fig, axes = plt.subplots(2, 4, figsize=(10, 5.4), sharex=True, sharey=True)
+fig, axes = plt.subplots(2, 4, figsize=(7, 4.3), sharex=True, sharey=True)
 axes[0, 3].tick_params(labelbottom=True)
 for ax, name in zip(axes.flat, ends, strict=False):
     plots.contours(ax, target.log_prob, filled=False)
     ax.plot(*ends[name].T, ".", color="black", markersize=3)
     ax.plot(*reward.centre, "s", color="#D55E00", markersize=11, markerfacecolor="none")
-    ax.set_title(name.replace(", ", ",\n"), fontsize=10)
+    ax.set(xticks=[-2, 0, 2], yticks=[-2, 0, 2])
+    ax.set_title(name.replace(", ", ",\n"), fontsize=11)
 axes[1, 3].axis("off")
-legend = "lines: tilted density\nsquare: highest reward\ndots: 400 ends"
-axes[1, 3].text(0, 0.5, legend, transform=axes[1, 3].transAxes)
+legend = "lines:\ntilted density\nsquare:\nhighest reward\ndots:\n400 ends"
+axes[1, 3].text(0.1, 0.5, legend, va="center", fontsize=11, transform=axes[1, 3].transAxes)
 plt.show()
 
 # %%
@@ -241,7 +244,7 @@ def branch(ax, start, up, steps, ends, kept):
 
 
 # %% tags=["plot"] alt="Three sketches of one chain, time from noise on the left to data on the right. SVDD: three children after every step, one is kept. CoDe: three branches of two steps each, one is kept. Search over paths: one line runs three steps down; dashed lines lead one step back up from it, and from there three lines run three steps down again; one is kept."
-fig, axes = plt.subplots(1, 3, figsize=(9.5, 2.8), sharey=True)
+fig, axes = plt.subplots(1, 3, figsize=(7.2, 2.6), sharey=True)
 branch(axes[0], (0, 0.0), 0, 1, (0.9, -0.1, -0.8), 1)
 branch(axes[0], (1, -0.1), 0, 1, (0.8, 0.3, -0.6), 0)
 branch(axes[0], (2, 0.8), 0, 1, (1.3, 0.6, 0.2), 1)
@@ -367,7 +370,15 @@ for method in (MySVDD(), MyCoDe(), MySoP()):
     print(f"{type(method).__name__}: reward {result.reward:.4f}, {result.nfe} NFE")
 
 # %% [markdown]
-# The package has all three, with a few more settings; CoDe is `Blockwise`. From here on we use its versions.
+# **`MySVDD` chooses within each chain, `MySoP` among the copies of both. What does this gain, and what does it lose?**
+#
+# <details><summary>Answer</summary>
+#
+# It gains reward: copies of the best path replace a worse path. It loses variety: soon both paths come from one noise. SoP wants one good sample, so it can accept that. Who wants several different ones must choose within each chain.
+#
+# </details>
+#
+# The package has all three methods, with a few more settings; CoDe is `Blockwise`. From here on we use its versions.
 
 # %%
 from flowscale_lite import SVDD, BestOfN, Blockwise, SearchOverPaths, paper_vp
@@ -410,11 +421,11 @@ def account(method):
 
 # %% tags=["plot"] alt="Evaluations at each of ten times. Best-of-N: 25 at every time. Search over Paths: few near the noise, and more and more towards the data. SVDD and CoDe, which share a panel: two at the noise, then nearly 30 at every time."
 accounts = {name: account(method) for name, method in METHODS.items()}
-fig, axes = plt.subplots(1, 3, figsize=(8.5, 2.8), sharey=True)
+fig, axes = plt.subplots(1, 3, figsize=(7, 2.6), sharey=True)
 for ax, name in zip(axes, ("best-of-N", "SoP", "SVDD"), strict=True):
     spent, _ = accounts[name]
     ax.bar(list(spent), list(spent.values()), width=0.06, color="0.6")
-    ax.set(title="SVDD, and CoDe the same" if name == "SVDD" else name)
+    ax.set(title="SVDD and CoDe" if name == "SVDD" else name, xticks=[1, 0.5, 0])
     ax.set(xlabel="time t", xlim=(1.06, -0.02))
 axes[0].set_ylabel("evaluations")
 plt.show()
@@ -457,7 +468,7 @@ searches = {
 }
 
 # %% tags=["plot"] alt="Pictures for 'three blue squares above two blue circles', with their rewards: a plain one, and what four methods found with 100 evaluations. Plain: two squares and two circles, mixed up. Best-of-N: three squares, one of them low, and one circle. SoP: two squares above two circles. CoDe and SVDD: three squares above two circles, as asked."
-fig, axes = plt.subplots(1, 5, figsize=(10, 3))
+fig, axes = plt.subplots(1, 5, figsize=(7, 2.3))
 verdicts = {}
 for ax, (name, (task, method)) in zip(axes, searches.items(), strict=True):
     result = search(task, method, max_nfe=100, generator=seeded(0))
@@ -465,7 +476,8 @@ for ax, (name, (task, method)) in zip(axes, searches.items(), strict=True):
     verdicts[name] = bool(counter.exact(shapes.parse(TEXT), picture)[0])
     title = f"{name}\n{round(result.reward, 2) + 0.0:.2f}, {'right' if verdicts[name] else 'wrong'}"
     plots.picture(ax, picture[0], title)
-fig.suptitle(TEXT, fontsize=11)
+    ax.title.set_fontsize(11)
+fig.suptitle(TEXT, fontsize=12)
 plt.show()
 
 # %% tags=["check"]
@@ -497,22 +509,22 @@ PAIRS += [("SVDD, 25 first noises", "SVDD"), ("SMC", "SVDD, 25 first noises")]
 JUDGES = {"exact": "counter", "held_out": "held-out judge"}
 gains = {judge: [experiments.paired_difference(by[a], by[b], judge) for a, b in PAIRS] for judge in JUDGES}
 
-# %% tags=["plot"] alt="Left: share of right pictures for six methods with error bars, by two judges that nearly agree. Best-of-N and SoP are lowest, CoDe is higher; SVDD, SVDD with first noises and SMC are highest and close together. Right: paired differences. SVDD minus best-of-N and SVDD minus CoDe lie right of zero; SoP minus best-of-N, SVDD with first noises minus SVDD, and SMC minus that contain zero."
-fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.3), sharex=False)
+# %% tags=["plot"] alt="Above: share of right pictures for six methods with error bars, by two judges that nearly agree. Best-of-N and SoP are lowest, CoDe is higher; SVDD, SVDD with first noises and SMC are highest and close together. Below: paired differences. SVDD minus best-of-N and SVDD minus CoDe lie right of zero; SoP minus best-of-N, SVDD with first noises minus SVDD, and SMC minus that contain zero."
+fig, (top, bottom) = plt.subplots(2, 1, figsize=(6.2, 6.8), height_ratios=(5, 6))
 for k, (judge, label) in enumerate(JUDGES.items()):
-    for values, ax in ((by.values(), left), (gains[judge], right)):
-        if ax is left:
+    for values, ax in ((by.values(), top), (gains[judge], bottom)):
+        if ax is top:
             values = [experiments.clustered_mean(rows[judge], rows["prompt"]) for rows in values]
         middle, low, high = np.array([tuple(value) for value in values]).T
         places = np.arange(len(middle)) + 0.24 * k - 0.12
-        style = {"marker": "os"[k], "color": ["black", "#0072B2"][k], "linestyle": "", "capsize": 2, "markersize": 4}
+        style = {"marker": "os"[k], "color": ["black", "#0072B2"][k], "linestyle": "", "capsize": 3, "markersize": 5}
         ax.errorbar(middle, places, xerr=(middle - low, high - middle), label=label, **style)
-left.set_yticks(range(len(by)), by)
-left.set(xlim=(0, 1), xlabel="share of right pictures", ylim=(5.6, -0.6))
-right.set_yticks(range(len(PAIRS)), [f"{a}\nminus {b}" for a, b in PAIRS], fontsize=9)
-right.set(xlim=(-0.2, 0.6), xlabel="difference, same prompt and seed", ylim=(4.6, -0.6))
-right.axvline(0, color="0.5", linestyle="-", linewidth=1)
-left.legend(fontsize=9, loc="upper right")
+top.set_yticks(range(len(by)), [name.replace(", ", ",\n") for name in by])
+top.set(xlim=(0, 1), xlabel="share of right pictures", ylim=(5.6, -0.6))
+bottom.set_yticks(range(len(PAIRS)), [f"{a}\nminus {b}" for a, b in PAIRS])
+bottom.set(xlim=(-0.2, 0.6), xlabel="difference, same prompt and seed", ylim=(4.6, -0.6))
+bottom.axvline(0, color="0.5", linestyle="-", linewidth=1)
+top.legend(loc="upper right")
 plt.show()
 
 # %% tags=["check"]
@@ -525,7 +537,7 @@ _noisy = stored[(stored["sampler"] == "VP-SDE") & (stored["method"] == "best-of-
 assert all(experiments.paired_difference(by["best-of-N"], _noisy, judge).low > 0 for judge in JUDGES)
 
 # %% [markdown]
-# Bars are 95 % intervals over prompts. Best-of-N and SoP run the ODE, the others the VP-SDE. Plain SVDD and CoDe start each of their two chains from one noise. With "25 first noises" SVDD starts each from the best of 25. That is 50 noises in all, as many as SMC has. (It costs 48 evaluations more, 500 instead of 452; [notebook 08](08_rollover_budget_forcing.ipynb) says why.) On the left, methods with overlapping bars may still differ, since all meet the same prompts. So the right panel compares them in pairs. A bar right of the line speaks for the first method.
+# Bars are 95 % intervals over prompts. Best-of-N and SoP run the ODE, the others the VP-SDE. Plain SVDD and CoDe start each of their two chains from one noise. With "25 first noises" SVDD starts each from the best of 25. That is 50 noises in all, as many as SMC has. (It costs 48 evaluations more, 500 instead of 452; [notebook 08](08_rollover_budget_forcing.ipynb) says why.) In the upper panel, methods with overlapping bars may still differ, since all meet the same prompts. So the lower panel compares them in pairs. A bar right of the line speaks for the first method.
 #
 # - Choosing at every step pays. SVDD is far ahead of best-of-N, by both judges. (The sampler is not the reason: best-of-N under the VP-SDE is even a little behind best-of-N under the ODE.)
 # - Waiting does not pay here: SVDD is ahead of CoDe.
@@ -601,9 +613,90 @@ assert all(experiments.paired_difference(by["CoDe"], by["best-of-N"], judge).low
 # %% [markdown]
 # ## Exercises
 #
-# ### Exercise 1: SVDD as its authors wrote it (difficulty 3 of 5, 20 minutes)
+# ### Exercise 1: the best, or one in proportion (difficulty 2 of 5, 10 minutes)
 #
-# Write the whole loop by hand, for one chain, without `Run`. The original draws the child in proportion to $e^{v/\tau}$; $\tau = 0$ means the best. The problem has `velocity`, `reward`, `kernel`, `path`, `times` and `shape`. Call the kernel as `problem.kernel(problem.path, x, v, t, s)`, where $s$ is the next time. Start with one draw `torch.randn(1, *shape)`, and draw the noise of all children of a step in one call. Spend no more than SVDD does: one evaluation for the first noise and one for each child, none at $t = 0$.
+# Pencil first. A child is *good* (reward 1) with probability $q$, else its reward is 0. Predict with which probability the chosen child is good:
+#
+# - *best*: we draw $m$ children and take the best
+# - *tilted*: we draw infinitely many, and choose one of them in proportion to $e^{r/\tau}$
+#
+# Then answer in words: what does *best* tend to with more and more children, and what does that say about a search?
+#
+# <details><summary>Hint</summary>
+#
+# Best: when is no child good? Tilted: of infinitely many children a share $q$ is good. What is the weight of this share, and what is the weight of all?
+#
+# </details>
+
+
+# %% tags=["exercise"]
+def good(q, m, tau):
+    """The probabilities (best, tilted), two floats."""
+    ### BEGIN SOLUTION
+    import math
+
+    best = 1 - (1 - q) ** m
+    lucky = q * math.exp(1 / tau)
+    # `best` tends to 1 as m grows; `tilted` stays below 1. So with many children a
+    # search passes the tilted distribution: it does not come closer to it.
+    return best, lucky / (lucky + 1 - q)
+    ### END SOLUTION
+
+
+# %% tags=["exercise-test"]
+for _q, _m, _tau in ((0.02, 32, 0.5), (0.3, 3, 1.0), (0.5, 1, 0.4), (0.1, 8, 2.0)):
+    _draws = torch.rand(200_000, _m, generator=seeded(0)) < _q
+    _best = float(_draws.any(1).double().mean())
+    _rewards = _draws.flatten().double()
+    _tilted = float((_rewards / _tau).softmax(0) @ _rewards)
+    _mine, _case = good(_q, _m, _tau), f"q = {_q}, m = {_m}, tau = {_tau}"
+    _told = f"{_case}: best {_mine[0]:.2f}, drawn {_best:.2f}"
+    assert abs(_mine[0] - _best) < 0.01, _told
+    _told = f"{_case}: tilted {_mine[1]:.2f}, drawn {_tilted:.2f}"
+    assert abs(_mine[1] - _tilted) < 0.01, _told
+print("Well done.")
+
+
+# %% tags=["wrong-answers"]
+### WRONG: adds up the chances of the children
+def good(q, m, tau):
+    lucky = q * float(torch.tensor(1 / tau).exp())
+    return min(1.0, m * q), lucky / (lucky + 1 - q)
+
+
+### WRONG: all children are good
+def good(q, m, tau):
+    lucky = q * float(torch.tensor(1 / tau).exp())
+    return q**m, lucky / (lucky + 1 - q)
+
+
+### WRONG: forgets that the others have weight, too
+def good(q, m, tau):
+    return 1 - (1 - q) ** m, min(1.0, q * float(torch.tensor(1 / tau).exp()))
+
+
+### WRONG: compares one good child with one other, whatever their shares
+def good(q, m, tau):
+    return 1 - (1 - q) ** m, float(torch.tensor(1 / tau).sigmoid())
+
+
+### WRONG: multiplies by the temperature
+def good(q, m, tau):
+    lucky = q * float(torch.tensor(tau).exp())
+    return 1 - (1 - q) ** m, lucky / (lucky + 1 - q)
+
+
+# %% [markdown]
+# ### Exercise 2: SVDD as its authors wrote it (difficulty 3 of 5, 20 minutes)
+#
+# Write the whole loop by hand, for one chain, without `Run`:
+#
+# - *Start* from one draw `torch.randn(1, *shape)`.
+# - *Children*: `problem.kernel(problem.path, x, u, t, s)` gives mean and standard deviation. Here `u` is the velocity of `x`, and `s` is the next time. Draw the noise of all children of a step in one call.
+# - *Choice*: in proportion to $e^{v/\tau}$, where $v$ is the look-ahead reward; $\tau = 0$ means the best.
+# - *Cost*: one evaluation for the first noise, one for each child, none at $t = 0$.
+#
+# The problem has `velocity`, `reward`, `kernel`, `path`, `times` and `shape`.
 #
 # <details><summary>Hint</summary>
 #
@@ -617,18 +710,18 @@ def svdd_by_hand(problem, copies, tau, generator):
     """The finished sample (*shape) of one chain."""
     ### BEGIN SOLUTION
     x = torch.randn(1, *problem.shape, generator=generator)
-    v = problem.velocity(x, torch.full((1,), problem.times[0]))
+    u = problem.velocity(x, torch.full((1,), problem.times[0]))
     for t, s in pairwise(problem.times):
-        mean, std = problem.kernel(problem.path, x, v, t, s)
+        mean, std = problem.kernel(problem.path, x, u, t, s)
         if s == 0:
             return mean[0]
         x = mean + std * torch.randn(copies, *problem.shape, generator=generator)
-        v = problem.velocity(x, torch.full((copies,), s))
-        r = problem.reward(x - s * v)
+        u = problem.velocity(x, torch.full((copies,), s))
+        r = problem.reward(x - s * u)
         k = r.argmax()
         if tau > 0:
             k = torch.multinomial((r / tau).softmax(0), 1, generator=generator)[0]
-        x, v = x[k, None], v[k, None]
+        x, u = x[k, None], u[k, None]
     ### END SOLUTION
 
 
@@ -645,7 +738,7 @@ for _seed in range(5):
     _same_as = "at tau = 0: the sample of SVDD(1, copies=6)"
     assert torch.allclose(_x, _theirs.best), _same_as
 # tau > 0: is the better of two children drawn as often as it should?
-_flip = lambda path, x, v, t, s: (0 * x if s else x, float(s > 0))  # noqa: E731
+_flip = lambda path, x, u, t, s: (0 * x if s else x, float(s > 0))  # noqa: E731
 _still = lambda x, t: 0 * x  # noqa: E731
 _sign = replace(problem, velocity=_still, kernel=_flip, times=(1.0, 0.5, 0.0))
 _sign = replace(_sign, reward=lambda x: (x[:, 0] > 0).float())
@@ -661,24 +754,24 @@ print("Well done.")
 ### WRONG: judges the children at the parent's time
 def svdd_by_hand(problem, copies, tau, generator):
     x = torch.randn(1, *problem.shape, generator=generator)
-    v = problem.velocity(x, torch.full((1,), problem.times[0]))
+    u = problem.velocity(x, torch.full((1,), problem.times[0]))
     for t, s in pairwise(problem.times):
-        mean, std = problem.kernel(problem.path, x, v, t, s)
+        mean, std = problem.kernel(problem.path, x, u, t, s)
         if s == 0:
             return mean[0]
         x = mean + std * torch.randn(copies, *problem.shape, generator=generator)
-        v = problem.velocity(x, torch.full((copies,), t))
-        r = problem.reward(x - t * v)
+        u = problem.velocity(x, torch.full((copies,), t))
+        r = problem.reward(x - t * u)
         k = r.argmax() if tau == 0 else torch.multinomial((r / tau).softmax(0), 1, generator=generator)[0]
-        x, v = x[k, None], v[k, None]
+        x, u = x[k, None], u[k, None]
 
 
 ### WRONG: forgets the velocity of the chosen child, and pays for it again
 def svdd_by_hand(problem, copies, tau, generator):
     x = torch.randn(1, *problem.shape, generator=generator)
     for t, s in pairwise(problem.times):
-        v = problem.velocity(x, torch.full((1,), t))
-        mean, std = problem.kernel(problem.path, x, v, t, s)
+        u = problem.velocity(x, torch.full((1,), t))
+        mean, std = problem.kernel(problem.path, x, u, t, s)
         if s == 0:
             return mean[0]
         x = mean + std * torch.randn(copies, *problem.shape, generator=generator)
@@ -690,48 +783,48 @@ def svdd_by_hand(problem, copies, tau, generator):
 ### WRONG: judges the noisy states themselves
 def svdd_by_hand(problem, copies, tau, generator):
     x = torch.randn(1, *problem.shape, generator=generator)
-    v = problem.velocity(x, torch.full((1,), problem.times[0]))
+    u = problem.velocity(x, torch.full((1,), problem.times[0]))
     for t, s in pairwise(problem.times):
-        mean, std = problem.kernel(problem.path, x, v, t, s)
+        mean, std = problem.kernel(problem.path, x, u, t, s)
         if s == 0:
             return mean[0]
         x = mean + std * torch.randn(copies, *problem.shape, generator=generator)
-        v, r = problem.velocity(x, torch.full((copies,), s)), problem.reward(x)
+        u, r = problem.velocity(x, torch.full((copies,), s)), problem.reward(x)
         k = r.argmax() if tau == 0 else torch.multinomial((r / tau).softmax(0), 1, generator=generator)[0]
-        x, v = x[k, None], v[k, None]
+        x, u = x[k, None], u[k, None]
 
 
 ### WRONG: always the best
 def svdd_by_hand(problem, copies, tau, generator):
     x = torch.randn(1, *problem.shape, generator=generator)
-    v = problem.velocity(x, torch.full((1,), problem.times[0]))
+    u = problem.velocity(x, torch.full((1,), problem.times[0]))
     for t, s in pairwise(problem.times):
-        mean, std = problem.kernel(problem.path, x, v, t, s)
+        mean, std = problem.kernel(problem.path, x, u, t, s)
         if s == 0:
             return mean[0]
         x = mean + std * torch.randn(copies, *problem.shape, generator=generator)
-        v = problem.velocity(x, torch.full((copies,), s))
-        k = problem.reward(x - s * v).argmax()
-        x, v = x[k, None], v[k, None]
+        u = problem.velocity(x, torch.full((copies,), s))
+        k = problem.reward(x - s * u).argmax()
+        x, u = x[k, None], u[k, None]
 
 
 ### WRONG: multiplies by the temperature
 def svdd_by_hand(problem, copies, tau, generator):
     x = torch.randn(1, *problem.shape, generator=generator)
-    v = problem.velocity(x, torch.full((1,), problem.times[0]))
+    u = problem.velocity(x, torch.full((1,), problem.times[0]))
     for t, s in pairwise(problem.times):
-        mean, std = problem.kernel(problem.path, x, v, t, s)
+        mean, std = problem.kernel(problem.path, x, u, t, s)
         if s == 0:
             return mean[0]
         x = mean + std * torch.randn(copies, *problem.shape, generator=generator)
-        v = problem.velocity(x, torch.full((copies,), s))
-        r = problem.reward(x - s * v)
+        u = problem.velocity(x, torch.full((copies,), s))
+        r = problem.reward(x - s * u)
         k = r.argmax() if tau == 0 else torch.multinomial((r * tau).softmax(0), 1, generator=generator)[0]
-        x, v = x[k, None], v[k, None]
+        x, u = x[k, None], u[k, None]
 
 
 # %% [markdown]
-# ### Exercise 2: a trap (difficulty 3 of 5, 15 minutes)
+# ### Exercise 3: a trap (difficulty 3 of 5, 15 minutes)
 #
 # Design a reward on the ring, with values between -1 and 1, on which best-of-N beats SVDD at 250 NFE: its mean reward should be higher by 0.3 or more. Say in one sentence why your reward is a trap for SVDD.
 #
@@ -784,79 +877,6 @@ def trap(x):
 def trap(x):
     return ((x - 2.7).norm(dim=1) < 0.01).float()
 
-
-# %% [markdown]
-# ### Exercise 3: four chains, one family (difficulty 3 of 5, 10 minutes)
-#
-# A colleague runs SVDD with four chains and gets four nearly equal samples. Her selection is
-#
-# ```python
-# def select(rewards, sizes):
-#     return rewards.topk(len(sizes)).indices
-# ```
-#
-# where `sizes` says how many children each chain has; children of one chain stand side by side. What went wrong? Write a selection that keeps the chains apart. The chains may have *different* numbers of children.
-#
-# <details><summary>Hint</summary>
-#
-# Whose children are the four best? `rewards.split(sizes)` gives the families, one by one. At which row does each family begin?
-#
-# </details>
-
-
-# %% tags=["exercise"]
-def select(rewards, sizes):
-    """Rewards (sum of sizes,), list of sizes -> rows (chains,): each family's best."""
-    ### BEGIN SOLUTION
-    # topk takes the best of all children, so one lucky family can take all places.
-    rows, first = [], 0
-    for family in rewards.split(sizes):
-        rows.append(first + int(family.argmax()))
-        first += len(family)
-    return torch.tensor(rows)
-    ### END SOLUTION
-
-
-# %% tags=["exercise-test"]
-for _sizes in ([3, 3, 3, 3], [5, 1, 2], [1, 4]):
-    _r = torch.rand(sum(_sizes), generator=seeded(len(_sizes)))
-    _r[: _sizes[0]] += 10.0  # the first chain is far ahead
-    _rows = select(_r, _sizes)
-    assert len(_rows) == len(_sizes), f"{len(_sizes)} rows, one for each chain"
-    _of = torch.arange(len(_sizes)).repeat_interleave(torch.tensor(_sizes))
-    _go_on = _of[torch.as_tensor(_rows)].tolist()
-    assert _go_on == [*range(len(_sizes))], f"sizes {_sizes}: chains {_go_on} go on"
-    for _row, _family in zip(_rows, _r.split(_sizes), strict=True):
-        assert _r[_row] == _family.max(), "a better sibling was passed over"
-print("Well done.")
-
-
-# %% tags=["wrong-answers"]
-### WRONG: as it was
-def select(rewards, sizes):
-    return rewards.topk(len(sizes)).indices
-
-
-### WRONG: numbers within the family
-def select(rewards, sizes):
-    return torch.stack([family.argmax() for family in rewards.split(sizes)])
-
-
-### WRONG: as if all families were equally large
-def select(rewards, sizes):
-    copies = len(rewards) // len(sizes)
-    best = rewards[: copies * len(sizes)].view(len(sizes), copies).argmax(1)
-    return best + copies * torch.arange(len(sizes))
-
-
-# %% [markdown]
-# **`MySoP` selects like the colleague, on purpose. What does it gain, and what does it lose?**
-#
-# <details><summary>Answer</summary>
-#
-# It gains reward: copies of the best path replace worse paths. It loses variety: soon all paths come from one noise. SoP wants a single good sample, so it can accept that. Your colleague wanted four.
-#
-# </details>
 
 # %% [markdown]
 # ## Deeper: where the best rule comes from
@@ -923,8 +943,8 @@ for n in (1, 4, 16, 64, 256, 1024):
 curves = {"tilted density, falling temperature": tilted}
 curves |= {"SVDD, 1 to 32 children": svdd, "best-of-N, 1 to 1024": best_of}
 
-# %% tags=["plot"] alt="Left: the missing held-out reward shrinks at first and grows again in the end, for all three. Right: log density of the data falls as less of the given reward is missing; the three curves lie close together."
-fig, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharex=True)
+# %% tags=["plot"] alt="Above: the missing held-out reward shrinks at first and grows again in the end, for all three. Below: log density of the data falls as less of the given reward is missing; the three curves lie close together."
+fig, axes = plt.subplots(2, 1, figsize=(6, 6), sharex=True)
 for (name, samples), marker in zip(curves.items(), ("", "o", "s"), strict=True):
     given = [-float(reward(x).mean()) for x in samples]
     density = [float(ring.log_prob(x).mean()) for x in samples]
@@ -934,8 +954,8 @@ for (name, samples), marker in zip(curves.items(), ("", "o", "s"), strict=True):
 axes[0].set(xscale="log", yscale="log", title="held-out reward missing (down: better)")
 axes[0].invert_xaxis()
 axes[1].set(title="log density of the data (up: better)")
-fig.legend(fontsize=9, loc="lower center", ncols=3, bbox_to_anchor=(0.5, -0.08))
-fig.supxlabel("given reward missing (to the right: more budget, less missing)", fontsize=10)
+axes[1].legend(loc="lower left")
+axes[1].set_xlabel("given reward missing (right: more budget)")
 plt.show()
 
 # %% tags=["check"]
@@ -946,7 +966,7 @@ for _name, _samples in curves.items():
     assert _held[-1] < _held[_top] and 0.5 < _dens[_top] - _dens[-1] < 1, (_name, _held, _dens)
 
 # %% [markdown]
-# No: all three turn (left). For the same given reward the samples of all three also have roughly the same density under the data (right). So it is the reward that costs density, not the search. What a search loses in addition is variety.
+# No: all three turn (above). For the same given reward the samples of all three also have roughly the same density under the data (right). So it is the reward that costs density, not the search. What a search loses in addition is variety.
 #
 # ## Deeper: who finds the better sample on the ring?
 #
