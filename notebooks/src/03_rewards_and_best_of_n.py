@@ -79,8 +79,8 @@ rewards = counter.CountReward(shapes.parse(TEXT))(pictures)
 order = rewards.argsort()
 fig, axes = plt.subplots(1, 5, figsize=(10, 2.6), width_ratios=(1, 1, 2.4, 1, 1))
 ends = {0: order[0], 1: order[1], 3: order[-2], 4: order[-1]}
-for place, k in ends.items():
-    plots.picture(axes[place], pictures[k], f"{round(float(rewards[k]), 1) + 0.0:.1f}")
+for place, one in ends.items():
+    plots.picture(axes[place], pictures[one], f"{round(float(rewards[one]), 1) + 0.0:.1f}")
 axes[2].hist(rewards.numpy(), bins=26, range=(-26, 0), color="0.6")
 axes[2].set(xlabel="reward", title="64 pictures")
 plt.show()
@@ -99,9 +99,9 @@ shuffled = torch.randperm(64, generator=torch.Generator().manual_seed(22))
 fig, axes = plt.subplots(1, 4, figsize=(9, 2.7))
 shown = []
 for ax, n in zip(axes, (1, 4, 16, 64), strict=True):
-    k = shuffled[:n][rewards[shuffled[:n]].argmax()]
-    shown.append(round(float(rewards[k]), 1) + 0.0)
-    plots.picture(ax, pictures[k], f"best of {n}\nreward {shown[-1]:.1f}")
+    best = shuffled[:n][rewards[shuffled[:n]].argmax()]
+    shown.append(round(float(rewards[best]), 1) + 0.0)
+    plots.picture(ax, pictures[best], f"best of {n}\nreward {shown[-1]:.1f}")
 plt.show()
 
 # %% tags=["check"]
@@ -120,7 +120,7 @@ assert [round(reward) for reward in shown] == [-8, -6, -2, 0], shown
 #
 # $$r_{\text{exact}}(x) = -\sum_k \big(n_k(x) - n_k^*\big)^2. \tag{3.1}$$
 #
-# The RBF paper calls the sum RSS, the residual sum of squares. A count is a whole number. This is a problem for a search, as we will see. So a badly drawn blob should count for less than one. The detector gives each blob $j$ a confidence $c_j$ between 0 and 1. It also gives weights $w_{jk}$: how much the blob looks like kind $k$. Then
+# The RBF paper calls the sum RSS, the residual sum of squares. A count is a whole number. This is a problem for a search. So a badly drawn blob should count for less than one. The detector gives each blob $j$ a confidence $c_j$ between 0 and 1. It also gives weights $w_{jk}$: how much the blob looks like kind $k$. Then
 #
 # $$
 # \begin{aligned}
@@ -136,8 +136,8 @@ def smooth_reward(scene, pictures):
     found = counter.detect(pictures)
     counts = np.zeros((len(pictures), 4, 3))  # colours, shapes
     blobs = zip(found.picture, found.colour, found.confidence, found.shape, strict=True)
-    for k, colour, confidence, weights in blobs:
-        counts[k, colour] += confidence * weights  # one weight for each shape
+    for picture, colour, confidence, weights in blobs:
+        counts[picture, colour] += confidence * weights  # one weight for each shape
     error = counts.reshape(-1, 12) - scene.target
     return -torch.from_numpy(error**2).sum(1).float()
 
@@ -159,8 +159,8 @@ film = shapes.to_tensor(film)
 
 # %% tags=["plot"] alt="Three pictures with one circle faint, half drawn and full. Beside them the rewards against its opacity: the exact counter jumps from -1 to 0 near 0.75, the held-out judge near 0.46; the smooth reward climbs from -1 to 0 between 0.55 and 0.9."
 fig, axes = plt.subplots(1, 4, figsize=(10, 2.6), width_ratios=(1, 1, 1, 2.2))
-for ax, k in zip(axes, (0, 18, 40), strict=False):
-    plots.picture(ax, film[k], f"opacity {fade[k]:.2f}")
+for ax, frame in zip(axes, (0, 18, 40), strict=False):
+    plots.picture(ax, film[frame], f"opacity {fade[frame]:.2f}")
 network = -((judge.counts(film) - scene.target) ** 2).sum(1)
 axes[3].plot(fade, -counter.residual(scene, film), label="exact counter (3.1)")
 axes[3].plot(fade, smooth_reward(scene, film), label="smooth reward (3.2)")
@@ -226,18 +226,18 @@ def encoded(pipe):
 # %%
 slow = encoded(dev)
 pool, means = [], []  # per prompt: 64 pictures; posterior means of the first 32
-for k in range(6):
-    ends_k, means_k = flow(slow[k], noise[k], steps=10)  # latents
-    pool.append(model.decode(ends_k))  # the decoder does not read the prompt
-    means.append([guess[:32] for guess in means_k])
+for i in range(6):
+    latents, guesses = flow(slow[i], noise[i], steps=10)
+    pool.append(model.decode(latents))  # the decoder does not read the prompt
+    means.append([guess[:32] for guess in guesses])
 
 # %%
 import pandas as pd
 
 # Three arrays (6, 64): prompts, pictures.
-r = np.stack([smooth[k](pool[k]).numpy() for k in range(6)])
-exact = np.stack([counter.exact(scenes[k], pool[k]) for k in range(6)])
-held_out = np.stack([judge.exact(scenes[k], pool[k]) for k in range(6)])
+r = np.stack([smooth[i](pool[i]).numpy() for i in range(6)])
+exact = np.stack([counter.exact(scenes[i], pool[i]) for i in range(6)])
+held_out = np.stack([judge.exact(scenes[i], pool[i]) for i in range(6)])
 columns = {"reward": r.mean(1), "exact": exact.mean(1), "held out": held_out.mean(1)}
 pd.DataFrame(columns, index=pd.Index(PROMPTS, name="prompt")).round(2)
 
@@ -256,7 +256,7 @@ def ties(values):
     return tie[matters].mean()
 
 
-counted = np.stack([-counter.residual(scenes[k], pool[k]) for k in range(6)])
+counted = np.stack([-counter.residual(scenes[i], pool[i]) for i in range(6)])
 print(f"exact counter: {ties(counted):.0%} of these pairs are ties")
 print(f"smooth reward: {ties(r):.0%} of these pairs are ties")
 
@@ -282,8 +282,8 @@ def best_of(n, reward, value, draws=1000):
 
 NS = (1, 2, 4, 8, 16)
 # Arrays (6, 5): the mean reward of the winner, and the share of right winners.
-gain = np.array([[best_of(n, r[k], r[k]) for n in NS] for k in range(6)])
-share = np.array([[best_of(n, r[k], exact[k]) for n in NS] for k in range(6)])
+gain = np.array([[best_of(n, r[i], r[i]) for n in NS] for i in range(6)])
+share = np.array([[best_of(n, r[i], exact[i]) for n in NS] for i in range(6)])
 
 # %% [markdown]
 # A picture is right with probability $p$, so the best of $N$ is right with probability $1 - (1 - p)^N$. Over the six prompts the mean of $p$ is 0.28.
@@ -292,8 +292,8 @@ share = np.array([[best_of(n, r[k], exact[k]) for n in NS] for k in range(6)])
 
 # %% tags=["plot"] alt="Left: expected best reward against N for three prompts; all rise, two of them ever more slowly, and stay below 0. Right: the share of right pictures against N. Measured, it rises from below 0.3 to about two thirds; the formula with the mean p lies far above it and reaches nearly 1."
 fig, axes = plt.subplots(1, 2, figsize=(10, 3.5))
-for k, marker in zip((5, 4, 3), "osD", strict=True):
-    axes[0].plot(NS, gain[k], marker=marker, markersize=4, label=PROMPTS[k])
+for i, marker in zip((5, 4, 3), "osD", strict=True):
+    axes[0].plot(NS, gain[i], marker=marker, markersize=4, label=PROMPTS[i])
 axes[0].set(title="expected best reward, three of the six", xlabel="N", ylim=(-10, 0))
 p = exact.mean()
 axes[1].plot(NS, share.mean(0), marker="o", markersize=4, label="mean of all six, measured")
@@ -351,16 +351,16 @@ assert _all_right.index(True) == 79 and 1 - (1 - p) ** 7 > 0.9 > 1 - (1 - p) ** 
 # %%
 schnell = load(locate("tiny-flux/schnell"))
 fast = encoded(schnell)
-quick = [flow(fast[k], noise[k, :32], steps=4) for k in range(6)]
+quick = [flow(fast[i], noise[i, :32], steps=4) for i in range(6)]
 times = {"dev": slow[0].times(10), "schnell": fast[0].times(4)}
 
 # %% tags=["plot"] alt="Two rows of guesses from noise to picture. Upper row, dev: first a grid of smears that fills the picture, then fewer and clearer shapes, some of them yellow until late; at the end three blue squares and four red triangles. Lower row, schnell: the shapes stand in their places from the first guess on, and change little; the end is the same."
 fig, axes = plt.subplots(2, 6, figsize=(10, 4.1))
 films = {"dev": (means[3], (0, 2, 4, 6, 8)), "schnell": (quick[3][1], (0, 1, 2, 3))}
 for row, (name, (film_means, frames)) in zip(axes, films.items(), strict=True):
-    for ax, i in zip(row, frames, strict=False):
-        guess = model.decode(film_means[i][9:10])[0]
-        plots.picture(ax, guess, f"t = {times[name][i]:.2f}")
+    for ax, step in zip(row, frames, strict=False):
+        guess = model.decode(film_means[step][9:10])[0]
+        plots.picture(ax, guess, f"t = {times[name][step]:.2f}")
     row[0].set_ylabel(name, fontsize=11)
 axes[1, 4].axis("off")
 ends = torch.stack([pool[3][9], model.decode(quick[3][0][9:10])[0]])
@@ -384,36 +384,36 @@ assert abs(_later[2, 1] - 3) < 0.1 and abs(_later[0, 2] - 2) < 0.1 and 1.5 < _la
 #
 # We would like to know the average reward of all pictures that fit the state, $E[r(x_0) \mid x_t]$. The look-ahead gives something else: the reward of the average picture. To second order, the two differ by a term with the spread of these pictures:
 #
-# $$E[r(x_0) \mid x_t] - r(x_{0|t}) \approx \tfrac12 \operatorname{tr}(H C_t), \tag{3.5}$$
+# $$E[r(x_0) \mid x_t] - r(x_{0|t}) \approx \tfrac12 \operatorname{tr}(H C_t). \tag{3.5}$$
 #
-# Here $H$ is the matrix of second derivatives of $r$ at $x_{0|t}$. The covariance matrix $C_t = \operatorname{Cov}(x_0 \mid x_t)$ is the spread of the pictures that fit ([Deeper](#Deeper:-the-reward-of-an-average)). **The wider this spread, the more wrong the look-ahead is.**
+# Here $H$ is the matrix of second derivatives of $r$ at $x_{0|t}$. The covariance matrix $C_t = \operatorname{Cov}(x_0 \mid x_t)$ is the spread of the pictures that fit ([Deeper](#Deeper:-the-reward-of-an-average)). **Roughly, for a smooth reward: the wider this spread, the more wrong the look-ahead is.**
 #
 # A search only needs the *order* of candidates. So we rank 32 noises of a prompt by their look-ahead, and again by their final reward. The *rank correlation* compares the two orders. It is 1 if they are the same, and near 0 if they have nothing to do with each other.
 
 
 # %%
-def look_ahead(k, guesses, final):
-    """Rewards (looks + 1, 32) for prompt k: of the guesses, and last of the end."""
-    seen = [smooth[k](model.decode(guess)) for guess in guesses]
-    return torch.stack([*seen, smooth[k](final)])
+def look_ahead(i, guesses, final):
+    """Rewards (looks + 1, 32) for prompt i: of the guesses, and last of the end."""
+    seen = [smooth[i](model.decode(guess)) for guess in guesses]
+    return torch.stack([*seen, smooth[i](final)])
 
 
 # %%
 looks = {"dev": (0, 2, 4, 6, 7, 8), "schnell": (0, 1, 2, 3)}  # steps at which we look
 ahead = {"dev": [], "schnell": []}  # both models share one decoder
-for k in range(6):
-    chosen = [means[k][i] for i in looks["dev"]]
-    ahead["dev"].append(look_ahead(k, chosen, pool[k][:32]))
-    ahead["schnell"].append(look_ahead(k, quick[k][1], model.decode(quick[k][0])))
+for i in range(6):
+    chosen = [means[i][step] for step in looks["dev"]]
+    ahead["dev"].append(look_ahead(i, chosen, pool[i][:32]))
+    ahead["schnell"].append(look_ahead(i, quick[i][1], model.decode(quick[i][0])))
 
 # %%
 from scipy.stats import spearmanr
 
 trust = {"dev": [], "schnell": []}  # at each look: mean over the prompts, low, high
 for name in ahead:
-    for i in range(len(looks[name])):
+    for look in range(len(looks[name])):
         # One rank correlation a prompt: this look against the final reward.
-        found = [float(spearmanr(each[i], each[-1])[0]) for each in ahead[name]]
+        found = [float(spearmanr(each[look], each[-1])[0]) for each in ahead[name]]
         found = np.nan_to_num(found).tolist()  # all looks equal: no order, so 0
         trust[name].append(clustered_mean(found, range(6)))
 
@@ -425,37 +425,41 @@ for name in ahead:
 # %% tags=["plot"] alt="Rank correlation of look-ahead and final reward, against time from noise to data. dev starts near 0 at t = 1 and rises towards 1; schnell starts near 0.6 at t = 1. The bars are 95 % intervals over prompts."
 fig, ax = plt.subplots(figsize=(6, 3.3))
 for name, marker in zip(ahead, "os", strict=True):
-    t = [times[name][i] for i in looks[name]]
+    t = [times[name][step] for step in looks[name]]
     plots.intervals(ax, t, trust[name], marker=marker, label=name)
 ax.axhline(0, color="0.6", linewidth=0.8, linestyle="-")
 ax.set(xlabel="time t (left: noise)", ylabel="rank correlation", xlim=(1.03, 0.2))
 ax.legend()
 plt.show()
 
+
+# %% tags=["plot"]
+def stray(pictures, scene):
+    """Objects a picture, on average, in colours that the prompt does not name."""
+    asked = [shapes.COLOURS.index(group.colour) for group in scene.groups]
+    by_colour = counter.soft_count(counter.detect(pictures)).reshape(-1, 4, 3).sum(2)
+    return np.delete(by_colour, asked, axis=1).sum(1).mean()
+
+
+middle = np.mean([stray(model.decode(means[i][4]), scenes[i]) for i in range(6)])
+ended = np.mean([stray(pool[i][:32], scenes[i]) for i in range(6)])
+print("dev: objects in colours that the prompt does not name, mean per picture")
+print(f"  guess at t = {times['dev'][4]:.2f}: {middle:.1f}")
+print(f"  finished picture: {ended:.1f}")
+
 # %% tags=["check"]
 assert trust["dev"][0].high < 0.3 and trust["schnell"][0].low > 0.3
 assert trust["dev"][-1].mean > 0.8
 assert trust["dev"][0].mean < trust["dev"][2].mean < trust["dev"][-1].mean
 assert 0.15 < trust["dev"][2].mean < 0.25 and 0.25 < trust["dev"][3].low < 0.35 < 0.75 < trust["dev"][3].high < 0.85
-
-
-def _stray(pictures, scene):
-    """Objects a picture, on average, in colours that the prompt does not name."""
-    asked = [shapes.COLOURS.index(g.colour) for g in scene.groups]
-    by_colour = counter.soft_count(counter.detect(pictures)).reshape(-1, 4, 3).sum(2)
-    return np.delete(by_colour, asked, axis=1).sum(1).mean()
-
-
-_middle = np.mean([_stray(model.decode(means[k][4]), scenes[k]) for k in range(6)])
-_ended = np.mean([_stray(pool[k][:32], scenes[k]) for k in range(6)])
-assert 1.6 < _middle < 1.75 and _ended < 0.01 and abs(times["dev"][4] - 0.75) < 0.005
+assert 1.6 < middle < 1.75 and ended < 0.01 and abs(times["dev"][4] - 0.75) < 0.005
 
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
 # For schnell at once: the correlation is about 0.6 at $t = 1$. So the first evaluation of a noise already says much about the final picture. A search may try many noises and drop most of them after one evaluation (exercise 2).
 #
-# For dev the first look says next to nothing. Even at $t = 0.75$ the correlation is only about 0.2. Why so little, when the film above shows most shapes in place by then? One or two objects that are not yet decided can change the order. At this time a guess still has, on average, 1.7 objects in a colour that nobody asked for. A finished picture has none. The correlation passes 0.5 near $t = 0.6$. The bar there is long, from about 0.3 to 0.8, so the prompts differ. From about there on we expect a choice among dev's states to help.
+# For dev the first look says next to nothing. Even at $t = 0.75$ the correlation is only about 0.2. Why so little, when the film above shows most shapes in place by then? One or two objects that are not yet decided can change the order. At this time a guess still has, on average, 1.7 objects in a colour that nobody asked for. A finished picture has almost none (the lines below the figure). The correlation passes 0.5 near $t = 0.6$. The bar there is long, from about 0.3 to 0.8, so the prompts differ. From about there on we expect a choice among dev's states to help.
 #
 # </details>
 #
@@ -514,15 +518,15 @@ def more_ink(scene, pictures):
 # %%
 # What each reward says of the pictures: a list of six arrays (64,), one a prompt.
 hurried = {"counts": list(r)}
-hurried["total only"] = [total_only(scenes[k], pool[k]) for k in range(6)]
-hurried["more ink"] = [more_ink(scenes[k], pool[k]) for k in range(6)]
+hurried["total only"] = [total_only(scenes[i], pool[i]) for i in range(6)]
+hurried["more ink"] = [more_ink(scenes[i], pool[i]) for i in range(6)]
 
 
 def mean_curve(values, measured):
     """For each N: the mean of `measured` over winners by `values` and prompts."""
     curve = []
     for n in NS:
-        winners = [best_of(n, values[k], measured[k]) for k in range(6)]
+        winners = [best_of(n, values[i], measured[i]) for i in range(6)]
         curve.append(np.mean(winners))
     return curve
 
@@ -555,9 +559,9 @@ plt.show()
 fig, axes = plt.subplots(1, 3, figsize=(8, 3))
 fig.suptitle(TEXT, y=1.08)
 for ax, (name, values) in zip(axes, hurried.items(), strict=True):
-    k = int(np.argmax(values[5]))
-    verdict = "right" if held_out[5, k] else "wrong"
-    plots.picture(ax, pool[5][k], f"best of 64 by {name}\nheld-out judge: {verdict}")
+    best = int(np.argmax(values[5]))
+    verdict = "right" if held_out[5, best] else "wrong"
+    plots.picture(ax, pool[5][best], f"best of 64 by {name}\nheld-out judge: {verdict}")
 plt.show()
 
 # %% tags=["check"]
@@ -566,8 +570,8 @@ assert all(own[-1] > own[0] + 0.35 for own, _ in curves.values()), "all three su
 assert _judged["more ink"][-1] < _judged["more ink"][0] < _judged["total only"][-1] < _judged["counts"][-1]
 assert [bool(held_out[5, int(np.argmax(v[5]))]) for v in hurried.values()] == [True, False, False]
 assert (exact == held_out).mean() > 0.98, "two judges, on finished pictures"
-_totals = [counter.count(pool[k]).sum(1) == scenes[k].total for k in range(6)]
-_totals = [np.mean([best_of(n, hurried["total only"][k], _totals[k]) for k in range(6)]) for n in (1, 4)]
+_totals = [counter.count(pool[i]).sum(1) == scenes[i].total for i in range(6)]
+_totals = [np.mean([best_of(n, hurried["total only"][i], _totals[i]) for i in range(6)]) for n in (1, 4)]
 assert _totals[0] < 0.95 and _totals[1] > 0.99, _totals
 
 # %% [markdown]
@@ -664,54 +668,60 @@ def samples_needed(p, wanted):
 #
 # You have 32 evaluations of schnell for each prompt. A picture takes four steps, so best-of-8 spends them all on eight pictures. Do better:
 #
-# 1. Make the *first* step for $m$ noises. This costs $m$ evaluations, and gives a look-ahead reward for each noise.
-# 2. Finish only the $k$ noises of highest look-ahead reward, with three more evaluations each.
+# 1. Make the *first* step for $m$ noises, at one evaluation each. The step gives a look-ahead reward for each noise.
+# 2. Finish only the $f$ noises of highest look-ahead reward, with three more evaluations each.
 # 3. Return the best finished picture by its reward.
 #
-# Choose $m$ and $k$ (here $k$ is a number of pictures). The mean reward must be at least 0.37 above that of best-of-8. The best choice gains 0.57 on these pictures, so yours may be a little off.
+# Choose $m$ and $f$. The mean reward must be at least 0.37 above that of best-of-8. (The best choice gains 0.57, so yours may be a little off.)
 #
-# Nothing new is drawn: the test uses the runs above. For prompt $i$, `ahead["schnell"][i]` is a tensor (5, 32) of rewards. A column is one of 32 noises. The rows are the look-ahead rewards at the four steps, and last the reward of the finished picture. You need row 0 (for step 2 of your search) and row 4 (for step 3). The test draws $m$ of the 32 columns at random, 600 times, and takes the mean over draws and prompts. You may try your choice in the same way, in a cell of your own. When you pass, the test prints a table: a line for each of several $k$, with the largest $m$ that can be paid, and the mean reward.
+# Nothing new is drawn. The test takes $m$ of the 32 noises at random, 600 times, looks up their rewards in the runs above, and takes the mean. If you pass, it prints what several $f$ reach, each with the largest $m$ that can be paid.
 #
 # We count NFE only, as on a large model. On tiny-flux this search takes more *seconds* than best-of-8, because every look needs a decoding.
 #
 # <details><summary>Hint</summary>
 #
-# What do $m$ and $k$ cost together? Spend all 32, so that $k$ fixes $m$. Then ask what goes wrong if $k = 1$ (how far do you trust a first look?), and what goes wrong if $k = m$.
+# What do $m$ and $f$ cost together? Spend all 32, so that $f$ fixes $m$. Then ask what goes wrong if $f = 1$ (how far do you trust a first look?), and what goes wrong if $f = m$.
+#
+# </details>
+#
+# <details><summary>Where the rewards are, if you want to try a choice yourself</summary>
+#
+# `ahead["schnell"][i]` is a tensor (5, 32) for prompt $i$, with a column for each noise. Row 0 is the look-ahead reward after the first step. Row 4 is the reward of the finished picture.
 #
 # </details>
 
 
 # %% tags=["exercise"]
 def split():
-    """-> (m, k), two whole numbers: noises to look at, pictures to finish."""
+    """-> (m, f), two whole numbers: noises to look at, pictures to finish."""
     ### BEGIN SOLUTION
-    # m + 3 k = 32. With k = 1 we would trust the first look entirely; with a large
-    # k few noises are left to look at. Best-of-8 is m = k = 8.
+    # m + 3 f = 32. With f = 1 we would trust the first look entirely; with a large
+    # f few noises are left to look at. Best-of-8 is m = f = 8.
     return 26, 2
     ### END SOLUTION
 
 
 # %% tags=["exercise-test"]
-def _mean_best(m, k):
+def _mean_best(m, f):
     """Mean over prompts and 600 draws of m noises, from the runs above."""
     data, rng, found = torch.stack(ahead["schnell"]), np.random.default_rng(0), []
     for _ in range(600):
         chosen = torch.from_numpy(rng.permutation(32)[:m])
-        kept = data[:, 0, chosen].topk(k, dim=1).indices
+        kept = data[:, 0, chosen].topk(f, dim=1).indices
         final = data[:, -1, chosen].gather(1, kept)
         found.append(float(final.max(1).values.mean()))
     return sum(found) / 600
 
 
-_m, _k = split()
-assert 1 <= _k <= _m, "k of the m noises are finished"
-assert _m + 3 * _k <= 32, f"m = {_m}, k = {_k} cost {_m + 3 * _k} evaluations, not 32"
-_before, _after = _mean_best(8, 8), _mean_best(_m, _k)
+_m, _f = split()
+assert 1 <= _f <= _m, "f of the m noises are finished"
+assert _m + 3 * _f <= 32, f"m = {_m}, f = {_f} cost {_m + 3 * _f} evaluations, not 32"
+_before, _after = _mean_best(8, 8), _mean_best(_m, _f)
 _both = f"best-of-8 {_before:.2f}, yours {_after:.2f}"
 assert _after > _before + 0.37, f"{_both}: not enough"
 print(f"Well done: {_both}.")
-for _k in (1, 2, 3, 4, 5, 8):
-    print(f"m = {32 - 3 * _k:2}, k = {_k}: {_mean_best(32 - 3 * _k, _k):.2f}")
+for _f in (1, 2, 3, 4, 5, 8):
+    print(f"m = {32 - 3 * _f:2}, f = {_f}: {_mean_best(32 - 3 * _f, _f):.2f}")
 
 
 # %% tags=["wrong-answers"]
@@ -924,21 +934,21 @@ first, other = r[:, :32].astype(float), r[:, 32:].astype(float)
 again = np.random.default_rng(1).integers(32, size=(2, 300, 32))  # each half drawn anew
 fig, axes = plt.subplots(1, 3, figsize=(10, 3.1))
 agree = []
-for ax, k in zip(axes, (1, 3, 5), strict=True):
-    a, b = first[k][again[0]], other[k][again[1]]
+for ax, i in zip(axes, (1, 3, 5), strict=True):
+    a, b = first[i][again[0]], other[i][again[1]]
     dots = np.array([of_the_winner(a, a, n) for n in few])
     curve = np.array([predicted(b, n) for n in few])
     agree.append(np.quantile(dots - curve, [0.025, 0.975], axis=1))
     ax.vlines(few, *np.quantile(dots, [0.025, 0.975], axis=1), color="0.6")
     ax.fill_between(few, *np.quantile(curve, [0.025, 0.975], axis=1), alpha=0.15)
-    ax.plot(few, [of_the_winner(first[k], first[k], n) for n in few], "ko", label="one half")
-    ax.plot(few, [predicted(other[k], n) for n in few], label="from the other half")
+    ax.plot(few, [of_the_winner(first[i], first[i], n) for n in few], "ko", label="one half")
+    ax.plot(few, [predicted(other[i], n) for n in few], label="from the other half")
     normal = [np.mean(norm.ppf(places) * n * places ** (n - 1)) for n in few]
-    ax.plot(few, other[k].mean() + other[k].std() * np.array(normal), label="if normal")
+    ax.plot(few, other[i].mean() + other[i].std() * np.array(normal), label="if normal")
     ax.set_xscale("log", base=2)
     ax.set_xticks(few, few)
     ax.set_xlabel("N")
-    ax.set_title(PROMPTS[k].replace(" and ", "\nand "), fontsize=9)
+    ax.set_title(PROMPTS[i].replace(" and ", "\nand "), fontsize=9)
 axes[0].set_ylabel("expected best reward")
 axes[0].legend(fontsize=8, loc="lower right")
 plt.show()

@@ -13,7 +13,7 @@
 # %% [markdown]
 # # 05 Interpolant conversion: why VP explores more
 #
-# **Question.** The paper samples a linear-path model on another path, VP, and its search finds more. Why should the path matter?
+# **Question.** FLUX learned the linear path. The course's paper (Kim et al., 2025) samples it on another path, VP, and its search finds more. Why should the path matter?
 #
 # <!-- badge -->
 #
@@ -301,7 +301,7 @@ plt.show()
 #
 # - **VP-SDE**: the linear path, with the paper's grid and VP's noise.
 #
-# For tiny steps it is the same SDE as *VP-SDE, on VP*. In ten large steps the pictures differ a little ([Deeper](#Deeper:-the-last-step-on-VP)). Now we can also change the grid alone, or the noise alone. (The paper calls $g$ the *diffusion coefficient*.)
+# For tiny steps it is the same SDE as *VP-SDE, on VP*. In ten large steps the pictures differ a little (compare the first figure with the last row of the next; [Deeper](#Deeper:-the-last-step-on-VP)). Now we can also change the grid alone, or the noise alone. (The paper calls $g$ the *diffusion coefficient*.)
 
 # %%
 vp_noisy = kernels.sde(kernels.vp_diffusion())
@@ -347,8 +347,6 @@ assert 13 < vp_noisy(LINEAR, _x, _x, 1.0, 0.9)[1] ** 2 < 15
 assert all(kernels.vp_diffusion()(t) < 0.3 * kernels.quadratic()(t) for t in (0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1))
 
 # %% [markdown]
-# (Compare the last row with the first figure. From the same random numbers *VP-SDE, on VP* drew similar pictures, not equal ones.)
-#
 # <details><summary>Answer</summary>
 #
 # The *grid* makes siblings different, because with it three steps end close to pure noise. Some shapes of its row are smudged; the next section measures whether its pictures are worse than the linear SDE's.
@@ -377,7 +375,7 @@ except ImportError:
 #
 # ## Variety against quality
 #
-# So far we looked at one prompt. Now we count with schnell, on twenty hard prompts. Each prompt has two noises, each noise four siblings (`tools/runs/interpolants.py`):
+# So far we looked at one prompt. Now we measure schnell on twenty hard prompts. Each prompt has two noises, each noise four siblings (`tools/runs/interpolants.py`):
 #
 # - *variety* is the distance of siblings, the root mean squared difference of their pixels;
 # - *quality* is the reward of the finished pictures, without a search. 0 is best ([notebook 03](03_rewards_and_best_of_n.ipynb)).
@@ -449,13 +447,24 @@ for _model in ("dev", "schnell"):
 #
 # *Right.* To the right is more varied, up is better. The noise alone has neither variety nor quality. The grid alone has far more variety than the linear SDE, and we see no difference in quality. VP-SDE has the variety too. Prompt by prompt, its quality is a little higher than that of both (by 1.4 and 1.6: [Deeper](#Deeper:-beside-the-paper)). For *VP-SDE, on VP* we see no such gain over the linear SDE ([Deeper](#Deeper:-the-last-step-on-VP)).
 #
-# **Guess: the grid alone has far more variety than the linear SDE. Is that enough for a search to find more?**
-#
 # ## Does a search find more?
 #
-# *Left panel.* RBF, the search of [notebook 08](08_rollover_budget_forcing.ipynb), on schnell, with 100 evaluations, for forty prompts. Each row compares the rewards found with two samplers. Right of the line, the first sampler found more.
+# A search draws *children* of a state (next states, each with fresh noise) and goes on with good ones. For this, children must differ.
 #
-# *Right panel.* A larger run: 500 evaluations, fifty other prompts, three seeds, and four searches of the next notebooks. Each row is the share of right pictures with VP-SDE minus that with the linear SDE. Two judges look at each picture. The search saw the reward of the *counter*; it never saw the *held-out judge*.
+# **Guess: the grid alone has far more variety than the linear SDE. Does a search find more with it?**
+#
+# We look at two stored runs with schnell. The next notebooks explain their four searches. All four judge a state by its look-ahead reward:
+#
+# | search | what it does | notebook |
+# |---|---|---|
+# | SMC | moves many states at once, copies good ones and drops others | [06](06_smc.ipynb) |
+# | SVDD | draws several children at every step, keeps the best | [07](07_search.ipynb) |
+# | CoDe | as SVDD, but lets children run a few steps before it chooses | [07](07_search.ipynb) |
+# | RBF | draws children until one beats the best so far, saves the unused draws for later steps | [08](08_rollover_budget_forcing.ipynb) |
+#
+# *Left panel: the small run.* RBF only, 100 evaluations, forty prompts. Each row is the reward found with one sampler minus the reward found with another. Right of the line, the first one found more.
+#
+# *Right panel: the larger run.* All four searches, 500 evaluations, fifty other prompts, three seeds. Each row is the share of right pictures with VP-SDE minus the share with the linear SDE. Two judges say which pictures are right: the *counter*, whose reward the searches saw, and the *held-out judge*, which they never saw.
 
 # %% tags=["plot"]
 searches = pd.DataFrame(experiments.read(locate("results") / "interpolants_search.jsonl"))
@@ -523,15 +532,13 @@ assert set(larger["seed"]) == {0, 1, 2} and larger["prompt"].nunique() == 50
 #
 # We cannot say. The bar of the grid alone minus the linear SDE contains 0, and most of it lies on the left.
 #
-# The surprise: VP-SDE, with *less* varied late siblings, finds more than the grid alone. The two differ in the noise only. So *on this grid* VP's noise helps the search. On uniform steps the same noise ruins the search (last row): it needs the grid.
-#
 # </details>
 #
-# Why does VP's noise help on this grid? A likely reason, which we did not test: it is strong while nothing is decided. Later it is weak, and does not spoil what is already drawn.
+# *Does VP's noise help?* On the paper's grid, yes: RBF finds more with VP-SDE than with the grid alone, and the two differ in the noise only. That is a surprise, because late siblings are *less* varied under VP-SDE. On uniform steps the same noise ruins the search (last row). A likely reason, which we did not test: on this grid VP's noise is strong while nothing is decided. Later it is weak, and does not spoil what is already drawn.
 #
-# Does VP-SDE beat the linear SDE? With 100 evaluations we cannot say: that bar contains 0, too. (And RBF's settings on the left were tuned with VP-SDE, which favours it. On the right they are the paper's.) With 500 we can. By the counter, all four searches find more with VP-SDE; by the held-out judge, all but CoDe. RBF finds more with *VP-SDE, on VP*, too. The grid alone was not run with 500, so its share of the gain is open.
+# *Does VP-SDE beat the linear SDE?* With 100 evaluations we cannot say: that bar contains 0, too. (RBF's settings were tuned with VP-SDE there, which favours it. In the larger run they are the paper's.) With 500 evaluations we can. By the counter, all four searches find more with VP-SDE; by the held-out judge, all but CoDe. RBF also finds more with *VP-SDE, on VP*. The grid alone was not run with 500, so its share of the gain is open.
 #
-# The question at the top has its answer. *The path changes the grid and the noise. The grid keeps siblings different. On that grid, in our runs of RBF, VP's noise finds more than $3t^2$. With both, and with enough evaluations, a search finds more than with the linear SDE.*
+# The question at the top has its answer. *The path changes the grid and the noise. The grid keeps siblings different. On that grid RBF, in our runs, finds more with VP's noise than with $3t^2$. With both, and with 500 evaluations, three of the four searches find more than with the linear SDE, by both judges.*
 #
 # ## What goes wrong: the paper's grid on a multi-step model
 #
@@ -583,18 +590,52 @@ assert minus("dev", "VP-SDE, last step in three", "VP-SDE", "finished").mean > 0
 # %% [markdown]
 # ## Exercises
 #
+# *For exercise 1.* A colleague has a model of VP and wants to sample on the *linear* path: the opposite direction. This function runs without an error:
+
+
+# %%
+def half_converted(velocity, x, t):
+    """The linear path's velocity, of a model of VP. It has a mistake."""
+    s = VP.time_of_ratio(t / (1 - t))  # VP's time with the same ratio
+    x0, eps = VP.endpoints(x, velocity(x, s), s)
+    return LINEAR.velocity(x0, eps, t)
+
+
+# %% tags=["plot"] alt="Density of the data, three hills, and over it the samples of the half conversion: the outer hills are wider and lower than the data's and reach further out; the middle one is a little wider."
+def flowed(conversion):
+    """4,000 samples by the ODE on the linear path, with a conversion of the model of VP."""
+    x = torch.randn(4000, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for t, after in pairwise(schedules.uniform(100)):
+        velocity = conversion(data.velocity(VP), x, x.new_full((4000,), t))
+        x = x - (t - after) * velocity
+    return x
+
+
+def beside_the_data(ax, samples, label):
+    """A histogram of samples, and the density of the data."""
+    grid = torch.linspace(-3.5, 3.5, 400, dtype=torch.float64)[:, None]
+    ax.hist(samples[:, 0].numpy(), bins=100, range=(-3.5, 3.5), density=True, color="#56B4E9", label=label)
+    ax.plot(grid, data.log_prob(grid).exp(), linestyle="-", label="data")
+    ax.set(xlabel="x", ylabel="density")
+    ax.legend(fontsize=9)
+
+
+wrong = flowed(half_converted)
+fig, ax = plt.subplots(figsize=(6, 2.6))
+beside_the_data(ax, wrong, "half a conversion")
+plt.show()
+
+# %% tags=["check"]
+for _low, _high, _mean, _width, _side in ((-9, -0.6, -1.5, 0.3, -1), (0.8, 9, 1.6, 0.4, 1)):
+    _hill = wrong[(wrong > _low) & (wrong < _high)]
+    assert _hill.std() > 1.1 * _width and _side * (_hill.mean() - _mean) > 0.03, "too wide, and too far out"
+
+# %% [markdown]
+# The samples form three hills, as they should. But the hills are too wide, and the outer ones lie too far out.
+#
 # ### Exercise 1: half a conversion (difficulty 2 of 5, 10 minutes)
 #
-# A colleague has a model of VP and wants to sample on the *linear* path: the opposite direction.
-#
-# ```python
-# def half_converted(velocity, x, t):
-#     s = VP.time_of_ratio(t / (1 - t))  # VP's time with the same ratio
-#     x0, eps = VP.endpoints(x, velocity(x, s), s)
-#     return LINEAR.velocity(x0, eps, t)
-# ```
-#
-# It runs without an error. Its samples form three hills, as they should. But the hills are too wide, and the outer ones lie too far out (figure below the test). Find the mistake and write the right function, without `convert`.
+# Find the mistake in `half_converted` and write the right function, without `convert`. If it passes, the test draws the figure again, with your function.
 #
 # <details><summary>Hint</summary>
 #
@@ -623,7 +664,9 @@ for _now in (0.1, 0.5, 0.9):
     _want = data.velocity(LINEAR)(_x, _t)
     assert _got.shape == _want.shape, "one velocity a row, shaped like x"
     assert torch.allclose(_got, _want), f"at t = {_now} it is another velocity"
-print("Well done.")
+print("Well done. Here are the samples with your function:")
+_, _ax = plt.subplots(figsize=(6, 2.6))
+beside_the_data(_ax, flowed(converted), "your conversion")
 
 
 # %% tags=["wrong-answers"]
@@ -655,31 +698,6 @@ def converted(velocity, x, t):
     x0, eps = VP.endpoints(y, velocity(y, t), t)
     return LINEAR.velocity(x0, eps, t)
 
-
-# %% tags=["plot"] alt="Density of the data, three hills, and over it the samples of the half conversion: the outer hills are wider and lower than the data's and reach further out; the middle one is a little wider."
-def half_converted(velocity, x, t):
-    """The colleague's function of exercise 1."""
-    s = VP.time_of_ratio(t / (1 - t))
-    x0, eps = VP.endpoints(x, velocity(x, s), s)
-    return LINEAR.velocity(x0, eps, t)
-
-
-samples = torch.randn(4000, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-for t, after in pairwise(schedules.uniform(100)):
-    velocity = half_converted(data.velocity(VP), samples, samples.new_full((4000,), t))
-    samples = samples - (t - after) * velocity
-line = torch.linspace(-3.5, 3.5, 400, dtype=torch.float64)[:, None]
-fig, ax = plt.subplots(figsize=(6, 2.6))
-ax.hist(samples[:, 0].numpy(), bins=100, range=(-3.5, 3.5), density=True, color="#56B4E9", label="half a conversion")
-ax.plot(line, data.log_prob(line).exp(), linestyle="-", label="data")
-ax.set(xlabel="x", ylabel="density")
-ax.legend(fontsize=9)
-plt.show()
-
-# %% tags=["check"]
-for _low, _high, _mean, _width, _side in ((-9, -0.6, -1.5, 0.3, -1), (0.8, 9, 1.6, 0.4, 1)):
-    _hill = samples[(samples > _low) & (samples < _high)]
-    assert _hill.std() > 1.1 * _width and _side * (_hill.mean() - _mean) > 0.03, "too wide, and too far out"
 
 # %% [markdown]
 # ### Exercise 2: an SDE moved from cosine to linear (difficulty 3 of 5, 15 minutes)
@@ -749,7 +767,7 @@ def moved_from_cosine(g_bar, t):
 # - No step is longer than 0.3.
 # - Time falls in every step.
 #
-# If your grid passes, the test draws dev's six pictures again, with VP's noise, on the paper's grid and on yours. Are the shapes whole?
+# If your grid passes, the test draws dev's six pictures again, with VP's noise, on the paper's grid and on yours: compare the edges of the shapes.
 #
 # <details><summary>Hint</summary>
 #
@@ -987,7 +1005,7 @@ for name, (on_vp, on_linear) in PAIRED.items():
         distance = gap(on_vp, on_linear, n)
         line[f"{n} steps"] = f"{distance:.3f}" if distance > 1e-9 else "below 1e-9"
     lines.append(line)
-pd.DataFrame(lines)
+pd.DataFrame(lines).set_index("gap between VP and linear")
 
 # %% tags=["check"]
 assert gap(noisy, vp_noisy, 200) < 0.35 * gap(noisy, vp_noisy, 50)

@@ -142,6 +142,7 @@ for ax in axes:
     ax.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.2))
 plt.show()
 
+
 # %% tags=["plot"]
 def forest(gaps, first, second):
     """Paired differences `first` minus `second`: a line for each entry of `gaps`."""
