@@ -144,7 +144,7 @@ for row, (name, pipe) in zip(axes, MODELS.items(), strict=True):
     scale = {"guidance_scale": 2.0} if name == "dev" else {}
     same_noise = torch.Generator().manual_seed(0)
     pictures = pipe(TEXT, generator=same_noise, **five, **size, **scale).images
-    exact = counter.exact(shapes.parse(TEXT), pictures)
+    exact = counter.exact(shapes.parse(TEXT), pictures)  # is every count right?
     plots.strip(row, pictures, ["right" if ok else "wrong" for ok in exact], label=name)
 fig.suptitle(TEXT)
 plt.show()
@@ -160,7 +160,7 @@ plt.show()
 #
 # To see what happens inside we need the velocity itself. We write two functions. The first, folded, turns prompts into vectors: `encode(pipe, captions)`. The second takes these vectors and gives $u_t(x)$: `velocity(pipe, x, t, text)`. It cuts the latents into tokens, calls the transformer once, and puts the tokens together again.
 #
-# Three names are those of diffusers: `pooled_projections` is CLIP's vector, `img_ids` says in which row and column each token stands, and `txt_ids` does the same for the words, all at place 0. (What `guidance` does comes later.)
+# The transformer's arguments have the names that diffusers gives them; the comments say what each is. (What `guidance` does comes later.)
 
 
 # %% tags=["plot"]
@@ -174,20 +174,25 @@ def encode(pipe, captions):
 
 
 # %%
+# Where tokens stand. Each picture token: 0, row, column. The words: all at 0.
+PICTURE_PLACES = dev._prepare_latent_image_ids(1, 4, 4, "cpu", torch.float32)  # (16, 3)
+WORD_PLACES = torch.zeros(16, 3)
+
+
+# %%
 @torch.no_grad()
 def velocity(pipe, x, t, text, guidance=2.0):
     """Velocity at latents x (K, 8, 8, 8), all at time t, for one text or K."""
     k, (clip, t5) = len(x), text
-    takes_scale = pipe.transformer.config.guidance_embeds
     out = pipe.transformer(
         hidden_states=pipe._pack_latents(x, *x.shape),  # tokens (K, 16, 32)
         timestep=torch.full((k,), t),
-        guidance=torch.full((k,), guidance) if takes_scale else None,
-        pooled_projections=clip.expand(k, -1),
-        encoder_hidden_states=t5.expand(k, -1, -1),
-        txt_ids=torch.zeros(16, 3),
-        img_ids=pipe._prepare_latent_image_ids(1, 4, 4, "cpu", torch.float32),
-    ).sample
+        guidance=None if pipe is schnell else torch.full((k,), guidance),
+        pooled_projections=clip.expand(k, -1),  # CLIP's vector
+        encoder_hidden_states=t5.expand(k, -1, -1),  # T5's vectors
+        txt_ids=WORD_PLACES,
+        img_ids=PICTURE_PLACES,
+    ).sample  # a velocity for each token
     return pipe._unpack_latents(out, 64, 64, pipe.vae_scale_factor)
 
 
@@ -212,17 +217,19 @@ def sample(pipe, x, steps, text, guidance=2.0):
 
 
 # %%
-text = encode(dev, [TEXT])  # the prompt's vectors
-prompt = FlowModel.encode(dev, TEXT, guidance=2.0)  # the package's model
+text = encode(dev, [TEXT])  # the prompt's vectors, the same for both models
+prompt = FlowModel.encode(dev, TEXT, guidance=2.0)  # the package's dev: decodes latents
 noise = torch.randn(64, *prompt.shape, generator=torch.Generator().manual_seed(3))
 
+# %% tags=["check"]
+assert all(torch.equal(*pair) for pair in zip(text, encode(schnell, [TEXT]), strict=True))
 at = torch.full((4,), 0.8)
 for pipe, theirs in ((dev, prompt), (schnell, FlowModel.encode(schnell, TEXT))):
     ours = velocity(pipe, noise[:4], 0.8, text)
     assert torch.allclose(ours, theirs(noise[:4], at), atol=1e-5)
 
 # %% [markdown]
-# The assertion says that our velocity is that of the package's `FlowModel`.
+# A folded check compares our velocity with that of the package's `FlowModel`: they agree.
 #
 # ## One noise, 10, 4, 2 and 1 steps
 #
@@ -294,6 +301,11 @@ def card(*setting):
 
 
 assert round(card("dev", 10, 2.0).mean(), 2) == 0.65 and card("schnell", 10, 0.0).mean() == 0.56
+_rows = [
+    [row for row in _card if (row["variant"], row["steps"], row["guidance"]) == setting]
+    for setting in (("dev", 10, 2.0), ("schnell", 10, 0.0))
+]
+assert str(experiments.paired_difference(*_rows, "exact")) == "0.09 [0.05, 0.14]"
 _objects = np.mean([row["objects"] for row in _card])
 assert np.mean([scene.total for scene in scenes]) == 6.5 and round(_objects, 1) == 5.6
 _again = []
@@ -304,9 +316,15 @@ _said = np.array([24, 27, 33, 29])  # other machines round otherwise: a picture 
 assert (abs(np.array([right["dev", 10].sum(), *_again]) - _said) <= 2).all(), _again
 
 # %% [markdown]
-# In one step dev gets no picture right. schnell gets a fifth of the pictures right in one step and two fifths in four. At ten steps 48 prompts are too few to say which model is better. On the 300 prompts of the model card (`data/tiny-flux/README.md`) dev is ahead, .65 against .56.
+# In one step dev gets no picture right. schnell gets a fifth of the pictures right in one step and two fifths in four. At ten steps 48 prompts are too few to say which model is better. On more prompts dev is ahead.
 #
-# The card's shares are higher than ours, for two reasons. First, our prompts ask for more objects, 6.5 on average against 5.6. (But some of the card's prompts also ask for a relation such as "below".) Second, dev is unlucky with our noises. At ten steps 24 of its 48 pictures are right. Three other sets of noises give 27, 33 and 29. So use the figure to compare the two models, and the card for the level.
+# <details><summary>How far ahead?</summary>
+#
+# Both models drew the 300 prompts of the *model card* (`data/tiny-flux/README.md`). At ten steps .65 of dev's pictures are exact and .56 of schnell's. Compared prompt by prompt, dev is ahead by .09 (95 % interval .05 to .14).
+#
+# Both shares are higher than in our figure. Our prompts ask for more objects, 6.5 on average against 5.6. And dev is unlucky with our noises: 24 of its 48 pictures are right, but 27, 33 and 29 with three other sets of noises.
+#
+# </details>
 #
 # ## Which model sees the end from the start?
 #
@@ -322,43 +340,55 @@ for row, (name, pipe) in zip(axes, MODELS.items(), strict=True):
 plt.show()
 
 # %% [markdown]
-# Now only the *first* guess, from five noises. A search could look at these five and go on with the best.
+# Now only the *first* guess, from five noises. Under each guess stands the picture that the same noise becomes in ten steps. A search could look at the five guesses and go on with the best.
 #
-# **Guess: for which model is that worth anything?**
+# **Guess: for which model is such a look worth anything?**
 
-# %% alt="First guesses from five noises. dev, upper row: yellow shapes, mostly faint, in few cells or in many; no blue. schnell, lower row: five different pictures with clear objects."
-fig, axes = plt.subplots(2, 5, figsize=(9, 4.2))
-first = {}
-for row, (name, pipe) in zip(axes, MODELS.items(), strict=True):
-    first[name] = sample(pipe, noise, 1, text)[0]
-    titles = [f"noise {k}" for k in range(5)]
-    plots.strip(row, prompt.decode(first[name][:5]), titles, label=name)
+# %% alt="Four rows of five pictures, one column for each noise. First row, dev's first guesses: yellow shapes, mostly faint, in few cells or in many; no blue. Second row, dev after ten steps: clear yellow circles and blue triangles. Third row, schnell's first guesses: clear objects, nearly those of the row below, a few in wrong colours. Last row, schnell after ten steps: nearly dev's pictures."
+first = {name: sample(pipe, noise, 1, text)[0] for name, pipe in MODELS.items()}
+finished = {name: sample(pipe, noise, 10, text)[0] for name, pipe in MODELS.items()}
+fig, axes = plt.subplots(4, 5, figsize=(7.6, 6.4))
+for row, name in ((0, "dev"), (2, "schnell")):
+    guess, end = prompt.decode(first[name][:5]), prompt.decode(finished[name][:5])
+    noises = [f"noise {k}" for k in range(5)]
+    plots.strip(axes[row], guess, noises, label=f"{name}:\nfirst guess")
+    plots.strip(axes[row + 1], end, label=f"{name}:\nten steps")
 plt.show()
 
+# %% [markdown]
+# Five noises are few. So we take 64 and print, for each model, the *spread*: how much the latents vary from noise to noise. We also print a correlation. It asks whether a guess with fewer counting errors becomes a picture with fewer.
+
+
 # %%
-target, linked = shapes.parse(TEXT).target, {}
-for name, pipe in MODELS.items():
-    pair = first[name], sample(pipe, noise, 10, text)[0]
-    spread = [x.std(0).mean() for x in pair]
-    print(f"{name}: first guesses of 64 noises vary by {spread[0]:.2f},", end=" ")
-    print(f"finished latents by {spread[1]:.2f}")
-    errors = [((counter.count(prompt.decode(x)) - target) ** 2).sum(1) for x in pair]
+def counting_error(latents):
+    """Sum of squared miscounts of each picture. (K,)"""
+    counts = counter.count(prompt.decode(latents))
+    return ((counts - shapes.parse(TEXT).target) ** 2).sum(1)
+
+
+report, linked = "           spread: guess   ten steps   correlation of errors", {}
+for name in MODELS:
+    spread = [latents[name].std(0).mean() for latents in (first, finished)]
+    errors = [counting_error(latents[name]) for latents in (first, finished)]
     linked[name] = np.corrcoef(errors)[0, 1]
-    print(f"    correlation of their counting errors: {linked[name]:.2f}")
+    report += f"\n{name:11}{spread[0]:13.2f}{spread[1]:12.2f}{linked[name]:24.2f}"
+print(report)
 
 # %% tags=["check"]
 spread = {name: float(latents.std(0).mean()) for name, latents in first.items()}
 assert spread["schnell"] > 3 * spread["dev"] and 0.15 < spread["dev"] / 0.79 < 0.25
+gap = {name: (first[name] - finished[name]).flatten(1).norm(dim=1).mean() for name in MODELS}
+assert gap["schnell"] < gap["dev"] / 3
 assert linked["dev"] < 0 < 0.25 < linked["schnell"] < 0.5  # 0.25: two standard errors
 
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# For schnell. Its first guesses vary nearly as much as finished pictures, and each is near to what its noise will become (for one noise we saw both above), if not yet right in every count.
+# For schnell. Each of its first guesses is nearly the picture below it, if not yet right in every count and colour. Over 64 noises the guesses vary nearly as much as the finished latents. And a guess with fewer counting errors tends to become a picture with fewer: the correlation is positive.
 #
-# For dev it is worth little. The upper row looks varied, but it misleads. The autoencoder draws a shape or leaves it out, so a small difference of latents looks large. The printed numbers are about the latents. dev's first guesses vary only about a fifth as much as its finished latents: all are nearly the same average. (An exact model would give the same average for every noise. dev is not exact, so a weak hint of the layout remains.)
+# For dev it is worth little. Many of its darkest shapes stand where an object will stand. This is a hint of the layout. But how many objects there will be, and in which colours, one cannot see. The correlation says the same: a guess with fewer errors does not become a better picture.
 #
-# Now let a judge count the shapes. Its error is the sum of squared miscounts. Does a small error of the first guess mean a small error of the finished picture? The printed correlations answer. For schnell the two errors go together. For dev they do not: a guess with fewer errors does not become a better picture.
+# dev's guesses even look more different than they are. Their latents vary only about a fifth as much as the finished ones: all are nearly the same average. The autoencoder draws a shape or leaves it out, so a small difference of latents looks large. (An exact model would give the same average for every noise. dev is not exact, so the hint remains.)
 #
 # </details>
 #
@@ -379,8 +409,9 @@ angle = torch.linspace(0, torch.pi, 24)
 arc = torch.stack([angle.cos() - 0.5, angle.sin() - 0.1], 1)
 moons = GaussianMixture(1.6 * torch.cat([arc, -arc]), 0.13)
 u, generator = moons.velocity(LINEAR), torch.Generator().manual_seed(0)
-eps, data = torch.randn(2000, 2, generator=generator), moons.sample(2000, generator)
-trail = [eps]
+eps = torch.randn(2000, 2, generator=generator)
+data = moons.sample(2000, generator)
+trail = [eps]  # all states of the flow, from noise to data
 for t, s in pairwise(torch.linspace(1, 0, 101).tolist()):
     trail.append(trail[-1] + (s - t) * u(trail[-1], torch.full((2000,), t)))
 trail = torch.stack(trail)
@@ -439,7 +470,7 @@ for w, counts in zip(SCALES, counter.count(pictures), strict=True):
 fig = plt.figure(figsize=(8.6, 5.4))
 above, below = fig.subfigures(2, 1, height_ratios=(1.15, 1))
 plots.strip(above.subplots(1, 4), pictures, titles)
-above.suptitle(scenes[shown].caption())
+above.suptitle(scenes[shown].caption() + "\n", fontsize=11)
 ax = below.subplots()
 plots.intervals(ax, range(4), shares(right_at.values()), marker="o")
 ax.set(ylim=(0, 1), xlabel="guidance scale w", ylabel="share of 48 prompts exact")
@@ -451,7 +482,7 @@ plt.show()
 #
 # <details><summary>Answer</summary>
 #
-# Probably not. Some guidance helps. On the card's 300 prompts the share is .58 at $w = 1$, .65 at $2$ and .67 at $3.5$. Prompts and noises are the same at each scale, so we may subtract: from $1$ to $2$ the gain is .07 (95 % interval .04 to .11). From $2$ to $3.5$ it is .02 (-.02 to .06), which may be chance.
+# Probably not. Some guidance helps: on the 300 prompts of the model card .58 of the pictures are exact at $w = 1$ and .65 at $w = 2$. That is a gain of .07 (95 % interval .04 to .11). From $2$ to $3.5$ the gain is .02 (-.02 to .06), which may be chance.
 #
 # At $w = 8$, outside what dev was taught, we have only the 48 prompts of the figure. The intervals there overlap. But of the pictures that are right at $4$, eight are wrong at $8$, and only one goes the other way. This speaks for a fall, and does not prove it.
 #
@@ -490,26 +521,26 @@ plt.show()
 
 
 # %%
-exact_share = {"dev": [], "schnell": []}  # for each group of prompts: all counts right?
-total_share = {"dev": [], "schnell": []}  # the same, for the number of objects only
+exact_in = {"dev": {}, "schnell": {}}  # group of prompts -> is every count right?
+total_in = {"dev": {}, "schnell": {}}  # is the number of objects right?
 
 
-def both_models(scenes, noise):
-    """Each model draws one picture a scene: note what is right."""
+def both_models(group, scenes, noise):
+    """Each model draws one picture a scene: note, for this group, which are right."""
     words = encode(dev, [scene.caption() for scene in scenes])
     wanted = np.array([scene.total for scene in scenes])
     for name, pipe in MODELS.items():
         latents = sample(pipe, noise, 10, words)[0]
         total = counter.count(prompt.decode(latents)).sum(1)
-        exact_share[name].append(is_exact(scenes, latents))
-        total_share[name].append(total == wanted)
+        exact_in[name][group] = is_exact(scenes, latents)
+        total_in[name][group] = total == wanted
 
 
 # %%
-SIZES = ((1, 2), (3, 4), (5, 6), (7, 8), (9, 10))
-for objects in SIZES:
-    rules = {"objects": objects, "relation": False}
-    both_models([shapes.random_scene(draws, **rules) for _ in range(32)], noise[32:])
+for low, high in ((1, 2), (3, 4), (5, 6), (7, 8), (9, 10)):
+    rules = {"objects": (low, high), "relation": False}
+    new_scenes = [shapes.random_scene(draws, **rules) for _ in range(32)]
+    both_models(f"{low} to {high}", new_scenes, noise[32:])
 
 # %% [markdown]
 # Then 32 pairs of prompts: some circles with some triangles, and the same circles with as many squares.
@@ -524,22 +555,23 @@ for _ in range(32):
     squares = shapes.Group(n_others, other_colour, "square")
     with_triangles.append(shapes.Scene((circles, triangles)))
     with_squares.append(shapes.Scene((circles, squares)))
-both_models(with_triangles, noise[:32])
-both_models(with_squares, noise[:32])
+both_models("circles and triangles", with_triangles, noise[:32])
+both_models("circles and squares", with_squares, noise[:32])
 
 # %%
-for name in MODELS:
-    for label, k in (("nine or ten objects", 4), ("circles and squares", 6)):
-        totals, exacts = total_share[name][k].sum(), exact_share[name][k].sum()
-        print(f"{name}, {label}: of 32 pictures", end=" ")
-        print(f"{totals} have the right total and {exacts} are exact")
-dev_right, schnell_right = (exact_share[name][4] for name in MODELS)
+print("of 32 pictures          total right   exact")
+for group in ("9 to 10", "circles and squares"):
+    for name in MODELS:
+        totals, exacts = total_in[name][group].sum(), exact_in[name][group].sum()
+        print(f"{name + ', ' + group:30}{totals:5}{exacts:8}")
+dev_right, schnell_right = (exact_in[name]["9 to 10"] for name in MODELS)
 only_dev, only_schnell = dev_right & ~schnell_right, schnell_right & ~dev_right
-print("nine or ten objects, prompt by prompt: exact with", end=" ")
-print(f"dev only {only_dev.sum()}, with schnell only {only_schnell.sum()}")
+print(f"9 to 10, exact: only dev {only_dev.sum()}, only schnell {only_schnell.sum()}")
 
 # %% tags=["check"]
-for rights in exact_share.values():
+_exact = {name: list(groups.values()) for name, groups in exact_in.items()}
+_total = {name: list(groups.values()) for name, groups in total_in.items()}
+for rights in _exact.values():
     assert rights[5].sum() > 4 * rights[6].sum() and rights[0].mean() > rights[4].mean() + 0.2
 assert right["dev", 1].mean() == 0 and 0.1 < right["schnell", 1].mean() < 0.3
 assert 0.3 < right["schnell", 4].mean() < 0.5 and right_at[1.0].sum() < right_at[4.0].sum()
@@ -551,26 +583,25 @@ for low, high, shown_text in ((1.0, 2.0, "0.07 [0.04, 0.11]"), (2.0, 3.5, "0.02 
 assert [round(card("dev", 10, w).mean(), 2) for w in (1.0, 2.0, 3.5)] == [0.58, 0.65, 0.67]
 tries = {20: 0.24, 10: 0.40, 5: 0.49, 2: 0.56}  # of exercise 1
 assert [round(1 - (1 - p) ** n, 3) for n, p in tries.items()] == [0.996, 0.994, 0.965, 0.806]
-for name, totals in total_share.items():
-    rights = exact_share[name]
+for name, totals in _total.items():
+    rights = _exact[name]
     assert all(more.sum() >= less.sum() for more, less in zip(totals, rights, strict=True))
     assert totals[0].sum() >= 30 and (~totals[4]).sum() > 5 and (totals[4] & ~rights[4]).sum() > 5
     assert (totals[6] & ~rights[6]).sum() > 0.7 * (~rights[6]).sum()  # most mistakes are of kind
 assert only_dev.sum() > 3 * only_schnell.sum() + 2
 for n in (1, 2, 4):  # of the recap
     assert right["dev", n].sum() < right["schnell", n].sum() < right["schnell", 10].sum()
-for (_, low, high), (_, low_, high_) in zip(*map(shares, exact_share.values()), strict=True):
+for (_, low, high), (_, low_, high_) in zip(*map(shares, _exact.values()), strict=True):
     assert low < high_ and low_ < high  # the intervals of the two models overlap
 
 # %% tags=["plot"] alt="Shares of pictures for dev and schnell: filled markers with 95 percent intervals for exact pictures, open markers for pictures with the right number of objects. By number of objects: both high for one or two, lower for more, though not falling at every step; the open markers are above. Circles with triangles: exact in the middle. Circles with squares: exact near zero for both models, the total right in most."
-labels = [f"{low} to {high}" for low, high in SIZES]
-labels += ["circles and\ntriangles", "circles and\nsquares"]
 place = np.array([0, 1, 2, 3, 4, 5.6, 6.6])
+labels = [group.replace(" and ", " and\n") for group in exact_in["dev"]]
 fig, ax = plt.subplots(figsize=(8, 4))
-for k, (name, rights) in enumerate(exact_share.items()):
+for k, (name, groups) in enumerate(exact_in.items()):
     at, style = place + 0.16 * k - 0.08, {"marker": "os"[k], "color": f"C{k}", "linestyle": ""}
-    plots.intervals(ax, at, shares(rights), label=f"{name}, exact", **style)
-    totals = [verdicts.mean() for verdicts in total_share[name]]
+    plots.intervals(ax, at, shares(groups.values()), label=f"{name}, exact", **style)
+    totals = [verdicts.mean() for verdicts in total_in[name].values()]
     ax.plot(at, totals, markerfacecolor="none", label=f"{name}, total right", **style)
 ax.axvline(4.8, color="0.8", linestyle="-")
 ax.set(xticks=place, xticklabels=labels, ylim=(0, 1.03), ylabel="share of 32 prompts")
@@ -585,7 +616,7 @@ plt.show()
 #
 # The intervals of the two models overlap in every group. But both drew the same prompts from the same noises, so we can compare prompt by prompt. The last printed line does it for nine or ten objects: it speaks for dev.
 #
-# Right: the number is not the only difficulty. The two groups of prompts differ in one word and use the same noises. Both models are right with triangles many times more often than with squares. With squares the *total* is mostly right (open markers, printed lines). So on these prompts, which have four to eight objects, most mistakes are of kind, not of number.
+# Right: the number is not the only difficulty. The two groups of prompts differ in one word and use the same noises. Both models are right with triangles many times more often than with squares. With squares the *total* is mostly right (open markers, table). So on these prompts, which have four to eight objects, most mistakes are of kind, not of number.
 #
 # Prompts of the hard kinds are in `data/prompts/hard.txt`. Among many samples of a hard prompt a few may be right, or nearly so. This is the gap that a search can close. [Notebook 03](03_rewards_and_best_of_n.ipynb) begins with it.
 
@@ -602,9 +633,11 @@ plt.show()
 #
 # ### Exercise 1: how would you spend it? (difficulty 2 of 5, 8 minutes)
 #
-# The cost of a search is counted in NFE, evaluations of the velocity: a picture in $n$ steps costs $n$ NFE. *Best-of-N* draws $N$ whole pictures and keeps the one that a judge likes best. Here the judge is perfect: if one of the pictures is right, it finds it.
+# The cost of a search is counted in NFE, evaluations of the velocity. A picture in $n$ steps costs $n$ NFE. *Best-of-N* draws $N$ whole pictures and keeps the one that a judge likes best. Here the judge is perfect: if one of the pictures is right, it finds it.
 #
-# Suppose that a picture in $n$ steps is right with probability $p_n$, and that the pictures are independent. Write a function that returns the number of steps with the best chance that the kept picture is right. First guess the answer for schnell and 20 NFE, with $p_1 = .24$, $p_2 = .40$, $p_4 = .49$, $p_{10} = .56$ (the shares of the model card).
+# Suppose that a picture in $n$ steps is right with probability $p_n$, and that the pictures are independent. `shares` holds $p_n$ for each $n$, and `budget` is the NFE for one prompt. Return the number of steps with the best chance that the kept picture is right.
+#
+# The model card gives $p_1 = .24$, $p_2 = .40$, $p_4 = .49$ and $p_{10} = .56$ for schnell. **Guess: which number of steps is best with 20 NFE?**
 #
 # <details><summary>Hint</summary>
 #
@@ -658,13 +691,19 @@ def best_steps(shares, budget):
 #
 # ### Exercise 2: does reflow straighten? (difficulty 3 of 5, 15 minutes)
 #
-# If the lines are straight, one long step from the noise lands where many short steps land. Write a function that measures this. Its first argument is a velocity `field(x, t)`, in which model and prompt are already fixed. (It is not our `velocity(pipe, x, t, text)`: it wants one time for each row.) From each noise at $t = 1$, follow the flow in `steps` equal steps down to $t = 0$. Then, from the same noise, go to $t = 0$ in a single step. Return the mean distance between the two ends, as one number. (The distance of two states is the length of their difference, over all their coordinates.)
+# If the lines are straight, one long step lands where many short steps land. Write a function that measures how far this fails:
 #
-# The test uses your function on the moons, before and after reflow. There is no network: from the 2,000 pairs of (2.1) the test takes the average velocity of the lines that pass near a point at that time. It also tries dev and schnell. First guess: how many times smaller is the error on the moons after reflow?
+# 1. From each noise at $t = 1$, follow the flow in `steps` equal steps to $t = 0$.
+# 2. From the same noise, go to $t = 0$ in one step.
+# 3. Return the mean distance between the two ends, as one number.
+#
+# The velocity is the argument `field(x, t)`. Model and prompt are already fixed in it, and `t` holds one time for each row of `x`.
+#
+# The test calls your function on the moons, before and after reflow, and then on dev and schnell. **Guess: how many times smaller is the error on the moons after reflow?**
 #
 # <details><summary>Hint</summary>
 #
-# The step of the sampler is that of `sample` above. Give `field` one time for each row: `torch.full((len(x),), t)`. For the distance, `flatten(1)` makes each state one row of numbers.
+# The step is that of `sample` above. `torch.full((len(x),), t)` gives each row the same time. For the distance, `flatten(1)` makes each state one row of numbers; then take the norm of each row's difference.
 #
 # </details>
 
@@ -733,18 +772,26 @@ def one_step_error(field, noise, steps):
 # %% [markdown]
 # <details><summary>Answer</summary>
 #
-# On the moons the error falls from about 1.6 to 0.05, some 30 times. The flow's own pairs are nearly free of crossings, so the average over near lines is nearly the one line itself. For tiny-flux the error falls from about 16 for dev to 3 for schnell, five times. schnell is a network that learnt from dev's pairs, and not perfectly.
+# On the moons the error falls from about 1.6 to 0.05, some 30 times. There is no network here: the test takes the 2,000 pairs of (2.1) and averages the velocities of the lines that pass near $x$ at time $t$. The lines hardly cross, so this average is nearly the one line itself.
+#
+# For tiny-flux the error is about 16 for dev and 3 for schnell, five times smaller. schnell is a network that learnt from dev's pairs, and not perfectly.
 #
 # </details>
 
 # %% [markdown]
 # ### Exercise 3: guidance in two evaluations (difficulty 2 of 5, 10 minutes)
 #
-# For a mixture, "the prompt" may name one of the components: $u_{\text{prompt}}$ is then the velocity of that component alone, and $u_\varnothing$ that of the whole mixture. Write (2.2) as a function of state and time. Before you run the test, predict where $w = 3$ sends the samples: onto the component, or past it?
+# Guidance needs no network. Take a mixture of three Gaussian clouds, and let "the prompt" name one of the three. The arguments of `guide` are
+#
+# - `with_prompt`: the velocity $u_{\text{prompt}}$ of the named cloud alone,
+# - `without`: the velocity $u_\varnothing$ of the whole mixture,
+# - `w`: the guidance scale.
+#
+# The first two are functions of `x` and `t`. Return the guided velocity $u^w$ of (2.2). It is a function of `x` and `t` too. **Guess: where does $w = 3$ send the samples, onto the named cloud or past it?**
 #
 # <details><summary>Hint</summary>
 #
-# Return a function. Scale 1 must give the prompt's velocity, scale 0 the other. Conventions differ: some papers' scale is our $w - 1$.
+# Define a function inside `guide` and return it. Scale 1 must give the prompt's velocity, scale 0 the other. (Some papers count differently: their scale is our $w - 1$.)
 #
 # </details>
 
@@ -775,7 +822,7 @@ _end = eps[:200]
 for _t, _s in pairwise(torch.linspace(1, 0, 101).tolist()):
     _end = _end + (_s - _t) * guide(_one, _three, 3.0)(_end, torch.full((200,), _t))
 assert abs(_end[:, 1].mean() + 2.5) < 0.1, "scale 3: the samples end elsewhere"
-print("Well done. The component is at y = -2.2.")
+print("Well done. The named cloud is at y = -2.2.")
 print(f"At w = 3 the mean sample is at y = {_end[:, 1].mean():.1f}.")
 
 
@@ -798,7 +845,7 @@ def guide(with_prompt, without, w):
 # %% [markdown]
 # <details><summary>Answer: where do the samples go?</summary>
 #
-# Past the component. At $w = 3$ the mean sample is at $y = -2.5$, and the component is at $y = -2.2$. The velocity $u_\varnothing$ leads to all three components, and two of them lie above. So the difference $u_{\text{prompt}} - u_\varnothing$ points away from those two. At $w = 3$ it counts three times, and pushes the samples beyond the component.
+# Past the cloud. At $w = 3$ the mean sample is at $y = -2.5$, and the named cloud is at $y = -2.2$. The velocity $u_\varnothing$ leads to all three clouds, and the two others lie above. So the difference $u_{\text{prompt}} - u_\varnothing$ points away from those two. At $w = 3$ it counts three times, and pushes the samples beyond the cloud.
 #
 # </details>
 
@@ -901,39 +948,50 @@ assert torch.allclose(angles.cos().repeat_interleave(2, 1), cos, atol=1e-6)
 # %% [markdown]
 # ## Deeper: how time and prompt reach every layer
 #
-# A small network makes one *conditioning vector* $g$ of the time, the guidance scale and CLIP's vector. From $g$ every block computes a shift $b$, a scale $a$ and a gate $\lambda$, one number each for every coordinate of a token $h$. Shift and scale change what goes into the block. The gate multiplies what comes out:
+# A block must know the time, the guidance scale and CLIP's vector. FLUX turns these three into one vector $g$, with a small network. Every block reads the same $g$.
+#
+# From $g$ a block computes three vectors: a *scale* $a$, a *shift* $b$ and a *gate* $\lambda$. Each has one number for every coordinate of a token $h$. Scale and shift change what goes into the block. The gate multiplies what comes out:
 #
 # $$h \;\leftarrow\; h + \lambda(g) \odot \text{block}\big((1 + a(g)) \odot \text{norm}(h) + b(g)\big). \tag{2.6}$$
 #
-# The name in the literature is *adaptive layer norm*, or modulation. A gate of 0 switches a block off. How do the gates change with time?
+# This is called *modulation*, or adaptive layer norm. If the gate is 0, the block changes nothing. If the gate is large, the block changes the tokens much. **Guess: is the gate the same at all times?**
 
 # %%
 time = torch.linspace(0, 1, 41)
-two = torch.full((41,), 2000.0)  # diffusers multiplies times and scales by 1000
+scale = torch.full((41,), 2.0)
+embed = dev.transformer.time_text_embed  # the small network; it wants 1000 t and 1000 w
+double = dev.transformer.transformer_blocks[0]
+singles = dev.transformer.single_transformer_blocks
 with torch.no_grad():
-    vector = dev.transformer.time_text_embed(1000 * time, two, text[0].expand(41, -1))
-    vector = torch.nn.functional.silu(vector)
-    double = dev.transformer.transformer_blocks[0].norm1.linear(vector).chunk(6, 1)[2]
-    blocks = dev.transformer.single_transformer_blocks
-    singles = [block.norm.linear(vector).chunk(3, 1)[2] for block in blocks]
+    g = embed(1000 * time, 1000 * scale, text[0].expand(41, -1))
+    g = torch.nn.functional.silu(g)
+    # Each block's vectors come side by side; the third is the gate.
+    gates = [double.norm1.linear(g).chunk(6, 1)[2]]
+    gates += [block.norm.linear(g).chunk(3, 1)[2] for block in singles]
 
 # %% tags=["plot"] alt="Mean absolute gate of the six blocks against time. The double-stream block's gate more than doubles from t = 0 to t = 1; those of the five single-stream blocks change much less."
 fig, ax = plt.subplots(figsize=(6, 3.2))
-ax.plot(time, double.abs().mean(1), label="double")
-for k, (gate, marker) in enumerate(zip(singles, "osD^v", strict=True)):
+ax.plot(time, gates[0].abs().mean(1), label="double")
+for k, (gate, marker) in enumerate(zip(gates[1:], "osD^v", strict=True)):
     style = {"marker": marker, "markevery": (2 * k, 10), "markersize": 4}
     ax.plot(time, gate.abs().mean(1), label=f"single {k + 1}", **style)
-ax.set(xlabel="time t (1 is noise)", ylabel="mean |gate|")
+ax.set(xlabel="time t (1 is noise)", ylabel="mean |gate|", ylim=(0, 0.5))
 fig.legend(loc="outside right center", fontsize=9)
 plt.show()
 
 # %% tags=["check"]
-_ends = [gate.abs().mean(1)[[0, -1]] for gate in (double, *singles)]
+_ends = [gate.abs().mean(1)[[0, -1]] for gate in gates]
 _grows = np.array([float(late / early) for early, late in _ends])
 assert _grows[0] > 2 and abs(_grows[1:] - 1).max() < 0.25
 
 # %% [markdown]
-# In the double-stream block the gate of attention (for the picture's tokens) is more than twice as large at the noisy end as at the clean end. So the same output of attention would count for more there.
+# <details><summary>Answer</summary>
+#
+# No. The double-stream block's gate is more than twice as large at $t = 1$ as at $t = 0$. So near the noise the same output of this block would change the picture's tokens more. For the single-stream blocks the two ends differ by less than a quarter.
+#
+# (The double-stream block has several gates. The figure shows that of its attention, for the picture's tokens.)
+#
+# </details>
 
 # %% [markdown]
 # ## Deeper: the two readers of the prompt

@@ -13,7 +13,7 @@
 # %% [markdown]
 # # 12 Scaling out: what a study costs, and how to run it
 #
-# **Question.** One table of the paper has 1,694 pictures, each the answer of a search of 500 evaluations. A T4, the GPU that Colab lends, would work on it for about a month. What does such a study cost, and how do you run it without losing a run?
+# **Question.** One table of the paper has 1,694 pictures, each the answer of a search of 500 evaluations. By its operations, a T4, the GPU that Colab lends, would work on it for about a month. What does such a study cost, and how do you run it without losing a run?
 #
 # <!-- badge -->
 #
@@ -63,9 +63,11 @@ for gpu in cost.GPUS.values():
 # %% [markdown]
 # **Guess: how many days would an H100 work, the fastest card of our list?**
 
-# %% tags=["plot"] alt="Bars of the planned days that one GPU works on the paper's table: T4 34.4, L4 18.5, A100 with 40 or 80 GB 7.2, H100 2.3."
+# %% tags=["plot"] alt="Bars of the planned days that one GPU works on the paper's table: T4 34.4, L4 18.5, A100 with 40 or 80 GB 7.2, H100 2.3. The first three bars are hatched."
 fig, ax = plt.subplots(figsize=(6.5, 2.8))
-bars = ax.barh(list(days), list(days.values()), 0.6, color="#0072B2")
+bars = ax.barh(list(days), list(days.values()), 0.6, color="#0072B2", edgecolor="white")
+for bar in bars[:3]:  # these cards cannot hold model and judge
+    bar.set_hatch("//")
 ax.bar_label(bars, fmt="%.1f days", padding=4)
 ax.set(xlabel="planned days on one GPU", xlim=(0, 42))
 ax.invert_yaxis()
@@ -88,8 +90,8 @@ assert round(cost.GPUS["H100"].tflops / cost.GPUS["T4"].tflops) == 15
 # The bars are a plan for one table of the paper (Kim, Yoon, Hwang and Sung, 2025): fourteen searches on each of 121 prompts, each with 500 NFE, on FLUX.1-schnell at 1,024 x 1,024. Nothing has run yet. We built the model without its weights, and counted its operations. The plan rests on three assumptions:
 #
 # - A GPU reaches 40 % of the peak on its data sheet. We have not measured this on a GPU.
-# - Every evaluation is judged. That is too much for some searches: one that judges one in ten needs 27 days on the T4.
-# - The judge has 8 billion weights and lies on the same card as the model. T4, L4 and A100-40 cannot hold both in 16 bits. They would be slower still.
+# - We charge one call of the judge for each evaluation. Some searches need fewer: with one call for ten evaluations the T4 needs 27 days.
+# - The judge has 8 billion weights and lies on the same card as the model. T4, L4 and A100-40 cannot hold both in 16 bits, so their bars (hatched) are for operations alone. They would be slower still.
 #
 # Prices of clouds differ and change. We assume round ones: a T4 at 0.40 dollars an hour, an H100 at 3.50.
 #
@@ -119,7 +121,7 @@ assert [round(d) for d in sorted(dollars.values())[1:]] == [309, 330, 355, 378]
 #
 # </details>
 #
-# **Under these assumptions the bill depends mostly on the operations: between the cards it differs by a factor of two. The time depends on the card, and on how many work at once.** Both come below.
+# **At these assumed prices the days differ by a factor of fifteen between the cards, the bill by a factor of two.** Below we take the bill apart, and spread the work over many cards.
 #
 # But first: a study that works for days may be interrupted. What is lost then?
 #
@@ -127,7 +129,7 @@ assert [round(d) for d in sorted(dollars.values())[1:]] == [309, 330, 355, 378]
 #
 # Some clouds rent out cheaper machines that can be taken away at any time. The remedy is old: write down each result as soon as it is there. After a restart, first read what is there.
 #
-# A *task* is a dict that says all about one run, the seed included. So it does not matter where and when it runs. `experiments.sweep` runs each task that has no row in a file yet. When a run is done, it adds one row to the file: a line of JSON with the task and its result. Here is a whole job of 48 tasks, as you would give it to a machine. It searches on the ring of eight clouds:
+# A *task* is a dict that says all about one run, the seed included. So on one kind of machine it does not matter when it runs, or in which order. `experiments.sweep` runs each task that has no row in a file yet. When a run is done, it adds one row to the file: a line of JSON with the task and its result. Here is a whole job of 48 tasks, as you would give it to a machine. It searches on the ring of eight clouds:
 
 # %%
 JOB = """import sys, torch
@@ -169,7 +171,7 @@ def start(file):
 
 
 # %% [markdown]
-# We start the job, wait until twelve rows are written, and kill it with SIGKILL. No program can catch this signal. A machine that is taken away is much like it.
+# We start the job, wait until twelve rows are written, and kill it with SIGKILL. No program can catch this signal. A machine that is taken away stops as suddenly. It may take its disk along, so keep the file on storage that stays.
 
 # %% tags=["nbval-ignore-output"]
 file = folder / "rows.jsonl"
@@ -214,7 +216,7 @@ for ax, (title, part) in zip(axes, strips.items(), strict=True):
     ax.invert_yaxis()
     ax.grid(False)
 axes[-1].set(xticks=np.arange(0, 24, 4) + 0.5, xticklabels=range(0, 24, 4), xlabel="seed")
-fig.colorbar(colours, ax=axes, label="log$_{10}$ of minus the reward")
+fig.colorbar(colours, ax=axes, label="log$_{10}$ of minus the reward\n(dark: better)")
 plt.show()
 
 # %% tags=["check"]
@@ -230,7 +232,7 @@ assert len({(row["budget"], row["seed"]) for row in after}) == 48, "no task twic
 #
 # </details>
 #
-# On a cluster the same call takes `engine="ray"` and what a worker needs, `resources={"num_gpus": 1}`. The file is the same, so a job begun here can be resumed there. The package's tests run this on a Ray cluster of one machine and kill a worker. It has not been run on GPUs.
+# On a cluster the same call takes `engine="ray"` and what a worker needs, `resources={"num_gpus": 1}`. The file is the same, so a job begun here can be resumed there. (Other kinds of machines round differently, so the rows of the two may differ a little.) The package's tests run this on a Ray cluster of one machine and kill a worker. It has not been run on GPUs.
 #
 # ## What goes wrong: half a line
 #
@@ -274,7 +276,7 @@ else:
 #
 # $$\small S = \frac{n F_v + (R + 1) F_d + R F_j + F_t}{u\,P}. \tag{12.1}$$
 #
-# PyTorch counts the operations for us: on its *meta device* a tensor has a shape and no contents, so a forward pass of a model of 12 billion weights costs nothing.
+# PyTorch counts the operations for us: on its *meta device* a tensor has a shape and no contents, so a forward pass of a model of 12 billion weights needs hardly any memory or time.
 
 # %%
 bare = hub.skeleton(locate("tiny-flux/schnell"))
@@ -298,7 +300,7 @@ def operations(counts, nfe, rewards):
 
 
 # %% [markdown]
-# RBF judges a picture at every evaluation. Best-of-N in ten steps judges one in ten.
+# RBF judges a picture at every evaluation, and its finished sample. Best-of-N in ten steps judges one in ten.
 #
 # **Guess: at equal NFE, how much longer does RBF take than best-of-N, on tiny-flux and on FLUX.1?**
 
@@ -317,7 +319,7 @@ for model, counts in (("tiny-flux", tiny), ("FLUX.1", work)):
             ax.barh(len(rows), share, 0.6, left=left, color=colour, edgecolor="black", linewidth=0.5)
             left += share
         rows.append(f"{model}, {method}")
-ax.set(yticks=range(4), yticklabels=rows, xlabel="time, best-of-N of the same model = 1")
+ax.set(yticks=range(4), yticklabels=rows, xlabel="planned time, best-of-N of the same model = 1")
 ax.invert_yaxis()
 ax.grid(False)
 seen = list(shades)[:3]  # the text is too thin to see
@@ -389,7 +391,9 @@ for name, (measured, predicted) in timed.items():
     style = {"color": "#D55E00", "marker": "o"} if name.startswith("RBF") else {"color": "#0072B2", "marker": "s"}
     ax.plot(predicted, measured, fillstyle="full" if name in others else "none", **style)
     ax.annotate(f"{name} NFE", (predicted, measured), (7, -9), textcoords="offset points", fontsize=9)
-ax.set(xscale="log", yscale="log", xlim=reach, ylim=reach, xlabel="seconds predicted", ylabel="seconds measured")
+ax.set(
+    xscale="log", yscale="log", xlim=reach, ylim=reach, xlabel="CPU seconds predicted", ylabel="CPU seconds measured"
+)
 for axis in (ax.xaxis, ax.yaxis):
     plots.ticks(axis, [tick for tick in (0.1, 0.2, 0.5, 1, 2, 5) if reach[0] < tick < reach[1]])
 ratio = both[:, 0] / both[:, 1]
@@ -408,7 +412,7 @@ assert worst < 2, list(ratio)
 #
 # </details>
 #
-# One number predicts the other three within a factor of two. That is enough for a first plan. For another model, batch size or machine, time one search again.
+# One number predicts the other three well within a factor of two, here, on tiny-flux and one CPU thread. That is enough for a first plan. For another model, batch size or machine, time one search again.
 
 # %% [markdown]
 # ## Many runs on many GPUs
@@ -503,7 +507,7 @@ assert _ordered[45] < _shuffled[45] and (_ordered[46:59] > _shuffled[46:59]).all
 #
 # ## A plan for your budget
 #
-# You have 20 dollars and want to know whether method A beats method B. Two things follow from the budget: how many pictures you can pay for, and how small a gain they can show. A gain of 0.1 means: right on 10 more prompts in 100. On most prompts the two methods agree. Let them differ on a share $d$ of the prompts. Then a paired difference over $n_{\text{prompts}}$ prompts has a standard error of about $\sqrt{d / n_{\text{prompts}}}$, and a gain is shown if it is larger than
+# You have 20 dollars and want to know whether method A beats method B. Two things follow from the budget: how many pictures you can pay for, and how small a gain they can show. A gain of 0.1 means: right on 10 more prompts in 100. On most prompts the two methods agree. Let them differ on a share $d$ of the prompts. A prompt then counts $+1$, $0$ or $-1$, with a variance of about $d$. So a paired difference over $n_{\text{prompts}}$ prompts has a standard error of about $\sqrt{d / n_{\text{prompts}}}$, and a gain is shown if it is larger than
 #
 # $$1.96 \sqrt{d / n_{\text{prompts}}}. \tag{12.3}$$
 #
@@ -525,7 +529,7 @@ table = pd.DataFrame(lines, index=["pictures", "prompts", "smallest gain"]).T
 table.astype({"pictures": int, "prompts": int}).rename_axis("NFE").round(2)
 
 # %% [markdown]
-# Each line of the table is one study for 20 dollars on an A100 with 80 GB, the cheapest card by the hour that holds model and judge. (An H100 has the smaller bill.) **Guess: to show a gain half as large, how much more money do you need?**
+# Each line of the table is one study for 20 dollars on an A100 with 80 GB, the cheapest card by the hour that holds model and judge. (On an H100 the same money buys about twice as many pictures.) **Guess: to show a gain half as large, how much more money do you need?**
 
 # %% tags=["plot"] alt="The smallest gain that a study can show against its cost in dollars, both logarithmic, for searches of 100, 250 and 500 NFE. Straight lines that fall: four times the money halves the gain."
 money = np.geomspace(5, 500, 30)
@@ -549,7 +553,7 @@ assert cost.estimate(work, card, 500).fits and not cost.estimate(work, cost.GPUS
 #
 # </details>
 #
-# With 20 dollars and 500 NFE only a large gain shows, about 0.2; with 100 NFE less than half of that. By the table alone one would always choose 50 NFE. But the true gain depends on the NFE as well. So choose the NFE at which you expect the gain, let the money say the number of prompts, and write both down before the first run. The share 0.4 is a guess: take yours from a first run on some thirty prompts.
+# With 20 dollars and 500 NFE only a large gain shows, about 0.2; with 100 NFE less than half of that. By the table alone one would always choose 50 NFE. But the true gain depends on the NFE as well. So choose the NFE at which you expect the gain, and the money then fixes the number of prompts. Write both numbers down before the first run. The share 0.4 is a guess: take yours from a first run on some thirty prompts.
 #
 # Now your plan. Change the three numbers.
 
@@ -590,9 +594,9 @@ assert judge.flops == 11.2e12
 # %% [markdown]
 # ## Recap
 # - Operations can be counted before a weight is loaded. Seconds are operations over utilisation times peak.
-# - On FLUX.1 the evaluations are most of the bill; on a small model decodes are, as soon as every evaluation is judged.
-# - Money follows the operations, where prices grow with peaks. Time falls with the number of GPUs, down to the longest single run.
-# - Runs go into a queue, the longest first, one durable line each. Then a kill costs what was running, and no more.
+# - On FLUX.1 the evaluations are most of the bill; on tiny-flux decodes are, as soon as every evaluation is judged.
+# - If a card that is twice as fast costs twice as much an hour, the bill is the same on both. Time falls with the number of GPUs, down to the longest single run.
+# - Runs go into a queue, the longest first, one line each, in a file that outlives the machine. Then a kill costs what was running, and no more.
 # - A budget says how small a difference a study can show: four times the money, half the difference.
 
 # %% [markdown]
@@ -933,7 +937,7 @@ def suspects(text):
 #
 # $$F_v = 24\,B\,w^2 L + 4\,B\,w\,L^2 + \text{a little}. \tag{12.4}$$
 #
-# Some of the little comes once per picture and not once per token: the modulations. The rest comes once per token and not in every block: the layers into and out of the model. Written out, it makes the count exact.
+# The little has two parts. The modulations come once per picture. The layers into and out of the model come once per token. Written out, they make the count exact.
 
 
 # %%
@@ -990,7 +994,7 @@ assert round(_attention[2048] / _attention[1024]) == 15 and 0.45 < _attention[20
 #
 # $$\begin{aligned} T &\le \frac{W - t_k}{g} + t_k \\ &= \frac{W}{g} + \Big(1 - \frac1g\Big) t_k, \end{aligned} \tag{12.5}$$
 #
-# and $t_k \le \max_k t_k$ gives (12.2).
+# and $t_k \le \max_j t_j$ gives (12.2).
 #
 # A GPU also has to load the model before its first run, and is paid for until the last run of all has ended. The *efficiency* is the share of the paid time that went into pictures.
 
@@ -1016,7 +1020,7 @@ assert lines[30]["dollars"] > lines[50]["dollars"]
 #
 # ## Deeper: generator and judge apart
 #
-# A judge of 8 billion weights does not fit beside FLUX.1 on a GPU of 40 GB. It can run on a machine of its own, which several generators ask. Say a generator takes $a$ seconds to produce and decode a batch, and then waits for the judge, who needs $b$ seconds a batch. Each of $g$ generators goes round once in $a + b$ seconds at best, and the judge cannot answer more than $1/b$ a second. For the rate $r$ of batches a second this gives
+# A judge of 8 billion weights does not fit beside FLUX.1 on a GPU of 40 GB in 16 bits. It can run on a machine of its own, which several generators ask. Say a generator takes $a$ seconds to produce and decode a batch, and then waits for the judge, who needs $b$ seconds a batch. Each of $g$ generators goes round once in $a + b$ seconds at best, and the judge cannot answer more than $1/b$ a second. For the rate $r$ of batches a second this gives
 #
 # $$r \le \min\Big(\frac{g}{a + b},\; \frac1b\Big). \tag{12.6}$$
 #
@@ -1058,7 +1062,7 @@ assert (simulated <= bound * (1 + 1e-9)).all() and (simulated > 0.98 * bound).al
 assert 7.5 < 1 + a / b < 9
 
 # %% [markdown]
-# Up to the knee a further generator adds its full share. Beyond it, it only waits. On a cluster this is three lines with [Ray](https://docs.ray.io) (the extra `scale`), which keeps judge and generators as processes with GPUs of their own:
+# Up to the knee a further generator adds its full share. Beyond it, another one adds nothing: the judge is always busy. So this is for models that do not fit together, not for speed. On a cluster this is three lines with [Ray](https://docs.ray.io) (the extra `scale`), which keeps judge and generators as processes with GPUs of their own:
 #
 # ```python
 # judge = experiments.serve(load_judge, resources={"num_gpus": 1})  # built there
