@@ -164,7 +164,7 @@ def forest(gaps, first, second):
 # %% [markdown]
 # *Given* is the reward that the search optimises. *Held out* is a judge that the search does not see. Do not compare the scales: left is a mean reward, right the share of pictures with every count and relation right. Compare the *order*.
 #
-# **Guess: which parts of the paper's order does the right panel confirm, and which does it contradict?** Take two methods that are clearly apart on the left. Are their intervals apart on the right, too, and in the same order? Where intervals overlap, write "open". The next section looks closer.
+# **Guess: which parts of the paper's order does the right panel confirm, and which does it contradict?** Take two methods whose given rewards (black) are clearly apart on the left. Are their intervals apart on the right, too, and in the same order? Where intervals overlap, write "open". The next section looks closer.
 #
 # <details><summary>What does each method do and pay for?</summary>
 #
@@ -189,7 +189,7 @@ def forest(gaps, first, second):
 #
 # where the mean is over all prompts $p$ and seeds $s$.
 #
-# The intervals of two methods can overlap although $\Delta$ is clearly not 0. The interval of $\Delta$ comes from a bootstrap over prompts, since the runs of one prompt are alike.
+# Two intervals may overlap, and yet that of $\Delta$ lies wholly on one side of 0. The interval of $\Delta$ comes from a bootstrap over prompts, since the runs of one prompt are alike.
 
 
 # %%
@@ -358,7 +358,7 @@ assert [round(at_50[judged].mean, 2) for judged in both_judges] == [-0.08, -0.09
 assert all(at_50[judged].high <= 0 for judged in both_judges)
 
 # %% [markdown]
-# With 250 NFE, RBF is ahead of zero-order search with 250. By the counter it is also ahead of best-of-N with 1,000 in ten steps, and with 500 in four. The held-out judge confirms neither. Against 1,000 in four steps no difference is shown.
+# With 250 NFE, RBF is ahead of zero-order search with 250. By the counter it is also ahead of best-of-N with 1,000 in ten steps, and with 500 in four. By the held-out judge these two intervals contain 0. Against 1,000 in four steps both do.
 #
 # Does the fairer baseline change the comparison of the six methods? There best-of-N ran in ten steps, as in the paper. Now it has four. (The searches keep their ten.)
 
@@ -377,9 +377,9 @@ for judged in both_judges:
     assert lines["CoDe"].low < 0 < lines["CoDe"].high and lines["search over paths"].high < 0
 
 # %% [markdown]
-# RBF, SVDD and SMC stay ahead. CoDe's lead is no longer shown, and search over paths is behind. A weak baseline makes every method look good.
+# RBF, SVDD and SMC stay ahead. CoDe's intervals contain 0, and search over paths is behind. A weak baseline makes a method look better than it is.
 #
-# Next the *multi-step* model, tiny-flux dev, which needs its ten steps. There RBF's rule works badly ([notebook 08](08_rollover_budget_forcing.ipynb)). So we use a *beam search*. It keeps several states, draws children from all of them, and goes on from the best children. Each child costs one evaluation.
+# Next the *multi-step* model, tiny-flux dev, which needs its ten steps. There RBF's rule works badly ([notebook 08](08_rollover_budget_forcing.ipynb)). So we use a *beam search*. It keeps several states, draws children from all of them, and goes on from the best children.
 #
 # **Guess: on the multi-step model, will the search gain more, or less?** Think of what a look-ahead shows near $t = 1$.
 
@@ -407,8 +407,6 @@ for judged in both_judges:
     for budget in (250, 500):
         few = gains[f"few-step: RBF at {budget}"][judged]
         assert gains[f"multi-step: beam at {budget}"][judged].mean < few.mean / 2
-        fair = paired_gap(rows_at(few_step, "rbf", budget), rows_at(few_step, "best-of-n, 4 steps", budget))[judged]
-        assert gains[f"multi-step: beam at {budget}"][judged].mean < fair.mean
 
 # %% [markdown]
 # <details><summary>Answer</summary>
@@ -417,11 +415,11 @@ for judged in both_judges:
 #
 # </details>
 #
-# In the lower figure best-of-N has ten steps, and the same budget and model as the search. Both judges confirm the beam's gain. From 250 NFE on it is less than that of RBF, even less than that of RBF over best-of-N in four steps.
+# In the lower figure best-of-N has ten steps and the search's budget. Both judges confirm the beam's gain. From 250 NFE on it is less than half that of RBF.
 #
 # ## What goes wrong: right by the counter, wrong by the other
 #
-# A search optimises its judge, and so it also finds the judge's errors. Take, of each method, the pictures that the counter finds right. How many of them does the held-out judge find wrong?
+# A search optimises its judge, so it may find the judge's errors, too. Take, of each method, the pictures that the counter finds right. How many of them does the held-out judge find wrong?
 
 # %%
 doubts = {}
@@ -437,9 +435,9 @@ assert max(value.mean for name, value in doubts.items() if name != "CoDe") <= 0.
 assert all(doubts["CoDe"].low < value.high for value in doubts.values()), "they overlap"
 
 # %% [markdown]
-# *doubted* is the share of right pictures that the held-out judge finds wrong. For CoDe it is near a tenth, for the others at most a twentieth. But the intervals overlap.
+# *doubted* is the share of right pictures that the held-out judge finds wrong. For CoDe it is near a tenth, for the others at most a twentieth. But the intervals are wide: no method is shown to have more than best-of-N.
 #
-# We run the first three of CoDe's doubted searches again, to look at their pictures:
+# The first three of CoDe's doubted searches, run again:
 
 # %%
 of_code = runs["CoDe"]
@@ -462,7 +460,7 @@ close = [
 assert sum(close) >= len(close) - 1, "another processor may tip one close decision, not more"
 
 # %% [markdown]
-# Look for objects of two mixed colours. Neither colour fills enough of such an object, so the counter does not count it. The held-out judge does. So a search can hide an object from its own judge. Trust only a gain that a second judge sees, too.
+# Look for objects of two mixed colours. Neither colour fills enough of such an object, so the counter does not count it. The held-out judge does. The model draws such objects without a search, too; a search can prefer them. Trust only a gain that a second judge sees, too.
 #
 # ## Beyond the paper: mend what is wrong, leave the rest
 #
@@ -571,7 +569,7 @@ levels = schedules.levels(10)[1:-1]
 assert len(levels) == 9 and levels[0] == 0.95 and round(levels[-1], 6) == 0.7
 
 # %% [markdown]
-# `Refine.few_step` spends a quarter of the budget on first noises. It makes five tries at a time, and lowers $s$ in nine levels. Here are six pictures of a search with a hundred evaluations, each the best so far. Frames now mark what changed since the picture before, by several tries.
+# `Refine.few_step` spends a quarter of the budget on first noises. It makes up to five tries at a time, and lowers $s$ in nine levels. Here are six pictures of a search with a hundred evaluations, each the best so far. Frames now mark what changed since the picture before, by one try or several.
 
 # %%
 problem = model.problem(reward, kernels.ode, times=schedules.levels(10))
@@ -682,6 +680,7 @@ plt.show()
 # %% tags=["check"]
 for line in draft_gaps.values():  # also with 100 against best-of-N with 250
     assert min(line[judged].low for judged in both_judges) > 0
+said = []
 order = [draft_gaps[f"{m} at 250, best-of-N at 250"] for m in ("Draft", "Cascade", "Refine", "Beam")]
 for judged in ("exact", "held_out"):
     assert [line[judged].mean for line in order] == sorted((line[judged].mean for line in order), reverse=True)
@@ -689,22 +688,23 @@ for judged in ("exact", "held_out"):
     rivals = rows_at(multi_step, "cascade", 250), rows_at(few_step, "refine", 250)
     for rival in rivals:
         level = paired_gap(rows_at(multi_step, "draft", 250), rival)[judged]
-        assert level.low < 0 < level.high
+        said.append(str(level))
+assert said == ["0.06 [-0.01, 0.13]", "-0.03 [-0.12, 0.05]"] + ["0.06 [-0.01, 0.13]", "0.01 [-0.09, 0.10]"]
 
 # %% [markdown]
-# All four are ahead of best-of-N, by both judges. At 250 NFE Draft and Cascade gain most; a difference between the two is not shown. With 100 NFE, both are ahead even of best-of-N with 250. (On other prompts, about ten variants of these two were tried, and the beam was tuned.)
+# All four are ahead of best-of-N, by both judges. At 250 NFE Draft and Cascade gain most. (Draft minus Cascade, in pairs: 0.06 [-0.01, 0.13] by both judges.) With 100 NFE, both are ahead even of best-of-N with 250. (On other prompts, about ten variants of these two were tried, and the beam was tuned.)
 #
 # The beam gains about a quarter of what Draft gains. A likely reason is the look-ahead. At $t = 1$ schnell shows a picture, and so do five steps of dev's ODE. The beam selects by dev's posterior mean, a blur there.
 #
-# *A note.* Between Refine on schnell alone and Draft, at 250 NFE, no difference is shown. But nothing here judges how good the pictures look. If schnell's are good enough for you, search with schnell and stop there.
+# *A note.* Draft minus Refine on schnell alone, both at 250 NFE, is -0.03 [-0.12, 0.05] by the counter and 0.01 [-0.09, 0.10] by the other judge. But nothing here judges how good the pictures look. If schnell's are good enough for you, stop there.
 
 # %% [markdown]
 # ## Recap
 # - Compare in pairs, on the same prompts and seeds. An interval that contains 0 is no proof of equality.
-# - In our table RBF, SVDD and SMC beat best-of-N, also in four steps. For CoDe this is shown only in ten. Whether RBF's rule gains over SVDD depends on the sampler.
-# - Look-ahead search pays on a few-step model. On a multi-step model it can select only late, and gains less.
+# - In our table RBF, SVDD and SMC beat best-of-N, also in four steps. CoDe beats it only in ten. Whether RBF's rule gains over SVDD depends on the sampler.
+# - RBF pays on the few-step model, but not at 50 NFE. On the multi-step model the beam gains less from 250 NFE on.
 # - A gain counts when a judge that no search has seen confirms it.
-# - Beyond the paper: to redraw a few regions saves compute on a few-step model. A few-step sibling makes search pay for a multi-step model.
+# - Beyond the paper: with 100 NFE, redrawing a few regions is ahead of RBF on a few-step model. A few-step sibling makes search pay for a multi-step model.
 
 # %% [markdown]
 # ## Exercises
@@ -1007,7 +1007,7 @@ for judged in both_judges:
 assert 0.85**16 > 0.85 / 16, "(10.2) with q = 0.85: all regions are better than one"
 
 # %% [markdown]
-# Each of the other three is ahead of *all regions*, by both judges. Between six and one of sixteen, 150 runs show no difference, and none between the two grids. By (10.2) with $q = 0.85$, all regions would be better than one. Here it is the reverse, so (10.2) is only a rough picture.
+# Each of the other three is ahead of *all regions*, by both judges. Between six and one of sixteen, 150 runs show no difference, and none between the two grids. By (10.2) all regions would be better than one for $q = 0.85$, and worse for $q < 0.83$. Here they are worse. We did not measure $q$.
 #
 # ## Deeper: equal NFE is not equal time
 #
@@ -1043,7 +1043,7 @@ plt.show()
 assert max(correlation[:4]) < 0.4 and min(correlation[8:]) > 0.6
 
 # %% [markdown]
-# What was accepted early says little about the end, although this model already draws a sharp picture there: later noise changes it. That may be one more reason why mending regions pays: no later noise undoes a successful try.
+# What was accepted early says little about the end, although this model already draws a sharp picture there. A likely reason: later noise changes it. That may be one more reason why mending regions pays: no later noise undoes a successful try.
 #
 # ## Deeper: the numbers
 #
