@@ -110,7 +110,7 @@ assert (greedy - torch.tensor(reward.centre)).norm(dim=1).median() < 0.1
 # %% [markdown]
 # The square marks the highest reward. The lines in the middle and on the right are the tilted density of [notebook 06](06_smc.ipynb) at temperature $\tau = 0.5$. A perfect sampler fills it, and SMC roughly does. The search puts all 400 ends into one point.
 #
-# Why? The search used the same model and the same reward as SMC. But it takes three shortcuts:
+# Why? The search used the same model and the same reward as SMC. But compared with an exact rule it takes three shortcuts:
 #
 # - (a) it draws *few children*;
 # - (b) it judges them by the *look-ahead* reward, a guess;
@@ -221,11 +221,11 @@ for _name in ("best value, 32 children", "best look-ahead, 32 children"):
 # </details>
 
 # %% [markdown]
-# **Search is not sampling.** If you want variety, use [notebook 06](06_smc.ipynb). If you want one good sample, read on.
+# **A search that takes the best is not sampling.** If you want variety, use [notebook 06](06_smc.ipynb). If you want one good sample, read on.
 #
 # ## Three searches, as a sketch
 #
-# Three published methods take the best child. They differ in how they make the children, and in when they judge them.
+# We let three published methods take the best child. (SVDD can also draw one, exercise 2.) They differ in how they make the children, and in when they judge them.
 
 # %% tags=["plot"]
 KEPT, DROPPED = {"color": "#D55E00", "linewidth": 2}, {"color": "0.7", "linewidth": 1.2}
@@ -258,7 +258,7 @@ for ax, name in zip(axes, ("SVDD: every step", "CoDe: every second step", "Searc
 plt.show()
 
 # %% [markdown]
-# Circles are judged by their look-ahead reward. Orange is kept, grey is dropped. A dashed line goes back up, by added noise. Now we build all three.
+# Circles are judged by their look-ahead reward. Orange is kept, grey is dropped. A dashed line is a step back towards the noise. Now we build all three.
 #
 # ## SVDD: choose at every step
 #
@@ -324,7 +324,7 @@ print(f"reward {result.reward:.4f}, {result.nfe} NFE")
 #
 # ## CoDe: choose after a block
 #
-# SVDD judges a child after one step. *CoDe* (Singh et al. 2025) waits. It lets each child run a block of steps before it judges; here a block is two. Then the branches have moved further apart, and the look-ahead is a better guess. **One change**: after `propose`, propose again. A branch now costs two evaluations. So each choice has as many branches, but there are half as many choices. Does waiting pay for that? We will see on pictures.
+# SVDD judges a child after one step. *CoDe* (Singh et al. 2025) waits. It lets each child run a block of steps before it judges; here a block is two. Then the branches have moved further apart, and the look-ahead is a better guess. **One change**: after `propose`, propose again. A branch now costs two evaluations. So each choice has as many branches, but there are half as many choices. Is the better guess worth it? We will see on pictures.
 
 
 # %%
@@ -343,7 +343,7 @@ class MyCoDe(Chains):
 # %% [markdown]
 # ## Search over Paths: up and down
 #
-# SVDD and CoDe need a sampler with noise. *Search over Paths* (SoP, Ma et al. 2025) does not. It runs the ODE three steps down, towards the data. Then it makes several copies, adds noise to each, which takes them one step back *up*, and runs three steps down again. **The change**: the noise that is added on the way up makes the copies different (`renoise`, [notebook 04](04_ode_to_sde.ipynb)). Then the best of all copies go on, even if they come from one parent.
+# SVDD and CoDe need a sampler with noise. *Search over Paths* (SoP, Ma et al. 2025) does not. It runs the ODE three steps down, towards the data. Then it makes several copies, adds noise to each, which takes them one step back *up*, and runs three steps down again. **The change**: the noise that is added on the way up makes the copies different (`renoise`, [notebook 04](04_ode_to_sde.ipynb)). Of all copies the best go on, even if they share a parent.
 
 
 # %%
@@ -451,7 +451,7 @@ assert all(sum(spent.values()) == result.nfe for spent, result in accounts.value
 #
 # ## On pictures
 #
-# The same methods on tiny-flux schnell with 100 NFE. Best-of-N and SoP use the ODE. CoDe and SVDD use the VP-SDE ([notebook 05](05_interpolant_conversion.ipynb)). SoP, CoDe and SVDD now spend a quarter of the budget on first noises: with `init=12` each of their two chains starts from the best of twelve.
+# The same methods on tiny-flux schnell with 100 NFE. (*Plain* is one sample.) Best-of-N and SoP use the ODE. CoDe and SVDD use the VP-SDE ([notebook 05](05_interpolant_conversion.ipynb)). SoP, CoDe and SVDD now spend a quarter of the budget on first noises: with `init=12` each of their two chains starts from the best of twelve.
 
 # %%
 TEXT = "three blue squares above two blue circles"
@@ -539,7 +539,7 @@ assert all(experiments.paired_difference(by["best-of-N"], _noisy, judge).low > 0
 # %% [markdown]
 # Bars are 95 % intervals over prompts. Best-of-N and SoP run the ODE, the others the VP-SDE. Plain SVDD and CoDe start each of their two chains from one noise. With "25 first noises" SVDD starts each from the best of 25. That is 50 noises in all, as many as SMC has. (It costs 48 evaluations more, 500 instead of 452; [notebook 08](08_rollover_budget_forcing.ipynb) says why.) In the upper panel, methods with overlapping bars may still differ, since all meet the same prompts. So the lower panel compares them in pairs. A bar right of the line speaks for the first method.
 #
-# - Choosing at every step pays. SVDD is far ahead of best-of-N, by both judges. (The sampler is not the reason: best-of-N under the VP-SDE is even a little behind best-of-N under the ODE.)
+# - Choosing at every step pays. SVDD is far ahead of best-of-N, by both judges. (The noise alone is not the reason: best-of-N is worse under the VP-SDE, [notebook 08](08_rollover_budget_forcing.ipynb).)
 # - Waiting does not pay here: SVDD is ahead of CoDe.
 # - *First noises* may matter: a few more right pictures. But the bar contains 0, so this stays open. To be safe, compare methods with equally many first noises.
 # - These runs cannot tell SoP from best-of-N. They cannot tell SMC from SVDD either, if both start from 50 noises. So nothing here shows that one must be greedy: resampling finds good pictures, too.
@@ -586,8 +586,8 @@ assert round(_given[3] - _given[-1], 2) == 0.01 and round(_held[-1] - _held[3], 
 #
 # - *One good picture*: select on the way, with a sampler that has noise. SVDD with many first noises and SMC do equally well, as far as we can tell.
 # - *An expensive judge*: count the rewards, too. In the stored runs SVDD asks for about nine times as many as best-of-N, CoDe for about five times as many. CoDe's share of right pictures lies between the two.
-# - *No noise in the sampler*: best-of-N. On pictures SoP shows no gain over it; on the ring it does ([Deeper](#Deeper:-who-finds-the-better-sample-on-the-ring?)).
-# - *Variety*: not a search. Only SMC draws from a distribution, and even there few noises survive ([notebook 06](06_smc.ipynb)).
+# - *No noise in the sampler*: best-of-N. On pictures we saw no gain of SoP over it; on the ring we did ([Deeper](#Deeper:-who-finds-the-better-sample-on-the-ring?)).
+# - *Variety*: no search that takes the best. SMC draws from a distribution, and even there few noises survive ([notebook 06](06_smc.ipynb)).
 #
 # **A question that leads on: SVDD spends the same at every step. Where is that a waste?**
 #
@@ -605,7 +605,7 @@ assert all(experiments.paired_difference(by["CoDe"], by["best-of-N"], judge).low
 # %% [markdown]
 # ## Recap
 # - The best rule draws children from the model and chooses in proportion to $e^{V/\tau}$ (7.2). The more children, the closer it comes to the tilted density.
-# - A search takes three shortcuts: few children, the look-ahead instead of the value, the best child instead of a drawn one. The last one makes it collapse.
+# - A search takes three shortcuts: few children, the look-ahead instead of the value, the best child instead of a drawn one. The last one, with many children, makes it collapse onto one point.
 # - SVDD chooses at every step, CoDe after a block, Search over Paths goes up and down. Each is one function, `advance`.
 # - At the same budget they differ in when they spend, in how many rewards they ask for, and in how many first noises they try.
 # - The last small gains of the given reward can make a held-out reward worse.
@@ -955,7 +955,7 @@ axes[0].set(xscale="log", yscale="log", title="held-out reward missing (down: be
 axes[0].invert_xaxis()
 axes[1].set(title="log density of the data (up: better)")
 axes[1].legend(loc="lower left")
-axes[1].set_xlabel("given reward missing (right: more budget)")
+axes[1].set_xlabel("given reward missing (right: closer to the peak)")
 plt.show()
 
 # %% tags=["check"]
@@ -966,7 +966,7 @@ for _name, _samples in curves.items():
     assert _held[-1] < _held[_top] and 0.5 < _dens[_top] - _dens[-1] < 1, (_name, _held, _dens)
 
 # %% [markdown]
-# No: all three turn (above). For the same given reward the samples of all three also have roughly the same density under the data (right). So it is the reward that costs density, not the search. What a search loses in addition is variety.
+# No: all three turn (upper panel). For the same given reward the samples of all three also have roughly the same density under the data (lower panel). So it is the reward that costs density, not the search. What a search loses in addition is variety.
 #
 # ## Deeper: who finds the better sample on the ring?
 #
@@ -1000,7 +1000,7 @@ for _nfe in (100, 250):
     assert _order == sorted(_order), _order
 
 # %% [markdown]
-# For both budgets the order is the same: best-of-N, SoP, CoDe, SVDD. Within a budget, the more reward, the less likely the sample is under the data. (On the ring SoP is ahead of best-of-N; on pictures this was not seen.)
+# For both budgets the order is the same, from worst to best: best-of-N, SoP, CoDe, SVDD. Within a budget, the more reward, the less likely the sample is under the data. (On the ring SoP is ahead of best-of-N; on pictures this was not seen.)
 #
 # ## Not shown
 # Learning the value instead of looking ahead. Trees that go back to an abandoned branch. How a budget should be split over time ([notebook 08](08_rollover_budget_forcing.ipynb)).

@@ -191,7 +191,7 @@ assert circle_pushes[[0, 8]].norm(dim=1).max() < 0.15, "at the ends: nothing"
 #
 # $$J = \frac{\partial x_{0|t}}{\partial x} = \frac{\alpha_t}{\sigma_t^2}\, \operatorname{Cov}(x_0 \mid x). \tag{9.1}$$
 #
-# $J$ is the Jacobian of the posterior mean. The factors $\alpha_t$, $\sigma_t$ mix the state: $x = \alpha_t x_0 + \sigma_t \varepsilon$, with noise $\varepsilon$. The covariance is that of the futures ([Deeper](#Deeper:-why-the-covariance) has the proof). The fat circles of the first figure were pushed without this filter.
+# $J$ is the Jacobian of the posterior mean. The factors $\alpha_t$, $\sigma_t$ mix the state: $x = \alpha_t x_0 + \sigma_t \varepsilon$, with noise $\varepsilon$. The covariance is that of the futures ([Deeper](#Deeper:-why-the-covariance) has the proof). The fat shapes of the first figure were pushed without this filter.
 #
 # ## What is the right push?
 #
@@ -203,7 +203,7 @@ assert circle_pushes[[0, 8]].norm(dim=1).max() < 0.15, "at the ends: nothing"
 #
 # $$\text{(9.2)} \;\approx\; \lambda\, \nabla_x\, r\big(x_{0|t}(x)\big). \tag{9.3}$$
 #
-# $\lambda = 1/\tau$ is the *strength*. For Gaussian data and a linear reward, (9.3) is exact. Otherwise it is good late, when the futures of a state resemble each other. It is worst early ([Deeper](#Deeper:-how-wrong-is-it)).
+# $\lambda = 1/\tau$ is the *strength*. For Gaussian data and a linear reward, (9.3) is exact. Otherwise it is good late, when the futures of a state resemble each other. It is worst early, compared with the exact push ([Deeper](#Deeper:-how-wrong-is-it)).
 #
 # A sampler works with a pair: the posterior mean $x_{0|t}$ and the predicted noise $\varepsilon_{|t}$. The score is $-\varepsilon_{|t}/\sigma_t$ ([notebook 04](04_ode_to_sde.ipynb)). So (9.3) changes $\varepsilon_{|t}$. The state $x = \alpha_t x_{0|t} + \sigma_t \varepsilon_{|t}$ stays where it is. So $x_{0|t}$ has to change as well. A prime marks the pair after the push:
 #
@@ -297,12 +297,12 @@ assert _ends[2.6][0] < -3.5 and _ends[2.0][1] < -0.04, "other multiples fail the
 #
 # Log density says how likely samples are under the data. The approximation (9.3) is to blame here:
 #
-# - *DPS pushes too hard.* Near $t = 1$ the mean of all futures lies in the middle of the ring, far from the square. Take strength 30, $t = 0.9$ and a state in the middle. DPS pushes it more than fifty times as hard as (9.2). The exact push is weak, because a few futures end near the square anyway.
+# - *DPS pushes too hard.* Near $t = 1$ the mean of all futures lies in the middle of the ring, far from the square. At strength 30 and $t = 0.9$ DPS pushes a state in the middle more than fifty times as hard as (9.2). The exact push is weak, because a few futures end near the square anyway.
 # - *DPS pushes too long.* This early, a push hardly changes the look-ahead reward. So DPS goes on pushing, until the state is where no noised sample ever was.
 #
-# Smaller steps do not help ([Deeper](#Deeper:-is-it-the-step)).
+# On the ring, smaller steps do not help ([Deeper](#Deeper:-is-it-the-step)).
 #
-# In pictures, the size of the gradient changes along the way. No strength fits all times. So there we use `Guide(..., normalised=True)`. It takes only the direction from the gradient. The length of the move of $x_{0|t}$ is fixed: strength $\times\ \sigma_t$, as a root mean square. So strength is the factor $\lambda$ of (9.3) in the toys, and a length in pictures. The two cannot be compared.
+# In pictures, no strength fits all times. So there we use `Guide(..., normalised=True)`. It takes only the direction from the gradient. The length of the move of $x_{0|t}$ is fixed: strength $\times\ \sigma_t$, as a root mean square. (In the toys strength is a factor, $\lambda$ in (9.3).)
 #
 # ## Inside a search
 #
@@ -477,8 +477,8 @@ assert 0 <= gaps["SVDD minus best-of-N"]["counts"].low < 0.005 and sorted(rows["
 # Read the differences like this:
 #
 # - *DPS alone* raises the given reward a little (last line). We cannot show that more pictures have right counts.
-# - *Selection* does most of the work. Best-of-N already finds nearly the ink that was asked for. The other three searches select on the way. They are right in 8 to 9 more pictures of 100. (For SVDD the interval just touches 0.)
-# - *Gradients inside a search* are the first line of the table, at equal NFE. Without gradients, SVDD draws more children. The error of the ink is 0.01 with and without gradients. Both intervals include 0. So no gain is shown. A small gain or loss is possible.
+# - *Selection* does most of the work (for 500 NFE; DPS alone spends 37). Best-of-N already finds nearly the ink that was asked for. The other three searches select on the way. They are right in 8 to 9 more pictures of 100. (For SVDD the interval just touches 0.)
+# - *Gradients inside a search* are the first line of the table, at equal NFE. Without gradients, SVDD draws more children. The error of the ink is 0.01 with and without gradients. Both intervals contain 0 (the first one narrowly). So no gain is shown.
 #
 # The paper has no such control. Its two searches are far above DPS alone, but DPS alone is a single picture. In the upper row, DPS alone raised the given score and *lowered* the held-out one.
 #
@@ -648,23 +648,23 @@ assert gains["ink as asked", "noise, from t = 0.6", "held_out"][0.4].mean < -0.0
 #
 # </details>
 #
-# Bars are 95 % intervals over prompts. In the left column alone, *colourful* at strength 0.4 looks like a success. Only the right column, a judge that no method has seen, says where to stop.
+# Bars are 95 % intervals over prompts. In the left column alone, *colourful* at strength 0.4 looks like a success. There only the right column, a judge that no method has seen, says where to stop. (A strong push with noise lowers even the given *ink as asked*: its length is fixed, so it overshoots.)
 #
 # What holds over-optimisation back?
 #
-# - Before all, a better reward. Then a weak push.
-# - More steps help, too. In forty steps with noise, strength 0.4 gains by both judges on *ink as asked*. But one such sample costs 151 NFE. The best of eight plain samples in ten steps costs 80, and is right more often ([Deeper](#Deeper:-is-it-the-step)).
+# - Above all, a better reward. A weak push does less harm.
+# - On pictures, more steps. In forty steps with noise, strength 0.4 gains by both judges on *ink as asked*. But one such sample costs 151 NFE. The best of eight plain samples in ten steps costs 80, and is right more often ([Deeper](#Deeper:-is-it-the-step)).
 # - Always, a second judge ([notebook 10](10_scaling.ipynb)).
 #
-# *What do you take home?* Inside a search, we could show no gain from gradients: more children did as well. Best-of-N alone found nearly the ink asked for. So little was left to gain. A gradient could offer more where chance hardly ever finds a good child. We have no such case to show. Test a reward of your own as we did: at equal NFE, against the same search without gradients, with a second judge.
+# *What do you take home?* Inside a search, we could show no gain from gradients: more children did as well. Best-of-N alone found nearly the ink asked for, so little was left. A gradient could offer more where chance hardly ever finds a good child. Test a reward of your own as we did: at equal NFE, against the same search without gradients, with a second judge.
 
 # %% [markdown]
 # ## Recap
-# - Climbing a reward on a finished picture can ruin it. A push on the way is turned by the model into what it knows.
-# - The gradient of the look-ahead reward runs through the model. It is filtered by what can still vary (9.1).
+# - Climbing a reward on a finished picture can ruin it. If we push while drawing, the model turns the push into shapes that it knows.
+# - The gradient of the look-ahead reward runs through the model. It keeps only the directions in which the futures still differ (9.1).
 # - DPS puts one future, the mean, in place of all (9.3). Pushed too hard, it leaves the data, which the exact tilted distribution does not.
 # - A gradient costs three evaluations. Inside a search it has to gain more than three further children. Here we could show no such gain.
-# - Given and held-out reward go apart where the reward does not say what is meant. Only the second shows when to stop.
+# - Given and held-out reward go apart where the reward does not say what is meant. There only the second shows when to stop.
 
 # %% [markdown]
 # ## Exercises
@@ -1074,15 +1074,15 @@ def _answer(mixture, x, t):
 assert _answer(line, torch.zeros(1, 1), 0.5) > 3 and _answer(ring, torch.zeros(1, 2), 0.95) < 0.2
 
 # %% [markdown]
-# Look between the clouds, at the two earlier times: DPS is more than twice too strong. The state is undecided there. Some of its futures lie in one cloud, some in the other. The mean lies between, where no future is. A small step moves this mean, and DPS takes that for a change of every future. At $t = 0.2$ most states have decided for one cloud, and their futures resemble each other.
+# Look between the clouds, at the two earlier times: there DPS pushes more than twice as hard as it should. The state is undecided there. Some of its futures lie in one cloud, some in the other. The mean lies between, where no future is. A small step moves this mean, and DPS acts as if every future moved with the mean. At $t = 0.2$ most states have decided for one cloud, and their futures resemble each other.
 #
-# On the ring the error is the same: near $t = 1$ DPS looks at a mean where no future is, and pushes too hard. One thing differs: how far a push moves the mean. It follows from (9.1). Between two clouds at $t = 0.5$ a push moves the mean much. Near $t = 1$ a push moves it only a little. So on the line the push is too strong at one place. On the ring it is too strong, and it also lasts too long.
+# On the ring the error is the same: near $t = 1$ DPS looks at a mean where no future is, and pushes too hard. One thing differs: how far a push moves the mean. It follows from (9.1). Between two clouds at $t = 0.5$ a push moves the mean much. Near $t = 1$ a push moves it only a little. So on the line the push is too strong near its peak. On the ring it is too strong, and it also lasts too long.
 #
 # A weaker push of DPS has the same fault. To first order in $\lambda$, (9.2) is $\lambda \nabla E[r(x_0) \mid x_t]$, and DPS is $\lambda \nabla r(E[x_0 \mid x_t])$. Both shrink with $\lambda$, and their ratio stays.
 #
 # ## Deeper: weights that correct the gradient
 #
-# [Notebook 06](06_smc.ipynb) has the cure. Let the gradient propose, as in DPS. Then weigh every particle by a ratio: the model's transition density over the steered one. With these weights the target stays the tilted distribution. This is how the paper's SMC baseline, [DAS](https://arxiv.org/abs/2501.05803), steers. We ask for the share of the right cloud, ten runs each.
+# [Notebook 06](06_smc.ipynb) has the cure. Let the gradient propose, as in DPS. Then multiply its weights by a ratio: the model's transition density over the steered one. With these weights the target stays the tilted distribution. This is how the paper's SMC baseline, [DAS](https://arxiv.org/abs/2501.05803), steers. We ask for the share of the right cloud, ten runs each.
 
 # %%
 from flowscale_lite import SMC
