@@ -414,6 +414,7 @@ def test_readers_copy_has_stubs_too_and_solutions_as_text(built):
     assert code.count("raise NotImplementedError") == 2 and "x + x" not in code and "x / 2" not in code
     tests = [cell for cell in cells if "exercise-test" in notebooks.tags(cell)]
     assert [cell.outputs[0].text for cell in tests] == ["Not done yet.\n"] * 2
+    assert all(cell.metadata["jupyter"]["source_hidden"] for cell in tests), "a test often shows the answer"
     texts = [cell.source for cell in cells if "solution" in notebooks.tags(cell)]
     assert all(text.startswith("<details><summary>A solution</summary>\n\n```python\ndef ") for text in texts)
     assert "return x + x" in texts[0] and "return x / 2" in texts[1]

@@ -13,7 +13,7 @@
 # %% [markdown]
 # # 02 Tiny FLUX: many steps, few steps
 #
-# **Question.** What is FLUX made of, and why does one variant of it need ten steps and another only a few?
+# **Question.** What is FLUX made of, and why does one variant of it need many steps and another only a few?
 #
 # <!-- badge -->
 #
@@ -22,7 +22,7 @@
 # - explain how reflow makes a few-step model
 # - say what that does to the guess of the finished picture
 # - use guidance
-# - know what the two models cannot count
+# - know which prompts the two models get wrong
 #
 # **Prerequisites.** [Notebook 01](01_flow_matching.ipynb). You need not know transformers.
 #
@@ -127,9 +127,9 @@ plt.show()
 #
 # A transformer is a chain of *blocks*. FLUX has two kinds. A double-stream block has one set of weights for the words and another for the picture's tokens. A single-stream block has one set for both. "1 + 5 blocks" means one double and five single.
 #
-# Our models are made of diffusers' own FLUX classes, with smaller numbers. There are two, named after their large relatives: **dev** and **schnell** (German for fast). They have the same parts and almost the same number of weights. Only the transformers' weights differ.
+# Our models are made of diffusers' own FLUX classes, with smaller numbers. There are two, named after their large relatives: **dev** and **schnell** (German for fast). They have the same parts (but only dev reads a guidance scale) and almost the same number of weights. Only the transformers' weights differ.
 #
-# Why does a course on search need two models? A search saves time if it can judge a picture before it is finished. With one of the two models this works from the first step on, with the other it does not. You will see which, and why.
+# Why does a course on search need two models? A search saves time if it can judge a picture before it is finished. With one of the two models even the first step helps; with the other we see no help. You will see which, and why.
 #
 # Before we take them apart, let them draw: one prompt, five noises, ten steps.
 #
@@ -156,7 +156,7 @@ plt.show()
 #
 # </details>
 #
-# Two of dev's five pictures are right, and none of schnell's. Keep the miscounts in mind: the last part of this notebook comes back to them.
+# Two of dev's five pictures are right, and none of schnell's. Keep the miscounts in mind: the last part before the recap comes back to them.
 #
 # To see what happens inside we need the velocity itself. We write two functions. The first, folded, turns prompts into vectors: `encode(pipe, captions)`. The second takes these vectors and gives $u_t(x)$: `velocity(pipe, x, t, text)`. It cuts the latents into tokens, calls the transformer once, and puts the tokens together again.
 #
@@ -229,7 +229,7 @@ for pipe, theirs in ((dev, prompt), (schnell, FlowModel.encode(schnell, TEXT))):
     assert torch.allclose(ours, theirs(noise[:4], at), atol=1e-5)
 
 # %% [markdown]
-# A folded check compares our velocity with that of the package's `FlowModel`: they agree.
+# (We checked: it is the velocity of the package's `FlowModel`.)
 #
 # ## One noise, 10, 4, 2 and 1 steps
 #
@@ -392,7 +392,7 @@ assert linked["dev"] < 0 < 0.25 < linked["schnell"] < 0.5  # 0.25: two standard 
 #
 # </details>
 #
-# This decides how a search can use a model. On schnell, a judge can choose among noises at one evaluation each. On dev it must wait until the guesses differ, and by then many of the steps are spent. [Notebook 03](03_rewards_and_best_of_n.ipynb) measures how much a look is worth at each time.
+# This decides how a search can use a model. On schnell, a judge can choose among noises at one evaluation each. On dev the first guesses do not tell good noises from bad. It must wait, and by then many of the steps are spent. [Notebook 03](03_rewards_and_best_of_n.ipynb) measures how much a look is worth at each time.
 #
 # ## How our schnell was made: reflow
 #
@@ -439,7 +439,7 @@ plt.show()
 #
 # </details>
 #
-# Left: random pairs, as those from which dev learnt. Middle: the flow. Right: the flow's own pairs, as those from which schnell learnt. There hardly any lines cross, so there is hardly anything to average. The velocity at a place is that of the one line through it. It stays the same all along the line. So one large step ends near the end of the line, and the first guess *is* this step. (Near, not at: in the curves above one step gets fewer pictures right than ten.)
+# Left: random pairs, as those from which dev learnt. Middle: the flow. Right: the flow's own pairs, as those from which schnell learnt. In the right panel hardly any lines cross, so there is hardly anything to average. The velocity at a place is that of the one line through it. It stays the same all along the line. So one large step ends near the end of the line, and the first guess is where this one step ends. (Near, not at: in the curves above one step gets fewer pictures right than ten.)
 #
 # The *distribution* of the pictures stays the same, up to errors of training ([Deeper](#Deeper:-what-reflow-does-to-pairs) says why). But the new model also learns the old one's mistakes, and adds its own errors of training. So schnell is better in few steps, but not in ten.
 #
@@ -589,6 +589,7 @@ for name, totals in _total.items():
     assert totals[0].sum() >= 30 and (~totals[4]).sum() > 5 and (totals[4] & ~rights[4]).sum() > 5
     assert (totals[6] & ~rights[6]).sum() > 0.7 * (~rights[6]).sum()  # most mistakes are of kind
 assert only_dev.sum() > 3 * only_schnell.sum() + 2
+assert np.argmax([abs(int(a.sum()) - int(b.sum())) for a, b in zip(*_exact.values(), strict=True)][:5]) == 4
 for n in (1, 2, 4):  # of the recap
     assert right["dev", n].sum() < right["schnell", n].sum() < right["schnell", 10].sum()
 for (_, low, high), (_, low_, high_) in zip(*map(shares, _exact.values()), strict=True):
@@ -614,19 +615,19 @@ plt.show()
 #
 # Left: exact pictures are most frequent with one or two objects. With more objects there are fewer, though the fall is not even. A likely reason is that every object can go wrong. With nine or ten objects both models make two kinds of mistake. Some totals are wrong. And some pictures with the right total still have wrong kinds.
 #
-# The intervals of the two models overlap in every group. But both drew the same prompts from the same noises, so we can compare prompt by prompt. The last printed line does it for nine or ten objects: it speaks for dev.
+# The intervals of the two models overlap in every group. But both drew the same prompts from the same noises, so we can compare prompt by prompt. The last printed line does it for nine or ten objects: it speaks for dev. (In the other groups on the left the two are closer.)
 #
-# Right: the number is not the only difficulty. The two groups of prompts differ in one word and use the same noises. Both models are right with triangles many times more often than with squares. With squares the *total* is mostly right (open markers, table). So on these prompts, which have four to eight objects, most mistakes are of kind, not of number.
+# Right: the number is not the only difficulty. The two groups of prompts differ in one word and use the same noises. Both models are right with triangles many times more often than with squares. With squares the *total* is mostly right (open markers, table). So with squares, on these prompts of four to eight objects, most mistakes are of kind, not of number.
 #
 # Prompts of the hard kinds are in `data/prompts/hard.txt`. Among many samples of a hard prompt a few may be right, or nearly so. This is the gap that a search can close. [Notebook 03](03_rewards_and_best_of_n.ipynb) begins with it.
 
 # %% [markdown]
 # ## Recap
 # - FLUX is two text encoders, a transformer that gives the velocity of latents, and an autoencoder.
-# - Reflow trains on a model's own pairs (2.1), whose lines hardly cross. So with one, two or four steps schnell gets more of our pictures right than dev, though fewer than with ten.
-# - dev's first guess is an average of many pictures, and as latents nearly the same for every noise; schnell's is close to the final picture.
+# - Reflow trains on a model's own pairs (2.1), whose lines hardly cross. So with one, two or four steps schnell gets more of our pictures right than dev, but fewer than schnell itself in ten.
+# - dev's first guess is roughly an average of many pictures, and varies much less from noise to noise than the pictures do; schnell's already has the layout of the final picture.
 # - Guidance (2.2) exaggerates the prompt; its scale is an input of dev.
-# - Both models often get prompts with many objects wrong, and mix up which colour goes with which shape. A search may mend this.
+# - Both models often get prompts with many objects wrong, and often draw wrong kinds; dev, for example, swaps colours and shapes. A search may mend this.
 
 # %% [markdown]
 # ## Exercises
@@ -1015,7 +1016,7 @@ plt.show()
 # %% [markdown]
 # A is "two red circles", B "five blue squares". T5's vectors decide the shapes and, by and large, how many there are. CLIP's single vector can change colours. It does so in the last row: T5 says blue and CLIP says red. Some squares stay blue, and most turn orange, a colour that no picture of the training set has. In the third row CLIP's "blue" changes no colour.
 #
-# Unknown words become one "unknown" token, and the model draws something likely all the same. The package warns of such words, and of prompts that are too long.
+# Unknown words become one "unknown" token, and the model still draws a plausible picture. The package warns of such words, and of prompts that are too long.
 
 # %% [markdown]
 # ## Deeper: the time grid
@@ -1167,7 +1168,7 @@ for row, (name, latents) in zip(axes, rows.items(), strict=True):
 plt.show()
 
 # %% [markdown]
-# It has learnt that pictures show coloured shapes in cells. What the prompt says it does not heed yet. And it had help: the autoencoder, which turns latents into clean shapes, was trained before.
+# It has learnt that pictures show coloured shapes in cells. It does not follow the prompt yet. And it had help: the autoencoder, which turns latents into clean shapes, was trained before.
 
 # %% tags=["plot"] alt="Three curves. The live run's loss falls from 2 to below 1. The stored run's loss falls quickly and is nearly flat from step 3000 on; both have the same scale. Its share of exact counts keeps rising to the last step, 7000."
 log = [json.loads(line) for line in locate("tiny-flux/training_log.jsonl").read_text().splitlines()]
@@ -1189,7 +1190,7 @@ assert max(live) < 2.4 and log[-1]["exact"] >= max(entry["exact"] for entry in l
 # %% [markdown]
 # The live curve shows every step. A point of the stored curve is the mean of the 250 steps up to it. So its first point, near 0.9, contains the large losses of the very first steps.
 #
-# The stored loss soon stops falling: most of what remains cannot be learnt ([notebook 01](01_flow_matching.ipynb)). Counting keeps improving to the end.
+# The stored loss soon almost stops falling: most of what remains cannot be learnt ([notebook 01](01_flow_matching.ipynb)). Counting improves, with dips, almost to the end.
 
 # %% [markdown]
 # ## Not shown

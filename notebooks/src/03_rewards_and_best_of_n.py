@@ -183,9 +183,9 @@ assert (np.diff(_climb[(fade > 0.54) & (fade < 0.91)]) > 0).all()
 #
 # - The **exact counter** jumps from $-1$ to 0 near an opacity of 0.75. A fainter circle does not count at all, a stronger one counts whole.
 # - The **held-out judge** (wide band) counts whole objects too, so it also jumps, but near 0.46: it accepts a fainter circle. At both ends the two agree, in between they do not. So we report results by both.
-# - The **smooth reward** climbs between 0.55 and 0.9. A fainter circle counts as nothing here too.
+# - The **smooth reward** climbs between 0.55 and 0.9. Below 0.55 the circle counts as nothing.
 #
-# The climb matters because a search takes small steps. It asks which of two candidates is a little better. The counter often answers "no difference", the smooth reward less often.
+# The climb matters because a search compares candidates that differ little. The counter answers "no difference" more often than the smooth reward does.
 #
 # The smooth reward is the package's `CountReward`. If a prompt says where a group is ("above"), each misplaced object costs up to 1.
 #
@@ -201,7 +201,7 @@ assert (np.diff(_climb[(fade > 0.54) & (fade < 0.91)]) > 0).all()
 #
 # $$E\big[\max_{i \le N} r_i\big] = \int_0^1 Q(u)\, N u^{N-1}\, du. \tag{3.3}$$
 #
-# At $N = 1$ all places weigh the same. The larger $N$, the more of the weight sits close to $u = 1$. On average the highest place is $N/(N + 1)$: for $N = 1, 2, 4, 8$ it is $\frac12, \frac23, \frac45, \frac89$. So each further draw moves us up by less. How much reward does that bring? It depends on $Q$. If good pictures are rare, each doubling may bring as much as the one before, until $N$ is large. So we measure it.
+# At $N = 1$ all places weigh the same. The larger $N$, the more of the weight sits close to $u = 1$. On average the highest place is $N/(N + 1)$: for $N = 1, 2, 4, 8$ it is $\frac12, \frac23, \frac45, \frac89$. So each further draw brings less. A doubling of $N$ need not: if good pictures are rare, it may bring as much as the one before, until $N$ is large. So we measure it.
 #
 # We need more prompts than one. Here are six, with 64 pictures each.
 
@@ -244,7 +244,7 @@ pd.DataFrame(columns, index=pd.Index(PROMPTS, name="prompt")).round(2)
 # %% [markdown]
 # Means over 64 pictures: the reward, and the shares of right ones by the counter and by the held-out judge. The prompts differ widely.
 #
-# How often can a reward not decide between two pictures? Take pairs of pictures of one prompt. In a *tie* their rewards differ by at most 0.01. (We leave out pairs of two right pictures.)
+# How often can a reward not decide between two pictures? Take pairs of pictures of one prompt. We call a pair a *tie* if its rewards differ by at most 0.01. (We leave out pairs of two right pictures.)
 
 
 # %%
@@ -264,7 +264,7 @@ print(f"smooth reward: {ties(r):.0%} of these pairs are ties")
 assert 0.04 < ties(r) < 0.06 and 0.19 < ties(counted) < 0.21
 
 # %% [markdown]
-# For a fifth of these pairs, a search that uses the counter could only toss a coin. With the smooth reward it is a twentieth.
+# In a fifth of these pairs the counter cannot decide, the smooth reward in a twentieth.
 #
 # To measure best-of-$N$ we draw sets of $N$ from the 64, many times. We average over their winners. (We stop at $N = 16$, because larger sets would share too many pictures.) `best_of` averages any property of the winner.
 
@@ -286,7 +286,7 @@ gain = np.array([[best_of(n, r[i], r[i]) for n in NS] for i in range(6)])
 share = np.array([[best_of(n, r[i], exact[i]) for n in NS] for i in range(6)])
 
 # %% [markdown]
-# A picture is right with probability $p$, so the best of $N$ is right with probability $1 - (1 - p)^N$. Over the six prompts the mean of $p$ is 0.28.
+# A picture is right with probability $p$, so among $N$ there is a right one with probability $1 - (1 - p)^N$. Over the six prompts the mean of $p$ is 0.28.
 #
 # **Guess: with this $p$, the formula gives 0.99 at $N = 16$. What will the six prompts give?**
 
@@ -380,7 +380,7 @@ assert abs(_later[2, 1] - 3) < 0.1 and abs(_later[0, 2] - 2) < 0.1 and 1.5 < _la
 # From this noise both models end at three squares and four triangles, which is wrong.
 #
 # - **dev** sees this late. Its first guess is an average over all layouts, so there is something in every cell. (It is an average of latents, not of pictures. The autoencoder makes shapes of whatever it gets, so their colours mean little.) At $t = 0.75$ the seven objects are there, two of them still yellow.
-# - **schnell** was trained to see the end from the start ([notebook 02](02_tiny_flux.ipynb)). Its first guess already shows the seven objects. A yellow smear beside them vanishes.
+# - **schnell** was trained to see the end from the start ([notebook 02](02_tiny_flux.ipynb)). Its first guess already shows the seven objects. An eighth object, a yellow one, vanishes.
 #
 # We would like to know the average reward of all pictures that fit the state, $E[r(x_0) \mid x_t]$. The look-ahead gives something else: the reward of the average picture. To second order, the two differ by a term with the spread of these pictures:
 #
@@ -581,17 +581,17 @@ assert _totals[0] < 0.95 and _totals[1] > 0.99, _totals
 #
 # </details>
 #
-# Left: each reward rises with $N$. (*Total only* stops when nearly every winner has the right total.) So each search succeeds by its own reward. Right: only a judge that was not optimised tells them apart. So this series gives results by two judges; no search optimises the second.
+# Left: each reward rises with $N$. (*Total only* stops when nearly every winner has the right total.) So each search succeeds by its own reward. Right: by its own reward *more ink* looks like the best search; the held-out judge shows that it is the worst. So this series gives results by the counter and by the held-out judge, which no search optimises.
 #
 # Best-of-$N$ is still a mild case. It only chooses among pictures that the model draws anyway. A search that steers every step can find much stranger pictures ([notebook 09](09_gradients.ipynb)).
 
 # %% [markdown]
 # ## Recap
 # - A reward is a function of a picture. A smooth one tells candidates apart that a counter calls equal.
-# - Best-of-$N$ gains less from each further picture (3.3), and draws few right pictures where the model hardly ever succeeds.
+# - Best-of-$N$ gains less from each further picture (3.3), and needs very many where the model hardly ever succeeds.
 # - To beat it, a method must know early which pictures go wrong. The look-ahead reward (3.4) judges the posterior mean.
-# - For schnell it says much from the first evaluation on, for dev only late.
-# - A search exploits what the reward does not check; only a judge that was not optimised notices.
+# - For schnell it says something from the first evaluation on (a correlation of about 0.6), for dev only late.
+# - A search exploits what the reward does not check; a judge that was not optimised shows it.
 
 # %% [markdown]
 # ## Exercises
@@ -889,7 +889,7 @@ pd.DataFrame(lines).set_index("t").round(2)
 assert all(abs(line["by (3.5)"] - line["expected reward"]) < 0.03 for line in lines)
 
 # %% [markdown]
-# The state lies between the two clouds. At $t = 0.7$ its posterior mean is near $(0.4, 0)$. That is far from both clouds, with almost no data, and the reward of that point is far too kind. On pictures this is the blur of several layouts.
+# The state lies between the two clouds. At $t = 0.7$ its posterior mean is near $(0.4, 0)$. That is far from both clouds, with almost no data, and the reward of that point is far too kind. On pictures this is the average of several layouts.
 #
 # ## Deeper: all sets at once, and how sure we are
 #
@@ -959,7 +959,7 @@ _brute = [best_of(n, r[5], r[5], draws=4000) for n in NS]
 assert np.allclose(_brute, [of_the_winner(r[5], r[5], n) for n in NS], atol=0.3), "(3.6) and drawing sets"
 
 # %% [markdown]
-# Half of the pool predicts the other, as well as 32 samples allow. The normal formula fails: no reward exceeds 0. What counts is how often the model is *nearly right*, not mean and variance.
+# Half of the pool predicts the other, as well as 32 samples allow. The normal formula fails: no reward exceeds 0. Mean and variance are not enough: the best reward depends on the upper end of the distribution.
 #
 # ## Deeper: how far does best-of-N move?
 #

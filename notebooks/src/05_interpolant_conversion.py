@@ -297,11 +297,11 @@ plt.show()
 #
 # </details>
 #
-# So **the conversion gives the same model another time grid and other noise**, and nothing else. We need not leave the linear path:
+# So **the conversion gives the same model another time grid and other noise**. We need not leave the linear path:
 #
 # - **VP-SDE**: the linear path, with the paper's grid and VP's noise.
 #
-# For tiny steps it is the same SDE as *VP-SDE, on VP*. In ten large steps the pictures differ a little (compare the first figure with the last row of the next; [Deeper](#Deeper:-the-last-step-on-VP)). Now we can also change the grid alone, or the noise alone. (The paper calls $g$ the *diffusion coefficient*.)
+# For tiny steps it is the same SDE as *VP-SDE, on VP*. In ten large steps the layout stays, but some shapes change their colour or form (compare the first figure with the last row of the next; [Deeper](#Deeper:-the-last-step-on-VP)). Now we can also change the grid alone, or the noise alone. (The paper calls $g$ the *diffusion coefficient*.)
 
 # %%
 vp_noisy = kernels.sde(kernels.vp_diffusion())
@@ -445,7 +445,7 @@ for _model in ("dev", "schnell"):
 #
 # *Left.* Siblings that split at step 0, at the noise itself, are nearly equally varied under all four samplers. Split later they are not. The grid keeps them different; the noise alone makes them alike early. At step 8 the grid alone is even ahead of VP-SDE.
 #
-# *Right.* To the right is more varied, up is better. The noise alone has neither variety nor quality. The grid alone has far more variety than the linear SDE, and we see no difference in quality. VP-SDE has the variety too. Prompt by prompt, its quality is a little higher than that of both (by 1.4 and 1.6: [Deeper](#Deeper:-beside-the-paper)). For *VP-SDE, on VP* we see no such gain over the linear SDE ([Deeper](#Deeper:-the-last-step-on-VP)).
+# *Right.* To the right is more varied, up is better. The noise alone has neither variety nor quality. The grid alone has far more variety than the linear SDE, and we see no difference in quality. VP-SDE has the variety too. Prompt by prompt, its quality is a little higher than that of both (by 1.4, barely, and 1.6: [Deeper](#Deeper:-beside-the-paper)). For *VP-SDE, on VP* we see no such gain over the linear SDE ([Deeper](#Deeper:-the-last-step-on-VP)).
 #
 # ## Does a search find more?
 #
@@ -534,9 +534,9 @@ assert set(larger["seed"]) == {0, 1, 2} and larger["prompt"].nunique() == 50
 #
 # </details>
 #
-# *Does VP's noise help?* On the paper's grid, yes: RBF finds more with VP-SDE than with the grid alone, and the two differ in the noise only. That is a surprise, because late siblings are *less* varied under VP-SDE. On uniform steps the same noise ruins the search (last row). A likely reason, which we did not test: on this grid VP's noise is strong while nothing is decided. Later it is weak, and does not spoil what is already drawn.
+# *Does VP's noise help?* For RBF on the paper's grid, yes: it finds more with VP-SDE than with the grid alone, and the two differ in the noise only. (RBF's settings were tuned with VP-SDE here, which favours it.) That is a surprise, because late siblings are *less* varied under VP-SDE. On uniform steps the same noise ruins the search (the noise alone is far behind). A likely reason, not tested: on this grid VP's noise is strong while nothing is decided. Later it is weak, and spoils nothing that is drawn.
 #
-# *Does VP-SDE beat the linear SDE?* With 100 evaluations we cannot say: that bar contains 0, too. (RBF's settings were tuned with VP-SDE there, which favours it. In the larger run they are the paper's.) With 500 evaluations we can. By the counter, all four searches find more with VP-SDE; by the held-out judge, all but CoDe. RBF also finds more with *VP-SDE, on VP*. The grid alone was not run with 500, so its share of the gain is open.
+# *Does VP-SDE beat the linear SDE?* With 100 evaluations we cannot say: the first bar contains 0. With 500 evaluations, and the paper's settings, we can. By the counter, all four searches find more with VP-SDE; by the held-out judge, all but CoDe. RBF also finds more with *VP-SDE, on VP*. The grid alone was not run with 500, so its share of the gain is open.
 #
 # The question at the top has its answer. *The path changes the grid and the noise. The grid keeps siblings different. On that grid RBF, in our runs, finds more with VP's noise than with $3t^2$. With both, and with 500 evaluations, three of the four searches find more than with the linear SDE, by both judges.*
 #
@@ -582,7 +582,7 @@ assert minus("dev", "VP-SDE, last step in three", "VP-SDE", "finished").mean > 0
 # %% [markdown]
 # ## Recap
 # - At equal signal-to-noise ratio two paths have the same states, up to a clock $t_s$ and a scale $c_s$ (5.3). The model's posterior means are the same on both (5.4).
-# - Seen from the linear path, the conversion to VP is another grid and another $g$ (5.6), and nothing else.
+# - Seen from the linear path, the conversion to VP is another grid and another $g$ (5.6). For small steps that is all; in ten steps the pictures still differ.
 # - With the paper's grid siblings stay different for longer. VP's noise alone, on uniform steps, ruins pictures.
 # - The grid alone is not shown to help a search. With VP's noise on that grid RBF finds more (100 evaluations, settings tuned with it). With 500 evaluations RBF, SVDD and SMC find more right pictures with VP-SDE than with the linear SDE, by both judges.
 # - The paper's grid ends in one long step: no loss was seen on a few-step model, a blur on a multi-step one.
@@ -881,10 +881,10 @@ assert _ddpm["quality"].low < 0 < _ddpm["quality"].high
 #
 # </details>
 #
-# - *As in the paper.* Split at step 3, VP-SDE is the most varied of the four, and the grid alone is more varied than the linear SDE. (At step 0 the grid alone has a little less.) The noise alone has the worst pictures, with and without a search.
+# - *As in the paper.* Split at step 3, VP-SDE is the most varied of the four, and the grid alone is more varied than the linear SDE. (At step 0 the grid alone has a little less.) The noise alone has the worst result of a search; here also the worst pictures without one.
 # - *Against the paper.* There the noise alone has more diversity than the grid alone (0.429 against 0.270). Here this is so only if siblings split at step 0. (A part of that is clutter: a distance of pixels counts it, too.) At step 3 the noise alone has by far the least.
 # - *Open.* In the paper's search both the grid alone and VP-SDE are ahead of the linear SDE. Ours with 100 evaluations shows neither.
-# - *A puzzle.* DDPM on the grid has a little more variety than VP-SDE, and yet RBF finds less with it. We have not found out why.
+# - *A puzzle.* DDPM on the grid has perhaps a little more variety than VP-SDE, and yet RBF finds less with it. We have not found out why.
 
 # %% [markdown]
 # ## Deeper: the chain rule, and both ends
@@ -944,7 +944,7 @@ for (_names, _how), _values in table.items():
 #
 # </details>
 #
-# Why? For any two paths (5.7) needs $c_s = \bar\sigma_s/\sigma_{t_s}$, which is $0/0$ at the data. And it needs $t_s'$ through a ratio that is infinite at the noise. (5.5) divides by nothing small. (One trap is left when VP is the goal. At $s = 0$, $\bar\sigma_s'$ is infinite, and the guessed noise that it multiplies is 0. So `convert` reads the velocity at $s = 10^{-6}$.)
+# Why? With these paths (5.7) needs $c_s = \bar\sigma_s/\sigma_{t_s}$, which is $0/0$ at the data. And it needs $t_s'$ through a ratio that is infinite at the noise of the linear and the cosine path. (5.5) divides by nothing small. (One danger is left when VP is the goal. At $s = 0$, $\bar\sigma_s'$ is infinite, and the guessed noise that it multiplies is 0. So `convert` reads the velocity at $s = 10^{-6}$.)
 
 # %% [markdown]
 # ## Deeper: the SDE on VP, seen from the linear path

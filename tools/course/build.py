@@ -46,7 +46,8 @@ SOLUTION = re.compile(r"^([ \t]*)### BEGIN SOLUTION\n.*?^[ \t]*### END SOLUTION$
 MARKERS = re.compile(r"^[ \t]*### (BEGIN|END) SOLUTION\n", re.M)
 PROGRESS = re.compile(r"\d+%\|")
 NOT_DONE = "Not done yet."
-HIDDEN = {"check": "remove-cell", "plot": "hide-input"}  # a tag, and what jupyter-book is to do with its cells
+# A tag, and what jupyter-book is to do with its cells. An exercise's test often shows the answer.
+HIDDEN = {"check": "remove-cell", "plot": "hide-input", "exercise-test": "hide-input"}
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # repeatable, and what the notebooks' heads say
 VIEW = "application/vnd.jupyter.widget-view+json"
 METADATA = {
