@@ -61,7 +61,7 @@ for ax, k in zip(axes, (0, 15, 30, 40, 50), strict=True):
 plt.show()
 
 # %% [markdown]
-# A thousand points of noise become two moons. Every point follows one rule: it moves along a *velocity* $u_t(x)$, an arrow for every place $x$ and every time $t$. (The same strip [as a film](#Deeper:-the-strip,-moving).)
+# A thousand points of noise become two moons. Every point follows one rule: it moves against a *velocity* $u_t(x)$, an arrow for every place $x$ and every time $t$. (The same flow [as a film](#Deeper:-the-strip,-moving).)
 #
 # Here the arrows were computed from a formula, because the moons are a toy. For pictures there is no formula. A network has to learn the arrows from examples. But examples of what? We have pictures, and we have noise. Nobody has ever seen an arrow.
 #
@@ -110,7 +110,7 @@ axes[0].legend(loc="upper left", fontsize=9)
 plt.show()
 
 # %% [markdown]
-# Sixty lines already cross everywhere. With more pairs, many would be at the same place at the same time. Here is the difficulty. A sampler stands at a place $x$ at a time $t$. It does not know which pair it belongs to. It needs *one* arrow.
+# Sixty lines already cross in many places. With more pairs, many would be at the same place at the same time. Here is the difficulty. A sampler stands at a place $x$ at a time $t$. It does not know which pair it belongs to. It needs *one* arrow.
 #
 # Let us look at one crossing. We draw a million pairs, take their states at $t = 0.6$, and keep those that are very near one place.
 
@@ -152,7 +152,7 @@ print(f"average velocity of the pairs:    {average.numpy().round(2)}")
 print(f"the velocity that the strip used: {exact.numpy().round(2)}")
 
 # %% [markdown]
-# An average velocity points from data to noise. The sampler walks the other way, from noise to data. So we draw *minus* the velocities: one thin arrow for each of the fifty pairs, and a thick one for the average of all that pass.
+# The velocities point from data to noise. The sampler walks the other way, from noise to data. So we draw *minus* the velocities: one thin arrow for each of the fifty pairs, and a thick one for the average of all that pass.
 
 # %% tags=["plot"] alt="Fifty thin grey arrows start at the white dot and point in many directions, more than half of them to the lower right. One thick arrow starts there too, the average: it points down and a little to the right, and is shorter than most of the thin ones."
 ax = plt.subplots(figsize=(4, 4))[1]
@@ -178,7 +178,7 @@ assert ((average - exact).abs() < 4 * error + 0.03).all() and near.sum() > 500
 #
 # $$u_t(x) = E\big[\varepsilon - x_0 \,\big|\, x_t = x\big]. \tag{1.3}$$
 #
-# Why is the average enough? Think of cars on a wide square. Every car has its own direction. To know how the *density* of cars changes at a place, you need not know the single cars. You only need how many cars flow through that place and which way, all in all: density times average velocity.
+# Why is the average enough? Think of cars on a wide square. Every car has its own direction. To know how the *density* of cars changes at a place, you need not know the single cars. You only need the total flow through that place: density times average velocity.
 # Now let new cars drive. Each takes, at every moment, the average velocity of the place where it is. They drive along other curves, their *trajectories*, but at every place and time there are as many new cars as old ones. [Deeper](#Deeper:-why-the-average-is-enough) has the proof.
 #
 # The sampler is such a new car. It starts at noise and solves
@@ -218,7 +218,7 @@ plt.show()
 # %% [markdown]
 # Left the pairs, right the flow, from the same sixty noises. Most noises now end far from the data point of their pair. Sixty points are too few to show a density. But with very many, both panels would have the same density at every time: that is what the proof says.
 #
-# Where there is one arrow for each place and time, and the arrows change smoothly, two trajectories can never meet at the same place and time. Lines of pairs do meet like this, so the flow cannot follow them all. Its trajectories bend.
+# Where there is one arrow for each place and time, and the arrows change smoothly, two trajectories can never meet at the same place and time. Lines of pairs do meet like this, so the flow cannot follow them all. The average changes on the way, and here the trajectories bend.
 #
 # ## Learn the average
 #
@@ -420,9 +420,9 @@ assert guesses[0].std() < 0.4 and abs(float(moons.mean().norm())) < 0.1
 assert torch.allclose(guess(u, noise, 1.0), moons.mean().float().expand(1000, 2), atol=1e-4)
 
 # %% [markdown]
-# Grey is the density of the data. Orange are 1,000 points: above the states, below their posterior means. At $t = 1$ all posterior means are nearly the same point, and no data lies there. (With the exact velocity they are exactly one point, the cross. These come from our network, and the small cloud is its error.) Then they spread. At $t = 0.4$ many lie on the moons, at $t = 0.1$ nearly all. Some points stay between the moons: they are the strays from above.
+# Grey is the density of the data. Orange are 1,000 points: above the states, below their posterior means. At $t = 1$ all posterior means are nearly the same point, and no data lies there. (With the exact velocity they are exactly one point, the cross. These come from our network, and the small cloud is its error.) Then they spread. At $t = 0.4$ many lie on the moons, and many between them. At $t = 0.1$ most lie on them; the others are the strays from above.
 #
-# So the posterior mean is not a likely data point. It is an average, and an average of two moons is no moon. The more the data points of the pairs that pass here differ, the more wrong it is to take their average for the sample. An average of many pictures is a blur, and a judge learns little from a blur. This is the weak spot of every search that judges $x_{0|t}$. [Notebook 02](02_tiny_flux.ipynb) shows one model on which it matters, and one on which it hardly does.
+# So early on the posterior mean is not a likely data point. It is an average, and an average of two moons is no moon. The more the data points of the pairs that pass here differ, the more wrong it is to take their average for the sample. An average of many pictures is a blur, and a judge may learn little from a blur. This is a weak spot of every search that judges $x_{0|t}$. [Notebook 02](02_tiny_flux.ipynb) shows one model on which it matters, and one on which it hardly does.
 
 # %% [markdown]
 # ## Recap
@@ -662,7 +662,7 @@ def heun(velocity, x, times):
 # %% [markdown]
 # ## Deeper: the strip, moving
 #
-# The first figure as a film.
+# The flow of the first figure as a film, from another thousand noises.
 
 # %% tags=["plot"]
 import base64
@@ -712,7 +712,7 @@ HTML(f'<img alt="{text}" src="data:image/gif;base64,{code}">')
 #
 # $$\partial_t p_t + \nabla\!\cdot (u_t\, p_t) = 0. \tag{1.9}$$
 #
-# This *continuity equation* says that density is neither created nor destroyed, it only moves. Points that start with density $p_1$ and obey (1.4) satisfy the same equation with the same $u_t$: repeat the four lines with $u_t(x)$ in place of the pair's velocity. If $u_t$ is smooth enough (Lipschitz in $x$), (1.9) has only one solution with a given start.
+# This *continuity equation* says that density is neither created nor destroyed, it only moves. Points that start with density $p_1$ and obey (1.4) satisfy the same equation with the same $u_t$: repeat the four lines with $u_t(x)$ in place of the pair's velocity. If $u_t$ is smooth enough (Lipschitz in $x$; for single data points only before $t = 0$), (1.9) has only one solution with a given start.
 # So these points have density $p_t$ at *every* time, and at $t = 0$ they are data. Nothing here used that noise and data are independent, nor that the line is straight. [Notebook 02](02_tiny_flux.ipynb) needs the first fact, [notebook 05](05_interpolant_conversion.ipynb) the second.
 
 # %% [markdown]
@@ -745,7 +745,7 @@ print("\n".join([*report, f"the floor: {floor:.3f}"]))
 #
 # $$x_t = \alpha_t\, x_0 + \sigma_t\, \varepsilon, \qquad \alpha_0 = 1,\ \sigma_0 = 0,\quad \alpha_1 \approx 0,\ \sigma_1 = 1. \tag{1.11}$$
 #
-# Three are in use. FLUX and Stable Diffusion 3 take the linear one, older diffusion models VP ("variance preserving"):
+# Three common ones: FLUX and Stable Diffusion 3 take the linear one, older diffusion models VP ("variance preserving"):
 #
 # $$
 # \begin{aligned}
@@ -877,7 +877,7 @@ plt.show()
 assert nearest.max() < 5e-4
 
 # %% [markdown]
-# The largest distance is 0.000: all 400 samples are training points. So a flow model that fits perfectly is a copying machine. Why are trained ones more than that? The usual explanation, which we do not test here, is that a network does *not* fit perfectly: it is smoother than the exact answer.
+# The largest distance is 0.000: to three decimals, all 400 samples are training points. So a flow model that fits its training set perfectly is a copying machine. Why are trained ones more than that? The usual explanation, which we do not test here, is that a network does *not* fit perfectly: it is smoother than the exact answer.
 
 # %% [markdown]
 # ## Deeper: the symbols of the series

@@ -207,7 +207,7 @@ plt.show()
 #
 # $$dx = \big[u_t - \tfrac12 g_t^2 \nabla \log p_t\big] dt + g_t\, dw. \tag{4.6}$$
 #
-# The sign of $dt$ turns the drift round, not the noise: a random push is as likely to go left as right.
+# The sign of $dt$ changes the sign of the drift, not of the noise: a random push is as likely to go left as right.
 #
 # The *diffusion coefficient* $g_t \ge 0$ may change with time in any way, as long as it stays bounded. $g = 0$ is the ODE.
 #
@@ -479,7 +479,7 @@ plt.show()
 # %% [markdown]
 # The more noise, the less the children of a state resemble it. At $g = 2$ they nearly fill the density of the data (black): where they came from matters little. A small $g$ gives children close to the parent; a large $g$ is almost a new start.
 #
-# On pictures, the *time* of the noise matters too. We take twelve states at each of five times, continue each four times with $g_t = 3t^2$, and measure how different the four siblings are (root mean squared difference of their pixels). The dotted line is this distance for unrelated pictures.
+# On pictures, the *time* of the noise matters too. We take twelve states at each of five times, continue each four times with $g_t = 3t^2$, and measure how different the four siblings are (root mean square over the pixels). The dotted line is this distance for pictures of one prompt from different noises.
 
 # %%
 from flowscale_lite.experiments import clustered_mean
@@ -509,7 +509,7 @@ assert _means == sorted(_means, reverse=True), "early siblings should differ mos
 assert 0.93 * unrelated < _means[0] < unrelated < 0.33
 
 # %% [markdown]
-# The earlier siblings part, the more they differ. At $t = 1$ they are nearly as different as unrelated pictures. (Bars are 95 % intervals over the twelve states.) When to spend the noise is the subject of [notebook 05](05_interpolant_conversion.ipynb).
+# The earlier siblings part, the more they differ. At $t = 1$ they are nearly as different as unrelated pictures. (Bars: 95 % intervals.) When to spend the noise is the subject of [notebook 05](05_interpolant_conversion.ipynb).
 #
 # ## Does noise keep the distribution of pictures?
 #
@@ -616,11 +616,11 @@ assert abs(_table["4 steps"]["schnell"].mean + 0.24) < 0.005 and abs(_table["10 
 assert _change(1, 4, 10).low > 0 and all(_change(2, *n).low < 0 < _change(2, *n).high for n in ((4, 10), (10, 30)))
 
 # %% [markdown]
-# - **dev at guidance 1** is the case of the theory: a model trained by flow matching, and its own velocity. We see no difference between the SDE and the ODE: all three intervals contain 0. As far as counting can tell, the answer to our first question is *yes*. (The intervals reach down to $-0.06$: a smaller loss could hide.) DDPM is even *better* than the ODE in 10 and in 30 steps. But then it draws from another distribution ([Deeper](#Deeper:-the-DDPM-transition) has two possible reasons).
-# - **dev at guidance 2.** A guided velocity is not the average over the pairs of any path, so (4.6) is an approximation. In 4 steps noise costs 10 right pictures in 100. In 10 and 30 steps no loss shows; DDPM in 10 is slightly better.
-# - **schnell** loses in 4 and in 10 steps. It was trained on its *own* pairs, where the noise is not independent of the picture, as (4.7) needs. But long steps may be a cause too: guided dev also loses in 4 steps, and the SDE's loss on schnell falls from 0.24 in 4 steps to 0.08 in 10. For DDPM we see no such fall. In 30 steps the intervals contain 0. We cannot separate the two causes.
+# - **dev at guidance 1** is the case of the theory: a model trained by flow matching, and its own velocity. SDE and ODE do not differ visibly: all three intervals contain 0. As far as counting can tell, the answer to our first question is *yes*. (The intervals run from $-0.06$ to 0.09: a smaller loss or gain could hide.) DDPM is even *better* than the ODE in 10 and in 30 steps. But then it draws from another distribution ([Deeper](#Deeper:-the-DDPM-transition)).
+# - **dev at guidance 2.** No pairs have the guided velocity as their average, so (4.6) is an approximation. In 4 steps noise costs 10 right pictures in 100. In 10 and 30 steps no loss shows; DDPM in 10 is just better.
+# - **schnell** loses in 4 and in 10 steps. It was trained on its *own* pairs, where the noise is not independent of the picture, as (4.7) needs. But long steps may be a cause too: in 4 steps guided dev loses, too (unguided dev does not), and the SDE's loss on schnell falls from 0.24 in 4 steps to 0.08 in 10. For DDPM we see no such fall. In 30 steps the intervals contain 0. We cannot separate the two.
 #
-# A search on schnell must first gain back this loss. [Notebook 05](05_interpolant_conversion.ipynb) looks for a noise that costs less.
+# A search on schnell in 4 or 10 steps must first gain back this loss. [Notebook 05](05_interpolant_conversion.ipynb) looks for a noise that costs less.
 
 # %% [markdown]
 # ## Recap
@@ -933,7 +933,7 @@ assert max(_ends["SDE"]) > 1.2 and abs(_ends["DDPM"][-1] - 0.6) < 0.01
 assert all(abs(variances(k, uniform(1000))[-1] - 1) < 0.02 for k in steppers.values())
 
 # %% [markdown]
-# The numbers are the variance of the final samples over the true one. In ten steps the DDPM transition ends farthest from 1, and the SDE nearest. But on the way the SDE's variance is too high (last column), and it is on the way that a search judges its particles. In the last steps $g = 3t^2$ is small, so they are nearly steps of the ODE, which lose variance: that is why the SDE ends a little below 1 in 10 and in 40 steps. In 1,000 steps all three are right. [Further below](#Deeper:-the-DDPM-transition) we see what DDPM leaves out.
+# The numbers are the variance of the final samples over the true one. In ten steps the DDPM transition ends farthest from 1, and the SDE nearest. But on the way the SDE's variance is too high (last column), and it is on the way that a search judges its particles. In the last steps $g = 3t^2$ is small, so they are nearly steps of the ODE, which lose variance: that is why the SDE ends a little below 1 in 10 and in 40 steps. In 1,000 steps all three are right within 1 %. [Further below](#Deeper:-the-DDPM-transition) we see what DDPM leaves out.
 #
 # ## Deeper: the g that needs no score
 #
@@ -1025,7 +1025,7 @@ _mean, _std = fresh_noise(LINEAR, _x, _v, 0.75, 0.5)
 assert torch.allclose(_theirs, _mean + _std * _z, atol=1e-6), "not diffusers' step"
 
 # %% [markdown]
-# The last four columns are for fresh noise: the standard deviation of the particles nearest to each of the three centres, and the share of the middle hill. (In the exact row, too, the middle one is above the hill's own 0.12: some particles of its neighbours are nearest to its centre.) In 40 and in 200 steps the hills are too narrow. In 200 steps the middle hill has also lost particles to the others, so $W_1$ rises again. The step would be right if $x_{0|t}$ were distributed like the data. But it is an average, and averages vary less than what they are averages of. For a one-step or consistency model, whose guess *is* a sample, (4.13) is sound, and it is meant for those. It does not discretise any SDE, because its noise does not shrink with the step.
+# The last four columns are for fresh noise: the standard deviation of the particles nearest to each of the three centres, and the share of the middle hill. (In the exact row, too, the middle one is above the hill's own 0.12: some particles of its neighbours are nearest to its centre.) The outer hills are too narrow at every number of steps, the middle one in 40 and in 200. In 200 steps the middle hill has also lost particles to the others, so $W_1$ rises again. The step would be right if $x_{0|t}$ were distributed like the data. But it is an average, and averages vary less than what they are averages of. For a one-step or consistency model, whose guess *is* a sample, (4.13) is sound, and it is meant for those. It does not discretise any SDE, because its noise does not shrink with the step.
 #
 # ## Deeper: the DDPM transition
 #
@@ -1057,7 +1057,7 @@ assert torch.allclose(_theirs, _mean + _std * _z, atol=1e-6), "not diffusers' st
 # ## Deeper: GLASS transitions
 #
 # The variance that (4.17) leaves out can be put back: *draw* $x_0$'s part, instead of replacing it by its mean. This is the idea of [GLASS flows](https://arxiv.org/abs/2509.25170): each outer step runs a short inner flow, which draws one possible $x_0$ given $x_t$, by the same model. In formulas: by (4.14) the next state is $k\,x_t + w\,x_0 + \text{std}\,z$ with a known factor $k$. Start at $y_0 = \text{std}\,z$, and let an inner time $\tau$ run from 0 to 1 along $y_\tau = \tau\, w\,x_0 + \text{std}\,z$.
-# This is a small flow of its own, with velocity $w\,E[x_0 \mid x_t, y_\tau]$. The model can compute this average: $x_t$ and $y_\tau$ are two independent noisy observations of $x_0$, and together they are worth one observation with the sum of their precisions. So we ask the model at the earlier time $t^*$ with
+# This is a small flow of its own, with velocity $w\,E[x_0 \mid x_t, y_\tau]$. The model can compute this average: $x_t$ and $y_\tau$ are two independent noisy observations of $x_0$, and together they are worth one observation with the sum of their precisions. So we ask the model at a time $t^* < t$, with less noise,
 #
 # $$\frac{\alpha_{t^*}^2}{\sigma_{t^*}^2} = \frac{\alpha_t^2}{\sigma_t^2} + \frac{\tau^2 w^2}{\text{std}^2}. \tag{4.18}$$
 
@@ -1110,7 +1110,7 @@ assert torch.allclose(_ours, _mean + _std * _z, atol=1e-5)
 
 # %% [markdown]
 # With one inner step a GLASS transition *is* the DDPM transition (0.597 in the table above; here it is measured on random samples). With more, it approaches the exact draw from $p(x_s \mid x_t)$, at any length of the outer step. Even exact draws end at 0.95, because the last step is the ODE's. The price is one evaluation of the model for every inner step.
-# For the final variance alone it does not pay: forty plain DDPM steps, as many evaluations as ten times four, reach the same 0.86. A search may want few outer steps with exact children.
+# For the final variance alone, at this budget, it does not pay: forty plain DDPM steps, as many evaluations as ten times four, reach the same 0.86. A search may want few outer steps with exact children.
 #
 # ## Not shown
 # What an *imperfect* velocity does to (4.6): the score divides its error by $t$. Higher-order SDE solvers. Which $g$ is best (this depends on the goal). Whether two distributions of pictures agree in more than the share of exact ones.

@@ -297,7 +297,7 @@ def advance(method, p, run):
 
 
 # %% [markdown]
-# The class holds the settings, and its last lines make the functions its methods. Two switches, `rollover` and `finish`, let us take these rules away one at a time. (`finish` is the rule of the last paid transition: spend all.)
+# The class holds the settings, and its last lines make the functions its methods. Two switches, `rollover` and `finish`, let us take these rules away. (`finish` is the rule of the last paid transition: spend all.)
 
 
 # %%
@@ -447,7 +447,7 @@ assert right == (True, False), "the text says so"
 #
 # ## What does each rule do?
 #
-# We take the rules away, one at a time, on the toy: eight clouds on a circle, and a reward that is highest beside the rarest cloud. The model is a *few-step* one, like schnell and like the model of the paper: it predicts the end of the path well from the start. A run has 150 NFE, five first noises a chain, and the linear SDE. There are twelve seeds. As in [notebook 07](07_search.ipynb) we measure the *reward missing*: how far the result is below the highest reward.
+# We switch off rollover, finish or both, on the toy: eight clouds on a circle, and a reward that is highest beside the rarest cloud. The model is a *few-step* one, like schnell and like the model of the paper: it predicts the end of the path well from the start. A run has 150 NFE, five first noises a chain, and the linear SDE. There are twelve seeds. As in [notebook 07](07_search.ipynb) we measure the *reward missing*: how far the result is below the highest reward.
 
 # %%
 few_step = replace(toy, velocity=ring.distilled(steps=2))
@@ -502,7 +502,7 @@ for _with, _without, _worse in (("as published", "no rollover", 4), ("no finish"
     assert (_more > 0).sum() == 8 and (_more < 0).sum() == _worse, _with
 
 # %% [markdown]
-# Without rollover a third of the budget is never spent, and the median misses nine times as much. Seed by seed (left pair) it is less clear: eight of twelve are better with rollover, four are worse. Without the finish step 9 also stops at its first improvement, and leaves some budget unused. There, too, rollover is better in eight of twelve seeds (right pair). But with rollover a run spends more. So these runs do not show how much the *place* of the draws matters.
+# Without rollover a third of the budget is never spent, and the median misses nine times as much. Seed by seed (left pair) it is less clear: eight of twelve are better with rollover, four are worse. With `finish` off, step 9 also stops at its first improvement, and leaves some budget unused. There, too, rollover is better in eight of twelve seeds (right pair). But with rollover a run spends more. So these runs do not show how much the *place* of the draws matters.
 #
 # ## What goes wrong: the first improvement can be a poor choice
 #
@@ -510,7 +510,7 @@ for _with, _without, _worse in (("as published", "no rollover", 4), ("no finish"
 #
 # **Guess: what does "take the first improvement" do on such a model?**
 #
-# We compare RBF with SVDD, which draws its whole quota at every step and takes the best. Both have two chains of five first noises, 150 NFE, and the same twelve seeds. First the draws of RBF. Each bar is the median over the seeds: what a typical run draws at this step, both chains together. Look where the multi-step model draws. Then the results, drawn as before.
+# We compare RBF with SVDD, which draws its whole quota at every step and takes the best. Both have two chains of five first noises, 150 NFE, and the same twelve seeds. First the draws of RBF. Each bar is the median over the seeds: what a typical run draws at this step, both chains together. Look where RBF draws on the multi-step model. Then the results, drawn as before.
 
 # %%
 both, drawn = {}, {}
@@ -550,7 +550,7 @@ assert (np.array(both["few-step: RBF"]) > both["few-step: SVDD"]).sum() == 7
 #
 # </details>
 #
-# The paper uses a few-step FLUX, so this does not contradict it. But know this limit. ([Deeper](#Deeper:-two-more-samplers): other samplers.)
+# So on the few-step toy the seeds disagree, on the multi-step toy RBF loses. The paper's FLUX is a few-step model. ([Deeper](#Deeper:-two-more-samplers): other samplers.)
 #
 # ## The paper's table on tiny-flux
 #
@@ -601,7 +601,7 @@ pairs["searching"] += [(rbf, "CoDe (VP-SDE)"), ("best-of-N (VP-SDE)", plain)]
 
 # %%
 def minus(first, second, field):
-    """One line of the figure minus another, paired, by one of the judges."""
+    """One line of the full table (in Deeper) minus another, paired, by a judge."""
     ours, theirs = rows[rows["line"] == first], rows[rows["line"] == second]
     return paired_difference(ours, theirs, field)
 
@@ -662,14 +662,14 @@ assert set(rows["seed"]) == {0, 1, 2} and rows["prompt"].nunique() == 50
 #
 # </details>
 #
-# So RBF is 0.4 above best-of-N, and the VP-SDE pays for RBF, SVDD and SMC, not for best-of-N. RBF's rule is ahead on VP. With the same SDE stepped on the linear path it is undecided. With the linear SDE it is *behind*. We do not know why. Compare the sizes: the rule changes at most 0.1, up or down; the VP-SDE gives 0.1 to 0.2. So choose the sampler first, and test the rule with it. ([All numbers](#Deeper:-the-table-in-numbers); the paper's own: [notebook 10](10_scaling.ipynb).)
+# So RBF is 0.4 above best-of-N with its better sampler. Against the linear SDE, the VP-SDE pays for RBF, SVDD and SMC. RBF's rule is ahead on VP, undecided with the VP-SDE, and *behind* with the linear SDE. We do not know why. Compare the sizes: the rule changes about 0.1, up or down; the VP-SDE gives 0.1 to 0.2. So choose the sampler first, and test the rule with it. ([All numbers](#Deeper:-the-table-in-numbers); the paper's own: [notebook 10](10_scaling.ipynb).)
 
 # %% [markdown]
 # ## Recap
 # - Some steps find a better candidate within ten draws, others not in a hundred. If steps stop at a success, equal quotas leave draws unused that other steps lack.
 # - RBF takes the first child that beats the best so far, and passes on the draws that are left. A step without success falls back on its best child.
 # - As published it has two chains of 25 first noises, and a last paid transition that spends all. It returns a finished sample.
-# - Where the look-ahead rises by itself, as with multi-step models, the first improvement is a poor choice.
+# - On our multi-step toy, where the look-ahead rises by itself, the first improvement is a poor choice.
 # - Give methods the same first noises when you compare them. Then RBF is ahead of SVDD on VP, behind it with the linear SDE, and undecided with the VP-SDE. The counter that a search optimises can be fooled.
 
 # %% [markdown]

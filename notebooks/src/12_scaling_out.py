@@ -90,18 +90,20 @@ assert round(cost.GPUS["H100"].tflops / cost.GPUS["T4"].tflops) == 15
 # The bars are a plan for one table of the paper (Kim, Yoon, Hwang and Sung, 2025): fourteen searches on each of 121 prompts, each with 500 NFE, on FLUX.1-schnell at 1,024 x 1,024. Nothing has run yet. We built the model without its weights, and counted its operations. The plan rests on three assumptions:
 #
 # - A GPU reaches 40 % of the peak on its data sheet. We have not measured this on a GPU.
-# - We charge one call of the judge for each evaluation. Some searches need fewer: with one call for ten evaluations the T4 needs 27 days.
+# - We charge a decode and a call of the judge for each evaluation. Some searches need fewer: with one of each for ten evaluations the T4 needs 27 days.
 # - The judge has 8 billion weights and lies on the same card as the model. T4, L4 and A100-40 cannot hold both in 16 bits, so their bars (hatched) are for operations alone. They would be slower still.
 #
 # Prices of clouds differ and change. We assume round ones: a T4 at 0.40 dollars an hour, an H100 at 3.50.
 #
 # **Guess: the T4 works for 34 days, the H100 for 2.3. Whose bill is larger?**
 
-# %% tags=["plot"] alt="Bars of planned dollars for the same table: between 190 on an H100 and 380 on an A100 with 80 GB. They differ by a factor of two, while the days differ by a factor of fifteen."
+# %% tags=["plot"] alt="Bars of planned dollars for the same table: between 190 on an H100 and 380 on an A100 with 80 GB. They differ by a factor of two, while the days differ by a factor of fifteen. The first three bars are hatched."
 dollars = {name: 24 * days[name] * cost.GPUS[name].dollars for name in days}
 fig, ax = plt.subplots(figsize=(6.5, 2.8))
 names = [f"{name}, {cost.GPUS[name].dollars:.2f} an hour" for name in dollars]
-bars = ax.barh(names, list(dollars.values()), 0.6, color="#D55E00")
+bars = ax.barh(names, list(dollars.values()), 0.6, color="#D55E00", edgecolor="white")
+for bar in bars[:3]:
+    bar.set_hatch("//")
 ax.bar_label(bars, fmt="%.0f dollars", padding=4)
 ax.set(xlabel=f"planned dollars, prices assumed in {cost.PRICED}", xlim=(0, 480))
 ax.invert_yaxis()
@@ -121,7 +123,7 @@ assert [round(d) for d in sorted(dollars.values())[1:]] == [309, 330, 355, 378]
 #
 # </details>
 #
-# **At these assumed prices the days differ by a factor of fifteen between the cards, the bill by a factor of two.** Below we take the bill apart, and spread the work over many cards.
+# **At these assumed prices, and with 40 % of the peak on every card, the days differ by a factor of fifteen, the bill by a factor of two.** (Of the two cards that hold everything, the H100 takes a third of the days and half of the money.) Below we take the bill apart, and spread the work over many cards.
 #
 # But first: a study that works for days may be interrupted. What is lost then?
 #
@@ -171,7 +173,7 @@ def start(file):
 
 
 # %% [markdown]
-# We start the job, wait until twelve rows are written, and kill it with SIGKILL. No program can catch this signal. A machine that is taken away stops as suddenly. It may take its disk along, so keep the file on storage that stays.
+# We start the job, wait until twelve rows are written, and kill it with SIGKILL. No program can catch this signal. A machine that is taken away may stop as suddenly. It may take its disk along, so keep the file on storage that stays.
 
 # %% tags=["nbval-ignore-output"]
 file = folder / "rows.jsonl"
@@ -210,7 +212,8 @@ for ax, (title, part) in zip(axes, strips.items(), strict=True):
     for row in part:
         boxes[[500, 100].index(row["budget"]), row["seed"]] = np.log10(-row["reward"])
     ax.set_facecolor("0.93")
-    colours = ax.pcolormesh(boxes, vmin=min(logs), vmax=max(logs), edgecolors="white", linewidth=1.5)
+    look = {"cmap": "viridis", "edgecolors": "white", "linewidth": 1.5}
+    colours = ax.pcolormesh(boxes, vmin=min(logs), vmax=max(logs), **look)
     ax.set(yticks=[0.5, 1.5], yticklabels=[500, 100], ylabel="budget")
     ax.set_title(title, fontsize=10, loc="left")
     ax.invert_yaxis()
@@ -529,7 +532,7 @@ table = pd.DataFrame(lines, index=["pictures", "prompts", "smallest gain"]).T
 table.astype({"pictures": int, "prompts": int}).rename_axis("NFE").round(2)
 
 # %% [markdown]
-# Each line of the table is one study for 20 dollars on an A100 with 80 GB, the cheapest card by the hour that holds model and judge. (On an H100 the same money buys about twice as many pictures.) **Guess: to show a gain half as large, how much more money do you need?**
+# Each line of the table is one study for 20 dollars on an A100 with 80 GB, the cheapest card by the hour that holds model and judge. (If you can get an H100, the same money buys about twice as many pictures.) **Guess: to show a gain half as large, how much more money do you need?**
 
 # %% tags=["plot"] alt="The smallest gain that a study can show against its cost in dollars, both logarithmic, for searches of 100, 250 and 500 NFE. Straight lines that fall: four times the money halves the gain."
 money = np.geomspace(5, 500, 30)
@@ -595,7 +598,7 @@ assert judge.flops == 11.2e12
 # ## Recap
 # - Operations can be counted before a weight is loaded. Seconds are operations over utilisation times peak.
 # - On FLUX.1 the evaluations are most of the bill; on tiny-flux decodes are, as soon as every evaluation is judged.
-# - If a card that is twice as fast costs twice as much an hour, the bill is the same on both. Time falls with the number of GPUs, down to the longest single run.
+# - If a card that is twice as fast costs twice as much an hour, the bill is the same on both. Time falls with the number of GPUs, in steps, down to the longest single run.
 # - Runs go into a queue, the longest first, one line each, in a file that outlives the machine. Then a kill costs what was running, and no more.
 # - A budget says how small a difference a study can show: four times the money, half the difference.
 
@@ -937,7 +940,7 @@ def suspects(text):
 #
 # $$F_v = 24\,B\,w^2 L + 4\,B\,w\,L^2 + \text{a little}. \tag{12.4}$$
 #
-# The little has two parts. The modulations come once per picture. The layers into and out of the model come once per token. Written out, they make the count exact.
+# The little has two parts. The modulations and embeddings come once per picture. The layers into and out of the model come once per token. Written out, they make the count exact.
 
 
 # %%
@@ -1062,7 +1065,7 @@ assert (simulated <= bound * (1 + 1e-9)).all() and (simulated > 0.98 * bound).al
 assert 7.5 < 1 + a / b < 9
 
 # %% [markdown]
-# Up to the knee a further generator adds its full share. Beyond it, another one adds nothing: the judge is always busy. So this is for models that do not fit together, not for speed. On a cluster this is three lines with [Ray](https://docs.ray.io) (the extra `scale`), which keeps judge and generators as processes with GPUs of their own:
+# Up to the knee a further generator adds its full share. Beyond it, another one adds nothing: the judge is always busy. (Cards that hold both models need no separate judge, so do this only where they do not fit.) On a cluster this is three lines with [Ray](https://docs.ray.io) (the extra `scale`), which keeps judge and generators as processes with GPUs of their own:
 #
 # ```python
 # judge = experiments.serve(load_judge, resources={"num_gpus": 1})  # built there
