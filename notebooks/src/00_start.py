@@ -186,7 +186,7 @@ plots.strip(axes, views, titles)
 plt.show()
 
 # %% [markdown]
-# The numbers are the rewards of the guesses, called *look-ahead rewards*. On this path even the guess from pure noise is nearly a picture, so a judge can look at it. This is special. For most models it is a blur, an average of very different pictures; ours was trained further, to need few steps ([notebook 02](02_tiny_flux.ipynb)). A look saves a lot: a finished picture costs 10 NFE, a look costs 1.
+# The numbers are the rewards of the guesses, called *look-ahead rewards*. On this path even the guess from pure noise is nearly a picture, so a judge can look at it. This is special to our model. For most models it is a blur, an average of very different pictures; ours was trained further, to need few steps ([notebook 02](02_tiny_flux.ipynb)). A look saves a lot: a finished picture costs 10 NFE, a look costs 1.
 #
 # ## Choose at every step
 #

@@ -712,7 +712,7 @@ HTML(f'<img alt="{text}" src="data:image/gif;base64,{code}">')
 #
 # $$\partial_t p_t + \nabla\!\cdot (u_t\, p_t) = 0. \tag{1.9}$$
 #
-# This *continuity equation* says that density is neither created nor destroyed, it only moves. Points that start with density $p_1$ and obey (1.4) satisfy the same equation with the same $u_t$: repeat the four lines with $u_t(x)$ in place of the pair's velocity. If $u_t$ is smooth enough (Lipschitz in $x$; for single data points only before $t = 0$), (1.9) has only one solution with a given start.
+# This *continuity equation* says that density is neither created nor destroyed, it only moves. Points that start with density $p_1$ and obey (1.4) satisfy the same equation with the same $u_t$: repeat the four lines with $u_t(x)$ in place of the pair's velocity. If $u_t$ is smooth enough (Lipschitz in $x$; if the data are single points, it is so only before $t = 0$), (1.9) has only one solution with a given start.
 # So these points have density $p_t$ at *every* time, and at $t = 0$ they are data. Nothing here used that noise and data are independent, nor that the line is straight. [Notebook 02](02_tiny_flux.ipynb) needs the first fact, [notebook 05](05_interpolant_conversion.ipynb) the second.
 
 # %% [markdown]

@@ -494,7 +494,6 @@ pd.Series(spent, name="ms").round(1).to_frame()
 # - **counts**, as above;
 # - **total only**: minus the squared error of the number of objects, whatever they are;
 # - **more ink**: the prompt asks for coloured things, so the more of these colours the better.
-#
 
 
 # %%

@@ -617,8 +617,8 @@ assert _change(1, 4, 10).low > 0 and all(_change(2, *n).low < 0 < _change(2, *n)
 
 # %% [markdown]
 # - **dev at guidance 1** is the case of the theory: a model trained by flow matching, and its own velocity. SDE and ODE do not differ visibly: all three intervals contain 0. As far as counting can tell, the answer to our first question is *yes*. (The intervals run from $-0.06$ to 0.09: a smaller loss or gain could hide.) DDPM is even *better* than the ODE in 10 and in 30 steps. But then it draws from another distribution ([Deeper](#Deeper:-the-DDPM-transition)).
-# - **dev at guidance 2.** No pairs have the guided velocity as their average, so (4.6) is an approximation. In 4 steps noise costs 10 right pictures in 100. In 10 and 30 steps no loss shows; DDPM in 10 is just better.
-# - **schnell** loses in 4 and in 10 steps. It was trained on its *own* pairs, where the noise is not independent of the picture, as (4.7) needs. But long steps may be a cause too: in 4 steps guided dev loses, too (unguided dev does not), and the SDE's loss on schnell falls from 0.24 in 4 steps to 0.08 in 10. For DDPM we see no such fall. In 30 steps the intervals contain 0. We cannot separate the two.
+# - **dev at guidance 2.** No pairs have the guided velocity as their average, so (4.6) is an approximation. In 4 steps noise costs 10 right pictures in 100. In 10 and 30 steps no loss shows; DDPM in 10 is barely better.
+# - **schnell** loses in 4 and in 10 steps. It was trained on its *own* pairs, where the noise is not independent of the picture, as (4.7) needs. But long steps may be a cause too: in 4 steps guided dev loses, too (unguided dev does not), and the SDE's loss on schnell falls from 0.24 in 4 steps to 0.08 in 10. For DDPM we see no such fall. In 30 steps the intervals contain 0. We cannot separate the causes.
 #
 # A search on schnell in 4 or 10 steps must first gain back this loss. [Notebook 05](05_interpolant_conversion.ipynb) looks for a noise that costs less.
 

@@ -19,7 +19,7 @@
 #
 # **Goals.**
 # - find each state of one path on another, by a change of clock and of scale
-# - see that a conversion to VP is another grid and other noise, and nothing else
+# - see that a conversion to VP is another grid and other noise, for small steps
 # - switch grid and noise one by one, and measure variety and quality
 # - know for which models the paper's grid is harmful
 #
@@ -590,7 +590,7 @@ assert minus("dev", "VP-SDE, last step in three", "VP-SDE", "finished").mean > 0
 # %% [markdown]
 # ## Exercises
 #
-# *For exercise 1.* A colleague has a model of VP and wants to sample on the *linear* path: the opposite direction. This function runs without an error:
+# First a function with a mistake, for exercise 1. A colleague has a model of VP and wants to sample on the *linear* path: the opposite direction. This function runs without an error:
 
 
 # %%

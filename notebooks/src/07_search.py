@@ -370,7 +370,7 @@ for method in (MySVDD(), MyCoDe(), MySoP()):
     print(f"{type(method).__name__}: reward {result.reward:.4f}, {result.nfe} NFE")
 
 # %% [markdown]
-# **`MySVDD` chooses within each chain, `MySoP` among the copies of both. What does this gain, and what does it lose?**
+# **`MySVDD` chooses within each chain, `MySoP` among the copies of both. What is gained by choosing among the copies of both, and what is lost?**
 #
 # <details><summary>Answer</summary>
 #

@@ -137,6 +137,9 @@ print(f"25 draws each: {failed[0]} of 9 steps fail, {unused} draws are left over
 print(f"with rollover: {failed[1]} of 9 steps fail, {saved} draws are left over")
 ledger.map("{:g}".format)
 
+# %% tags=["check"]
+assert [k + 1 for k, need in enumerate(needs) if need > 25] == [3, 7, 8] and tuple(map(int, failed)) == (3, 1)
+
 # %% tags=["plot"] alt="The ledger as bars: for each step what it spends of its own quota, what it spends of the draws passed on by earlier steps, and, hatched, what it passes on. A mark shows what the step needs, an arrow at the top a need of more than a hundred draws; that step falls back on its best candidate."
 own = ledger["spends"].clip(upper=quota)
 borrowed = ledger["spends"] - own

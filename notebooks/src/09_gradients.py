@@ -351,7 +351,7 @@ assert sum(parts.values()) == ours.nfe == 233 and ours.gradients == 29
 # | controls | none | best-of-N, SVDD |
 # | runs | | 50 test prompts, three seeds |
 #
-# *Controls* are searches *without* a gradient. Their marks are hollow. Plain RBF was not run with this reward. So RBF + DPS has no control of its own.
+# *Controls* are searches *without* a gradient. Hollow marks: no gradient. Plain RBF was not run with this reward. So RBF + DPS has no control of its own.
 #
 # Each of our searches spends 500 NFE, from 50 first noises. Best-of-N finishes all 50. The others keep two chains, each from the best of 25. DPS alone spends 37 NFE, a plain sample ten.
 
@@ -477,7 +477,7 @@ assert 0 <= gaps["SVDD minus best-of-N"]["counts"].low < 0.005 and sorted(rows["
 # Read the differences like this:
 #
 # - *DPS alone* raises the given reward a little (last line). We cannot show that more pictures have right counts.
-# - *Selection* does most of the work (for 500 NFE; DPS alone spends 37). Best-of-N already finds nearly the ink that was asked for. The other three searches select on the way. They are right in 8 to 9 more pictures of 100. (For SVDD the interval just touches 0.)
+# - *Selection* does most of the work (for 500 NFE; DPS alone spends 37). Best-of-N already finds nearly the ink that was asked for. The other three searches select on the way. Of 100 pictures they get 8 to 9 more right than best-of-N. (For SVDD the interval just touches 0.)
 # - *Gradients inside a search* are the first line of the table, at equal NFE. Without gradients, SVDD draws more children. The error of the ink is 0.01 with and without gradients. Both intervals contain 0 (the first one narrowly). So no gain is shown.
 #
 # The paper has no such control. Its two searches are far above DPS alone, but DPS alone is a single picture. In the upper row, DPS alone raised the given score and *lowered* the held-out one.

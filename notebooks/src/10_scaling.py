@@ -694,7 +694,7 @@ assert said == ["0.06 [-0.01, 0.13]", "-0.03 [-0.12, 0.05]", "0.06 [-0.01, 0.13]
 # %% [markdown]
 # All four are ahead of best-of-N, by both judges. At 250 NFE Draft and Cascade gain most. (Draft minus Cascade, in pairs: 0.06 [-0.01, 0.13] by both judges.) With 100 NFE, both are ahead even of best-of-N with 250. (On other prompts, about ten variants of these two were tried, and the beam was tuned.)
 #
-# The beam gains about a quarter of what Draft gains. A likely reason is the look-ahead. At $t = 1$ schnell shows a picture, and so do five steps of dev's ODE. The beam selects by dev's posterior mean, a blur there.
+# The beam gains about a quarter of what Draft gains. A likely reason is the look-ahead. At $t = 1$ schnell shows a picture, and so do five steps of dev's ODE. The beam has dev's posterior mean, a blur there, and waits until $t = 0.8$.
 #
 # *A note.* Draft minus Refine on schnell alone, both at 250 NFE, is -0.03 [-0.12, 0.05] by the counter and 0.01 [-0.09, 0.10] by the other judge. But nothing here judges how good the pictures look. If schnell's are good enough for you, stop there.
 

@@ -27,7 +27,7 @@
 # | | Planned, not measured |
 # |---|---|
 # | You need | a card of 80 GB (or 40, in turns), both licences of FLUX.1 accepted on the hub, `HF_TOKEN`, and `pip install -e ".[gpu]"` in the clone |
-# | You type | `python -m tools.runs.gpu_check`, then the cells from *Load* on |
+# | You type | `python -m tools.runs.gpu_check`, then all cells of this notebook |
 # | You see | one plain picture, then four finished ones to choose from |
 # | You pay | 18 minutes before the first search, about 1 to 4 minutes for each |
 # | What can go wrong | the card is too small; your reward is not your wish |
@@ -491,7 +491,7 @@ account["models"] = [Path(model.name_or_path).name for model in (pipe, big)]
 print("saved in", folder, *sorted(path.name for path in folder.iterdir()))
 
 # %% [markdown]
-# Your turn. Change `TEXT` and `warm_left`, set `PAGE` to False (this turns off the checks for this page's prompt), and run the cells again from "Load". On tiny-flux keep to coloured shapes, and give the counter a prompt that it can parse. On FLUX.1 change the counts in `grounded_counts` too, and restart the kernel first: the pair that is loaded fills the card.
+# Your turn. Change `TEXT` and `warm_left`, set `PAGE = False` in the first cell of "Load" (this turns off this page's checks), and run the cells again from there. On tiny-flux keep to coloured shapes, and give the counter a prompt that it can parse. On FLUX.1 change the counts in `grounded_counts` too, restart the kernel (the loaded pair fills the card) and run all cells.
 #
 # ## Is it better? Ask a judge that no search has seen
 #

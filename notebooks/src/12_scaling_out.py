@@ -303,7 +303,7 @@ def operations(counts, nfe, rewards):
 
 
 # %% [markdown]
-# RBF judges a picture at every evaluation, and its finished sample. Best-of-N in ten steps judges one in ten.
+# RBF judges a picture at every evaluation. (Its finished sample, one reward more, is left out here.) Best-of-N in ten steps judges one in ten.
 #
 # **Guess: at equal NFE, how much longer does RBF take than best-of-N, on tiny-flux and on FLUX.1?**
 
@@ -415,7 +415,7 @@ assert worst < 2, list(ratio)
 #
 # </details>
 #
-# One number predicts the other three well within a factor of two, here, on tiny-flux and one CPU thread. That is enough for a first plan. For another model, batch size or machine, time one search again.
+# One number predicts the other three within a factor of two, here, on tiny-flux and one CPU thread. That is enough for a first plan. For another model, batch size or machine, time one search again.
 
 # %% [markdown]
 # ## Many runs on many GPUs
