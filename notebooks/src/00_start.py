@@ -552,7 +552,7 @@ def tries_needed(p, sure):
 #
 # The simplest picture is an empty page: no circles, no triangles, no squares. A search may take such a way out. So a reward should also say what must be there.
 #
-# With this prompt and seed the reward wins: the search draws three circles and three triangles. The model still draws what the prompt names, but the reward chooses how many. It does not always win. Go back to *Your prompt*, write `mine.problem(balanced, ...)` instead of `mine.problem(goal, ...)`, and run it: with the prompt there and seed 0, four squares stay.
+# With this prompt (which we chose, of four that we tried) and this seed the reward wins: the search draws three circles and three triangles. The model still draws what the prompt names, but the reward chooses how many. It does not always win. Go back to *Your prompt*, write `mine.problem(balanced, ...)` instead of `mine.problem(goal, ...)`, and run it: with the prompt there and seed 0, four squares stay.
 #
 # </details>
 

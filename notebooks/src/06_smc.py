@@ -476,7 +476,7 @@ plt.show()
 #
 # </details>
 #
-# Each row of lines is a particle, and time runs from noise (left) to data (right). Black lines lead to finished particles, grey lines die out. One run proves little, so we count over 20 runs with 100 particles:
+# Each row holds a particle; time runs from noise (left) to data (right). Black lines lead to finished particles, grey lines die out. We chose this seed, of six. So we count over 20 runs with 100 particles:
 
 # %% tags=["plot"]
 for name in ("SMC", "SMC, tempered"):
